@@ -1,0 +1,1 @@
+"""Functions on a `Run`: arithmetic on kept logits, without TensorFlow."""

@@ -1,0 +1,1 @@
+"""BERT in TensorFlow: checkpoints, tokenization, graphs."""

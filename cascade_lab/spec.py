@@ -1,0 +1,268 @@
+"""`cascade.toml` in, validated: the stages of a cascade as frozen data."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cascade_lab.errors import SpecError, did_you_mean
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: a fine-tuned BERT classifier and its place in the cascade.
+
+    A stage with a `pass_label` is a gate. An example goes on to the next stage if
+    `probability(pass_label) >= threshold`; otherwise the gate's most probable other label is the answer.
+    The last stage has no `pass_label`. It answers with its most probable label or, where that label's
+    probability is below `min_probability`, with `reject_label`.
+    """
+
+    name: str
+    init_checkpoint: Path
+    bert_config_file: Path
+    vocab_file: Path
+    labels: tuple[str, ...]
+    do_lower_case: bool = True
+    max_seq_length: int = 128
+    pass_label: str | None = None
+    threshold: float | None = None
+    min_probability: float | None = None
+    reject_label: str | None = None
+    output_weights: str = "output_weights"
+    output_bias: str = "output_bias"
+
+    @property
+    def is_gate(self) -> bool:
+        return self.pass_label is not None
+
+    @property
+    def reject_labels(self) -> tuple[str, ...]:
+        """The labels with which this stage rejects."""
+        if self.is_gate:
+            return tuple(label for label in self.labels if label != self.pass_label)
+        return () if self.reject_label is None else (self.reject_label,)
+
+
+@dataclass(frozen=True)
+class CascadeSpec:
+    """A cascade: stages in series, each but the last a gate."""
+
+    name: str
+    stages: tuple[StageSpec, ...]
+
+    @classmethod
+    def read(cls, path: str | Path) -> CascadeSpec:
+        """Read and validate a `cascade.toml`; paths in it are relative to the file.
+
+        Raises
+        ------
+        SpecError
+            Naming the file, the stage and the key at fault.
+        """
+        path = Path(path)
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError(f"{path}: cannot be read ({error.strerror}); give a cascade.toml") from error
+        except UnicodeDecodeError as error:
+            raise SpecError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+        except tomllib.TOMLDecodeError as error:
+            raise SpecError(f"{path}: not TOML: {error}; mend it there") from error
+        return cls.from_dict(content, where=str(path), folder=path.parent)
+
+    @classmethod
+    def from_dict(
+        cls, content: Mapping[str, Any], *, where: str = "cascade", folder: Path = Path()
+    ) -> CascadeSpec:
+        """Build a spec from what a `cascade.toml` holds (or from `to_dict`); `folder` anchors its paths."""
+        known = [field.name for field in fields(StageSpec)]
+        common = {key: value for key, value in content.items() if key not in ("name", "stage")}
+        _refuse_unknown(common, [key for key in known if key != "name"] + ["name", "stage"], where)
+        name = content.get("name", folder.resolve().name)
+        if not isinstance(name, str):
+            raise SpecError(f"{where}: name must be a string, not {name!r}")
+        tables = content.get("stage", [])
+        if not isinstance(tables, list) or not tables or not all(isinstance(t, Mapping) for t in tables):
+            raise SpecError(f"{where}: has no stage; add one [[stage]] table for each")
+        stages = []
+        for number, table in enumerate(tables, 1):
+            here = f"{where}: stage '{table.get('name', number)}'"
+            _refuse_unknown(table, known, here)
+            # A gate's keys mean nothing to the last stage, and the other way round: only what fits is shared.
+            shared = {key: value for key, value in common.items() if _fits(key, number == len(tables))}
+            stages.append(_stage({**shared, **table}, here, folder))
+        _check_order(stages, where)
+        return cls(name=name, stages=tuple(stages))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, with absolute paths, that `from_dict` and a manifest take."""
+        stages = [
+            {
+                key: str(value.resolve()) if isinstance(value, Path) else value
+                for key, value in asdict(stage).items()
+                if value is not None
+            }
+            for stage in self.stages
+        ]
+        for stage in stages:
+            stage["labels"] = list(stage["labels"])
+        return {"name": self.name, "stage": stages}
+
+    @property
+    def last(self) -> StageSpec:
+        return self.stages[-1]
+
+    @property
+    def reject_labels(self) -> tuple[str, ...]:
+        """Every label with which some stage rejects, in the order of the stages."""
+        return tuple(dict.fromkeys(label for stage in self.stages for label in stage.reject_labels))
+
+    @property
+    def in_scope_labels(self) -> tuple[str, ...]:
+        """The last stage's labels, without those that reject."""
+        rejects = set(self.reject_labels)
+        return tuple(label for label in self.last.labels if label not in rejects)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every answer that the cascade can give: the labels in scope, then those that reject."""
+        return self.in_scope_labels + self.reject_labels
+
+    def stage(self, name: str) -> StageSpec:
+        """Return the stage of that name; raises SpecError naming the nearest."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise SpecError(f"no stage is named '{name}'{did_you_mean(name, [s.name for s in self.stages])}")
+
+    @property
+    def thresholds(self) -> dict[str, float | None]:
+        """What decides at each stage: a gate's `threshold`, the last stage's `min_probability`."""
+        return {s.name: s.threshold if s.is_gate else s.min_probability for s in self.stages}
+
+    def with_thresholds(self, thresholds: Mapping[str, float]) -> CascadeSpec:
+        """Return this cascade at other thresholds; a stage that is not named keeps its own.
+
+        Parameters
+        ----------
+        thresholds : mapping of str to float
+            Stage name to a gate's `threshold`, or to the last stage's `min_probability`, in [0, 1].
+
+        Raises
+        ------
+        SpecError
+            An unknown stage, a number outside [0, 1], or a `min_probability` without a `reject_label`.
+        """
+        for name in thresholds:
+            self.stage(name)
+        stages = []
+        for stage in self.stages:
+            if stage.name in thresholds:
+                key = "threshold" if stage.is_gate else "min_probability"
+                value = _number(thresholds[stage.name], f"stage '{stage.name}'", key)
+                stage = replace(stage, **{key: value})
+            stages.append(stage)
+        _check_order(stages, self.name)
+        return replace(self, stages=tuple(stages))
+
+
+_PATHS = ("init_checkpoint", "bert_config_file", "vocab_file")
+_TYPES = {"do_lower_case": bool, "max_seq_length": int}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def _fits(key: str, is_last: bool) -> bool:
+    return key not in (("pass_label", "threshold") if is_last else ("min_probability", "reject_label"))
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise SpecError(f"{where}: unknown key '{key}'{did_you_mean(key, known)}")
+
+
+def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
+    for key in ("name", *_PATHS, "labels"):
+        if key not in table:
+            raise SpecError(f"{where}: {key} is missing; add it to the stage, or once at the top of the file")
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in ("threshold", "min_probability"):
+            values[key] = _number(value, where, key)
+        elif key == "labels":
+            values[key] = _labels(value, where, folder)
+        elif type(value) is not _TYPES.get(key, str):
+            expected = {bool: "true or false", int: "a whole number", str: "a string"}[_TYPES.get(key, str)]
+            raise SpecError(f"{where}: {key} must be {expected}, not {value!r}")
+        else:
+            values[key] = folder / Path(value).expanduser() if key in _PATHS else value
+    stage = StageSpec(**values)
+    if not _NAME.fullmatch(stage.name):
+        raise SpecError(f"{where}: name must be letters, digits, - and _ (it names files), not {stage.name!r}")
+    if stage.max_seq_length < 3:
+        raise SpecError(f"{where}: max_seq_length is {stage.max_seq_length}; [CLS], a token and [SEP] take 3")
+    if stage.pass_label is not None and stage.pass_label not in stage.labels:
+        near = did_you_mean(stage.pass_label, list(stage.labels))
+        raise SpecError(f"{where}: pass_label '{stage.pass_label}' is none of its labels{near}")
+    return stage
+
+
+def _number(value: Any, where: str, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise SpecError(f"{where}: {key} is {value!r}; it must be a number from 0 to 1")
+    return float(value)
+
+
+def _labels(value: Any, where: str, folder: Path) -> tuple[str, ...]:
+    """Take the labels from a list, or from a file of one a line."""
+    if isinstance(value, str):
+        path = folder / Path(value).expanduser()
+        try:
+            labels = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except OSError as error:
+            raise SpecError(f"{where}: labels file {path} cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise SpecError(f"{where}: labels file {path}: byte {error.start} is not UTF-8") from error
+    elif isinstance(value, list) and all(isinstance(label, str) for label in value):
+        labels = value
+    else:
+        raise SpecError(f"{where}: labels must be a list of strings, or a file of one a line")
+    for number, label in enumerate(labels, 1):
+        if not label:
+            raise SpecError(f"{where}: label {number} is empty; give every class a name")
+        if label in labels[: number - 1]:
+            raise SpecError(f"{where}: label '{label}' stands twice; every class needs a name of its own")
+    if len(labels) < 2:
+        raise SpecError(f"{where}: a classifier needs at least 2 labels, not {len(labels)}")
+    return tuple(labels)
+
+
+def _check_order(stages: list[StageSpec], where: str) -> None:
+    """Check what no stage can tell alone: names, and that every stage but the last is a gate."""
+    names = [stage.name for stage in stages]
+    for stage in stages:
+        here = f"{where}: stage '{stage.name}'"
+        # Case-insensitive file systems would keep both stages' scores in one file.
+        if [name.lower() for name in names].count(stage.name.lower()) > 1:
+            raise SpecError(f"{here}: two stages have that name; give each its own")
+        if stage is not stages[-1]:
+            for key in ("pass_label", "threshold"):
+                if getattr(stage, key) is None:
+                    raise SpecError(f"{here}: {key} is missing; every stage but the last is a gate")
+            for key in ("min_probability", "reject_label"):
+                if getattr(stage, key) is not None:
+                    raise SpecError(f"{here}: {key} is for the last stage; a gate has a threshold")
+        elif stage.is_gate or stage.threshold is not None:
+            raise SpecError(f"{here}: pass_label and threshold are for gates; no stage follows this one")
+        elif stage.min_probability is not None and stage.reject_label is None:
+            raise SpecError(f"{here}: min_probability needs a reject_label to answer with")

@@ -1,0 +1,95 @@
+"""One stage: one checkpoint in one `tf.Graph` and one `Session`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from glob import escape, glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from cascade_lab.bert.checkpoint import read_checkpoint
+from cascade_lab.bert.graph import classifier_graph
+from cascade_lab.bert.tokenization import Encoding, Tokenizer
+from cascade_lab.spec import StageSpec
+
+
+class Stage:
+    """A fine-tuned BERT classifier, loaded into a graph and a session of its own.
+
+    Use it as a context manager, or call `close`: the session holds the weights.
+
+    Raises
+    ------
+    CheckpointError
+        Before a session exists, if the stage's files are not usable.
+    """
+
+    def __init__(self, spec: StageSpec):
+        checkpoint = read_checkpoint(spec)
+        self.spec = spec
+        self.files = [
+            spec.bert_config_file,
+            spec.vocab_file,
+            *map(Path, sorted(glob(f"{escape(checkpoint.prefix)}.[di]*"))),  # .index and .data-…; .meta is not read
+        ]
+        self.tokenizer = Tokenizer(
+            spec.vocab_file, do_lower_case=spec.do_lower_case, max_seq_length=spec.max_seq_length
+        )
+        self._ends = classifier_graph(
+            checkpoint.config,
+            len(spec.labels),
+            output_weights=spec.output_weights,
+            output_bias=spec.output_bias,
+        )
+        config = tf.compat.v1.ConfigProto()
+        config.gpu_options.allow_growth = True  # two sessions share one card
+        self.session = tf.compat.v1.Session(graph=self._ends.graph, config=config)
+        with self.graph.as_default():  # outside a graph, the Saver would take itself for an eager one
+            self._ends.saver.restore(self.session, checkpoint.prefix)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What ran, for a manifest: the graph, its precision, TensorFlow's threads (0: TensorFlow chooses)."""
+        return {
+            "engine": "reference",
+            "precision": "float32",
+            "intra_op_parallelism_threads": 0,
+            "inter_op_parallelism_threads": 0,
+            "devices": [device.name for device in self.session.list_devices()],
+        }
+
+    @property
+    def graph(self) -> tf.Graph:
+        return self._ends.graph
+
+    def encode(self, texts: Sequence[str], texts_b: Sequence[str | None] | None = None) -> list[Encoding]:
+        """Return the token ids of each text (or pair), for `logits`."""
+        return self.tokenizer.encode(texts, texts_b)
+
+    def logits(self, batch: Sequence[Encoding]) -> np.ndarray:
+        """Run one batch, padded to its own longest; float32, shape (len(batch), n_labels)."""
+        length = max(len(encoding.input_ids) for encoding in batch)
+        input_ids, input_mask, segment_ids = np.zeros((3, len(batch), length), dtype=np.int32)
+        for row, (ids, n_first) in enumerate(batch):
+            input_ids[row, : len(ids)] = ids
+            input_mask[row, : len(ids)] = 1
+            segment_ids[row, n_first : len(ids)] = 1
+        feed = {
+            self._ends.input_ids_t: input_ids,
+            self._ends.input_mask_t: input_mask,
+            self._ends.segment_ids_t: segment_ids,
+        }
+        return self.session.run(self._ends.logits_t, feed)
+
+    def close(self) -> None:
+        """Close the session and let its weights go."""
+        self.session.close()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
