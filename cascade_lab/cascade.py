@@ -261,9 +261,7 @@ def _score(
         a batch's share of that time is its share of the tokens.
     """
     start = perf_counter()
-    encodings = stage.encode(
-        [texts[row] for row in rows], None if texts_b is None else [texts_b[row] for row in rows]
-    )
+    encodings = stage.encode([texts[row] for row in rows], None if texts_b is None else [texts_b[row] for row in rows])
     tokenize_seconds = perf_counter() - start
     lengths = np.array([len(encoding.input_ids) for encoding in encodings], dtype=int)
     # Longest first: the batch that needs most memory is the first to ask for it.

@@ -77,9 +77,7 @@ class EvalSet:
             rows = _of_split(rows, split, str(path))
         if not rows:
             raise EvalSetError(f"{path}: holds no example; give an eval set with at least one row")
-        return replace(
-            cls._from_rows(rows), source=str(path), split=split, sha256=hashlib.sha256(content).hexdigest()
-        )
+        return replace(cls._from_rows(rows), source=str(path), split=split, sha256=hashlib.sha256(content).hexdigest())
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame) -> EvalSet:
@@ -180,15 +178,16 @@ def _table_rows(lines: Iterator[tuple[int, list[str]]], path: str) -> Iterator[R
             )
         row = dict(zip(header, values, strict=False))
         # An empty text is a text; an empty optional column is none.
-        yield f"line {number}", {k: v for k, v in row.items() if v or k not in ("text_b", "example_id", "label")}
+        yield (
+            f"line {number}",
+            {k: v for k, v in row.items() if v or k not in ("text_b", "example_id", "label")},
+        )
 
 
 def _tsv(content: bytes, path: str, split: str | None) -> Iterator[Row]:
     # Only a newline ends a row: str.splitlines would also cut at form feeds and U+2028, which texts may hold.
     lines = _decode(content, path).removesuffix("\n").split("\n")
-    return _table_rows(
-        ((number, line.removesuffix("\r").split("\t")) for number, line in enumerate(lines, 1)), path
-    )
+    return _table_rows(((number, line.removesuffix("\r").split("\t")) for number, line in enumerate(lines, 1)), path)
 
 
 def _csv(content: bytes, path: str, split: str | None) -> Iterator[Row]:
@@ -218,7 +217,7 @@ def _jsonl(content: bytes, path: str, split: str | None) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise EvalSetError(f"{path} line {number}: not JSON ({error.msg}); mend the line") from error
         if not isinstance(row, dict):
-            raise EvalSetError(f"{path} line {number}: not an object; write {{\"text\": …, \"label\": …}}")
+            raise EvalSetError(f'{path} line {number}: not an object; write {{"text": …, "label": …}}')
         yield f"line {number}", row
 
 

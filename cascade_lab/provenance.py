@@ -11,7 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("cascade-lab", "tensorflow", "bert-tensorflow", "tokenizers", "numpy", "pandas", "pyarrow", "scikit-learn")
+PACKAGES = (
+    "cascade-lab",
+    "tensorflow",
+    "bert-tensorflow",
+    "tokenizers",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "scikit-learn",
+)
 
 
 def sha256(path: str | Path) -> str:

@@ -148,8 +148,7 @@ def check_labels(spec: CascadeSpec, examples: pd.DataFrame, locations: Sequence[
         if f"{stage.name}_label" in examples:
             allowed[f"{stage.name}_label"] = {*stage.labels, "", None}
     stages = "; ".join(
-        f"{s.name}: {', '.join(s.labels) if len(s.labels) <= 5 else f'{len(s.labels)} labels'}"
-        for s in spec.stages
+        f"{s.name}: {', '.join(s.labels) if len(s.labels) <= 5 else f'{len(s.labels)} labels'}" for s in spec.stages
     )
     for column, labels in allowed.items():
         values = examples[column].to_numpy(dtype=object)
@@ -160,6 +159,4 @@ def check_labels(spec: CascadeSpec, examples: pd.DataFrame, locations: Sequence[
                 why = "is a gate's pass label, which no text ends with"
             else:
                 why = "belongs to no stage" if column == "label" else f"in {column} is no label of that stage"
-            raise EvalSetError(
-                f"{location}: label '{label}' {why} ({stages}); fix the row or the spec's labels"
-            )
+            raise EvalSetError(f"{location}: label '{label}' {why} ({stages}); fix the row or the spec's labels")

@@ -81,9 +81,7 @@ class CascadeSpec:
         return cls.from_dict(content, where=str(path), folder=path.parent)
 
     @classmethod
-    def from_dict(
-        cls, content: Mapping[str, Any], *, where: str = "cascade", folder: Path = Path()
-    ) -> CascadeSpec:
+    def from_dict(cls, content: Mapping[str, Any], *, where: str = "cascade", folder: Path = Path()) -> CascadeSpec:
         """Build a spec from what a `cascade.toml` holds (or from `to_dict`); `folder` anchors its paths."""
         known = [field.name for field in fields(StageSpec)]
         common = {key: value for key, value in content.items() if key not in ("name", "stage")}

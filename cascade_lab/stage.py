@@ -49,6 +49,7 @@ class Stage:
         self.session = tf.compat.v1.Session(graph=self._ends.graph, config=config)
         with self.graph.as_default():  # outside a graph, the Saver would take itself for an eager one
             self._ends.saver.restore(self.session, checkpoint.prefix)
+        self.logits(self.encode([""]))  # the first run optimizes the graph: not at the first text's cost
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -71,9 +71,7 @@ def of_stage(run: Run, stage: str) -> dict[str, float]:
         "n_reached": int(arrived.sum()),
         "n_gold": int(known.sum()),
         "accuracy": _mean(y_true == y_pred),
-        "macro_f1": (
-            float(f1_score(y_true, y_pred, average="macro", zero_division=0.0)) if len(y_true) else math.nan
-        ),
+        "macro_f1": (float(f1_score(y_true, y_pred, average="macro", zero_division=0.0)) if len(y_true) else math.nan),
     }
     if spec.is_gate:
         should_pass = y_true == spec.pass_label

@@ -92,6 +92,14 @@ def open_checkpoint(prefix: str) -> Any:
         raise CheckpointError(f"{prefix}.index: cannot be read ({_first_line(error)}); copy it again") from error
 
 
+def list_variables(prefix: str) -> dict[str, tuple[list[int], str]]:
+    """Return the shape and type of every variable in the checkpoint at `prefix`, by name."""
+    reader = open_checkpoint(prefix)
+    types = reader.get_variable_to_dtype_map()
+    shapes = reader.get_variable_to_shape_map()
+    return {name: (shapes[name], types[name].name) for name in sorted(shapes)}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a `bert_config.json`; raises CheckpointError where a key is missing or has an unusable value."""
     try:

@@ -34,8 +34,7 @@ def classifier_graph(
     graph = tf.Graph()
     with graph.as_default():
         inputs = [
-            tf1.placeholder(tf.int32, [None, None], name=name)
-            for name in ("input_ids", "input_mask", "segment_ids")
+            tf1.placeholder(tf.int32, [None, None], name=name) for name in ("input_ids", "input_mask", "segment_ids")
         ]
         model = modeling.BertModel(
             config=modeling.BertConfig.from_dict(config),

@@ -51,9 +51,7 @@ _STAND_INS = {
     "tensorflow.compat.v1": SimpleNamespace(compat=SimpleNamespace(v1=_TensorFlow1())),
     "tensorflow.contrib": SimpleNamespace(layers=SimpleNamespace(layer_norm=_layer_norm)),
     "absl": SimpleNamespace(
-        flags=SimpleNamespace(
-            FLAGS=SimpleNamespace(preserve_unused_tokens=False), DEFINE_bool=lambda *args: None
-        )
+        flags=SimpleNamespace(FLAGS=SimpleNamespace(preserve_unused_tokens=False), DEFINE_bool=lambda *args: None)
     ),
 }
 

@@ -72,9 +72,7 @@ class Tokenizer:
             return [self._single(ids) for ids in first]
         paired = [i for i, text in enumerate(texts_b) if text is not None]
         second = dict(zip(paired, self.ids([texts_b[i] for i in paired]), strict=True))
-        return [
-            self._pair(ids, second[i]) if i in second else self._single(ids) for i, ids in enumerate(first)
-        ]
+        return [self._pair(ids, second[i]) if i in second else self._single(ids) for i, ids in enumerate(first)]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text's wordpieces, without `[CLS]` and `[SEP]`, however many."""
@@ -85,9 +83,7 @@ class Tokenizer:
             )
         )
         return [
-            next(encoded).ids
-            if ok
-            else self._full.convert_tokens_to_ids(self._full.tokenize(text))
+            next(encoded).ids if ok else self._full.convert_tokens_to_ids(self._full.tokenize(text))
             for text, ok in zip(texts, fast, strict=True)
         ]
 
@@ -115,8 +111,7 @@ class Tokenizer:
             return False
         trial = f"{char} a{char}b A{char} {char}{char} -{char}."
         words = [
-            word
-            for word, _ in self._fast.pre_tokenizer.pre_tokenize_str(self._fast.normalizer.normalize_str(trial))
+            word for word, _ in self._fast.pre_tokenizer.pre_tokenize_str(self._fast.normalizer.normalize_str(trial))
         ]
         return words == self._full.basic_tokenizer.tokenize(trial)
 

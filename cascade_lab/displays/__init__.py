@@ -1,0 +1,6 @@
+"""Figures of a run, in the manner of scikit-learn's displays; the only room that imports matplotlib."""
+
+from cascade_lab.displays.confusion import CascadeConfusionDisplay
+from cascade_lab.displays.latency import StageLatencyDisplay
+
+__all__ = ["CascadeConfusionDisplay", "StageLatencyDisplay"]
