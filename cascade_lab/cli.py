@@ -45,7 +45,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -59,17 +59,17 @@ def options(
 ) -> None:
     """The lab bench for cascades of BERT classifiers.
 
-    A cascade is two or more fine-tuned BERT checkpoints in series, named in a cascade.toml. [bold]run[/bold]
-    pushes an eval set through it once and keeps every stage's logits in a run directory; everything after
-    that is arithmetic on those.
+    A cascade is two or more fine-tuned BERT checkpoints in series, named in a cascade.toml. **run** pushes an
+    eval set through it once and keeps every stage's logits in a run directory; everything after that is
+    arithmetic on those.
 
     A first look:
 
-      cascade-lab inspect cascade.toml
+    * cascade-lab inspect cascade.toml
 
-      cascade-lab predict cascade.toml "what is my balance"
+    * cascade-lab predict cascade.toml "what is my balance"
 
-      cascade-lab run cascade.toml test.tsv --output runs/first
+    * cascade-lab run cascade.toml test.tsv --output runs/first
     """
 
 
@@ -81,7 +81,7 @@ def run(
         typer.Argument(
             metavar="EVALSET",
             help="Labelled texts: tsv, csv, jsonl or parquet with columns text and label (optional: text_b, "
-            "example_id, <stage>_label, any others), or CLINC150's json.",
+            "example_id, STAGE_label, any others), or CLINC150's json.",
             show_default=False,
         ),
     ],
@@ -300,10 +300,10 @@ def _print_cascade(path: Path) -> None:
         from cascade_lab.bert.checkpoint import read_checkpoint
 
         checkpoints = [read_checkpoint(stage) for stage in spec.stages]
-    table = _table("stage", "labels", "goes on if", "layers × hidden", "weights", "tokens", "max length", "case")
+    table = _table("stage", "labels", "goes on if", "size", "weights", "tokens", "length", "case")
     for stage, checkpoint in zip(spec.stages, checkpoints, strict=True):
         config = checkpoint.config
-        rule = f"p({stage.pass_label}) ≥ {stage.threshold:g}" if stage.is_gate else "(the last stage)"
+        rule = f"p({stage.pass_label}) ≥ {stage.threshold:g}" if stage.is_gate else "last"
         table.add_row(
             stage.name,
             Text(", ".join(stage.labels) if len(stage.labels) <= 3 else f"{len(stage.labels)}"),
@@ -345,7 +345,12 @@ def _print_checkpoint(path: Path) -> None:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(
+            Text(column),
+            justify="left" if i == 0 else "right",
+            no_wrap=column not in ("text", "variable"),
+            overflow="fold",
+        )
     return table
 
 

@@ -121,7 +121,7 @@ class EvalSet:
         order = ["example_id", "text", "text_b", "label"]
         order += [column for column in columns if column not in order]
         examples = pd.DataFrame({column: [row.get(column) for _, row in rows] for column in order})
-        examples["text_b"] = examples["text_b"].astype(object)
+        examples["text_b"] = pd.Series([row["text_b"] for _, row in rows], dtype=object)
         for column in order[4:]:
             try:
                 pa.array(examples[column], from_pandas=True)

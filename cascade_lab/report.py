@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
+from traitlets.config import Config
 
 from cascade_lab.displays import CascadeConfusionDisplay, StageLatencyDisplay
 from cascade_lab.displays.confusion import MAX_LABELLED
@@ -16,6 +17,9 @@ from cascade_lab.errors import RunError
 from cascade_lab.run import Run
 
 NOTEBOOK = "01_run_cascade"
+
+# A kernel on sockets of this user's own, not on TCP ports that the machine's others can listen to.
+_KERNEL = Config({"ConnectionFileMixin": {"transport": "ipc"}} if os.name == "posix" else {})
 
 
 def write_figures(run: Run, folder: str | Path | None = None) -> list[Path]:
@@ -57,7 +61,7 @@ def write_report(run: Run, output: str | Path | None = None, *, progress: bool =
                 parameters={"run_dir": str(run.directory.resolve())},
                 kernel_name="python3",
                 progress_bar=progress and {"file": sys.stderr, "desc": "report"},
-                log_output=False,
+                config=_KERNEL,
             )
         except PapermillExecutionError as error:
             raise RunError(f"{run.directory}: the report's notebook failed: {error.ename}: {error.evalue}") from error

@@ -88,7 +88,7 @@ def open_checkpoint(prefix: str) -> Any:
     """Return TensorFlow's reader of the checkpoint at `prefix`."""
     try:
         return tf.train.load_checkpoint(prefix)
-    except (tf.errors.OpError, ValueError) as error:
+    except (tf.errors.OpError, ValueError, IndexError) as error:
         raise CheckpointError(f"{prefix}.index: cannot be read ({_first_line(error)}); copy it again") from error
 
 
@@ -208,7 +208,7 @@ def _read_weights(
             )
         try:
             weights[name] = reader.get_tensor(name)
-        except (tf.errors.OpError, ValueError) as error:
+        except (tf.errors.OpError, ValueError, IndexError) as error:
             raise CheckpointError(
                 f"{where}: {prefix}: {name} cannot be read ({_first_line(error)}); the file is cut short or "
                 "damaged, copy it again"

@@ -123,6 +123,10 @@ class CascadeConfusionDisplay:
         values = np.ma.masked_where(~(self.confusion_matrix > 0), self.confusion_matrix)
         low, high = (values.min(), values.max()) if values.count() else (1, 1)
         norm = LogNorm(low if low < high else high / 10, high)
+        if not n:
+            ax.set_title(f"{self.title}: nothing is confused", fontsize=11, loc="left")
+            ax.set_axis_off()
+            return self
         image = ax.imshow(values, cmap=_COLORS, norm=norm, interpolation="nearest")
         plain = FuncFormatter(lambda value, _: f"{value:g}")
         bar = self.figure_.colorbar(image, ax=ax, fraction=0.046, pad=0.02, format=plain)
@@ -131,7 +135,8 @@ class CascadeConfusionDisplay:
         if n <= MAX_LABELLED:
             size = 10 if n <= MAX_NUMBERED else 8
             labels = [label.replace("$", r"\$") for label in self.display_labels]  # no formula is meant
-            ax.set_xticks(range(n), labels, fontsize=size, rotation=90 if n > 2 else 0)
+            fits = n * max(map(len, labels), default=0) <= 24  # characters side by side
+            ax.set_xticks(range(n), labels, fontsize=size, rotation=0 if fits else 90)
             ax.set_yticks(range(n), labels, fontsize=size)
             self._number(ax, size, norm)
         else:

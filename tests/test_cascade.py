@@ -1,0 +1,137 @@
+"""The serial run against its own replay, against one text at a time, and under faults."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import texts
+
+from cascade_lab import Cascade, CascadeSpec, EvalSet, Run
+from cascade_lab import cascade as cascade_module
+from cascade_lab.errors import CheckpointError, EvalSetError
+from cascade_lab.serial import probabilities
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    with Cascade.load(tiny) as cascade:
+        yield cascade
+
+
+@pytest.fixture(scope="module")
+def balanced(tiny):
+    """The tiny cascade at the threshold that lets half of the texts through."""
+    with Cascade.load(tiny) as cascade:
+        median = float(cascade.predict(texts(200))["gate_probability"].median())
+    with Cascade.load(CascadeSpec.read(tiny).with_thresholds({"gate": median})) as cascade:
+        yield cascade
+
+
+def test_predict_equals_scoring_each_text_alone_by_hand(balanced):
+    batch = texts(60)
+    table = balanced.predict(batch, batch_size=8)
+    gate, intent = balanced.stages
+    assert set(table["decided_by"]) == {"gate", "intent"}
+    for text, row in zip(batch, table.itertuples(), strict=True):
+        p_in = probabilities(gate.logits(gate.encode([text])))[0, 1]
+        assert row.gate_probability == pytest.approx(p_in, abs=1e-5)
+        if abs(p_in - gate.spec.threshold) < 1e-5:
+            continue
+        if p_in < gate.spec.threshold:
+            assert (row.predicted, row.decided_by) == ("oos", "gate")
+            assert row.probability == pytest.approx(1 - p_in, abs=1e-5)
+            assert np.isnan(row.intent_probability)
+        else:
+            p = probabilities(intent.logits(intent.encode([text])))[0]
+            assert (row.predicted, row.decided_by) == (str(p.argmax()), "intent")
+            assert row.probability == row.intent_probability == pytest.approx(p.max(), abs=1e-5)
+
+
+def test_predict_takes_no_text_one_text_pairs_and_any_text(loaded):
+    assert len(loaded.predict([])) == 0
+    assert list(loaded.predict(["pay"]).columns) == [
+        "predicted", "decided_by", "probability", "gate_probability", "intent_probability",
+    ]  # fmt: skip
+    odd = ["", "x" * 100_000, "\x00\x07\x1b[31m", "שלום عالم", "🙂", "half \ud83d"]
+    assert loaded.predict(odd)["predicted"].notna().all()
+    alone, paired = (loaded.predict(["pay my bill"], other) for other in (None, ["now please"]))
+    assert alone["gate_probability"][0] != paired["gate_probability"][0]
+    with pytest.raises(TypeError, match="not one str"):
+        loaded.predict("pay")
+
+
+def test_predict_gives_the_same_answers_in_chunks(loaded, monkeypatch):
+    whole = loaded.predict(texts(50))
+    monkeypatch.setattr(cascade_module, "CHUNK", 7)
+    parts = loaded.predict(texts(50))
+    pd.testing.assert_frame_equal(whole, parts, atol=1e-5)
+
+
+def test_a_runs_replay_at_its_own_thresholds_is_the_live_run_row_for_row(balanced, tiny_evalset, tmp_path):
+    run = balanced.run(EvalSet.read(tiny_evalset), output=tmp_path / "run", batch_size=16)
+    assert 0 < (run.predictions["decided_by"] == "gate").sum() < 200
+    pd.testing.assert_frame_equal(run.replay(), run.predictions, check_exact=True)
+
+
+def test_a_replay_at_another_threshold_is_a_live_run_at_it(balanced, tiny, tiny_evalset, tmp_path):
+    run = balanced.run(EvalSet.read(tiny_evalset), output=tmp_path / "run")
+    for threshold in (0.0, 0.3, 0.7, 1.0):
+        with Cascade.load(CascadeSpec.read(tiny).with_thresholds({"gate": threshold})) as other:
+            live = other.run(EvalSet.read(tiny_evalset), output=tmp_path / f"at-{threshold}", shadow=False)
+        pd.testing.assert_frame_equal(run.replay({"gate": threshold}), live.predictions, atol=1e-5)
+
+
+def test_survivors_are_gathered_into_full_batches_and_shadow_is_off_the_timed_path(balanced, tiny_evalset, tmp_path):
+    run = balanced.run(EvalSet.read(tiny_evalset), output=tmp_path / "run", batch_size=16)
+    passed = int((run.predictions["decided_by"] == "intent").sum())
+    sizes = run.timings.groupby("stage")["n_examples"]
+    assert sizes.sum().to_dict() == {"gate": 200, "intent": passed}
+    assert sizes.get_group("intent").tolist()[:-1] == [16] * (passed // 16 - (passed % 16 == 0))
+    scores = run.scores("intent")
+    assert scores.shadow.sum() == 200 - passed
+    assert (run.predictions["decided_by"].to_numpy()[scores.rows[scores.shadow]] == "gate").all()
+    lengths = run.timings.query("stage == 'gate'")["sequence_length"]
+    assert lengths.is_monotonic_decreasing
+    assert lengths.nunique() > 3, "batches are padded to their own longest"
+
+
+def test_an_empty_pass_set_and_a_full_one(tiny, tiny_evalset, tmp_path):
+    for threshold, decided in ((1.0, "gate"), (0.0, "intent")):
+        with Cascade.load(CascadeSpec.read(tiny).with_thresholds({"gate": threshold})) as cascade:
+            run = cascade.run(EvalSet.read(tiny_evalset), output=tmp_path / decided)
+        assert set(run.predictions["decided_by"]) == {decided}
+        pd.testing.assert_frame_equal(run.replay(), run.predictions)
+    assert Run.read(tmp_path / "gate").metrics["stages"]["intent"]["accuracy"] is None
+
+
+def test_three_stages_and_one(tiny, tmp_path):
+    spec = CascadeSpec.read(tiny)
+    content = spec.to_dict()
+    second = {**content["stage"][0], "name": "gate2"}
+    frame = pd.DataFrame({"text": texts(30), "label": ["oos", "1", "2"] * 10})
+    for stages in ([content["stage"][0], second, content["stage"][1]], [content["stage"][1]]):
+        these = frame if len(stages) == 3 else frame[frame["label"] != "oos"]
+        with Cascade.load(CascadeSpec.from_dict({"stage": stages})) as cascade:
+            run = cascade.run(EvalSet.from_frame(these), output=tmp_path / str(len(stages)))
+        pd.testing.assert_frame_equal(run.replay(), run.predictions)
+        assert list(run.metrics["stages"]) == [stage["name"] for stage in stages]
+
+
+def test_a_label_of_no_stage_is_refused_before_anything_is_written(loaded, tmp_path):
+    evalset = EvalSet.from_frame(pd.DataFrame({"text": ["a", "b"], "label": ["1", "7"]}))
+    with pytest.raises(EvalSetError, match="row 1: label '7' belongs to no stage"):
+        loaded.run(evalset, output=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_cannot_be_loaded_closes_those_that_were(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny.parent, tmp_path / "broken")
+    (tmp_path / "broken" / "intent" / "checkpoint").unlink()
+    closed = []
+    monkeypatch.setattr(cascade_module.Stage, "close", lambda self: closed.append(self.spec.name))
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        Cascade.load(tmp_path / "broken" / "cascade.toml")
+    assert closed == ["gate"]

@@ -1,0 +1,109 @@
+"""The command line: what it prints, and one line with exit code 2 on bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from cascade_lab import Run
+from cascade_lab.cli import app
+
+
+def cascade_lab(*arguments, stdin=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def refused(result, message):
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_run_makes_a_directory_and_prints_a_table(tiny, tiny_evalset, tmp_path):
+    result = cascade_lab(
+        "run", tiny, tiny_evalset, "--output", tmp_path / "run", "--limit", 50, "--no-shadow", "--no-report",
+        "--batch-size", 8,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    run = Run.read(tmp_path / "run")
+    assert len(run.examples) == 50
+    assert not run.scores("intent").shadow.any()
+    assert run.manifest["batch_size"] == 8
+    assert f"{run.metrics['end_to_end']['accuracy']:.4f}" in result.stdout
+    assert f"run: {tmp_path / 'run'}" in result.stdout
+
+
+def test_inspect_shows_a_cascade_a_checkpoint_and_a_run(tiny, tiny_run):
+    shown = cascade_lab("inspect", tiny).stdout
+    assert "p(in) ≥ 0.5" in shown
+    assert "2 × 32" in shown
+    shown = cascade_lab("inspect", tiny.parent / "gate").stdout
+    assert "bert/pooler/dense/kernel" in shown
+    assert "adam_m" not in shown
+    assert "global_step" in shown
+    assert "82 Adam slots not shown" in shown
+    assert f"{tiny_run.metrics['end_to_end']['accuracy']:.4f}" in cascade_lab("inspect", tiny_run.directory).stdout
+
+
+def test_predict_answers_arguments_and_standard_input(tiny):
+    shown = cascade_lab("predict", tiny, "pay my bill", "[bold]sing[/bold]\x1b[31m")
+    assert shown.exit_code == 0
+    assert "[bold]sing[/bold]" in shown.stdout
+    assert "\x1b" not in shown.stdout
+    lines = cascade_lab("predict", tiny, "-", "--json", stdin="pay my bill\n\nשלום 🙂\n").stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["text"] for row in rows] == ["pay my bill", "", "שלום 🙂"]
+    assert set(rows[0]) == {"text", "predicted", "decided_by", "probability", "gate_probability", "intent_probability"}
+    assert {row["intent_probability"] is None for row in rows if row["decided_by"] == "gate"} <= {True}
+
+
+def test_predict_refuses_bytes_that_are_not_utf8(tiny):
+    refused(cascade_lab("predict", tiny, "-", stdin=b"pay\n\xff\n"), "standard input line 2: byte 0 is not UTF-8")
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tiny, tiny_evalset, tiny_run, tmp_path):
+    refused(cascade_lab("run", tmp_path / "no.toml", tiny_evalset), "no.toml: cannot be read")
+    refused(cascade_lab("run", tiny, tmp_path / "no.tsv"), "no.tsv: cannot be read")
+    refused(cascade_lab("run", tiny, tiny_evalset, "--output", tiny_run.directory), "exists already")
+    (tmp_path / "bad.tsv").write_text("text\tlabel\npay\t1\nlost\tspam\n")
+    refused(
+        cascade_lab("run", tiny, tmp_path / "bad.tsv", "--output", tmp_path / "run"),
+        "bad.tsv line 3: label 'spam' belongs to no stage (gate: oos, in; intent: 0, 1, 2, 3); fix the row or the",
+    )
+    assert not (tmp_path / "run").exists()
+    refused(cascade_lab("inspect", tmp_path), "no checkpoint there")
+    refused(cascade_lab("report", tmp_path), "not a run directory")
+
+
+def test_a_broken_checkpoint_leaves_no_run(tiny, tiny_evalset, tmp_path):
+    shutil.copytree(tiny.parent, tmp_path / "broken")
+    (tmp_path / "broken" / "intent" / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n")
+    result = cascade_lab("run", tmp_path / "broken" / "cascade.toml", tiny_evalset, "--output", tmp_path / "run")
+    refused(result, "stage 'intent': ")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_debug_shows_where_an_error_arose(tmp_path):
+    result = cascade_lab("--debug", "run", tmp_path / "no.toml", "x.tsv")
+    assert type(result.exception).__name__ == "SpecError"
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["predict"], ["inspect"], ["report"]])
+def test_help_teaches(command):
+    result = cascade_lab(*command, "--help")
+    assert result.exit_code == 0
+    assert "cascade-lab" in result.stdout
+
+
+def test_the_installed_command_prints_nothing_of_tensorflows(tiny):
+    """In a process of its own: TensorFlow's chatter goes past Python's sys.stderr."""
+    command = [sys.executable, "-c", "from cascade_lab.cli import main; main()", "predict", str(tiny), "pay my bill"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "pay my bill" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,119 @@
+"""`cascade.toml` in: what is taken, and each thing that is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from conftest import SPEC
+
+from cascade_lab import CascadeSpec
+from cascade_lab.errors import SpecError
+
+
+def write(folder: Path, content: str) -> Path:
+    path = folder / "cascade.toml"
+    path.write_text(dedent(content), encoding="utf-8")
+    return path
+
+
+def test_a_spec_is_read_with_its_common_keys_and_relative_paths(tmp_path):
+    spec = CascadeSpec.read(write(tmp_path, SPEC))
+    gate, intent = spec.stages
+    assert (spec.name, gate.max_seq_length, intent.max_seq_length) == ("tiny", 24, 24)
+    assert gate.vocab_file == tmp_path / "gate" / "vocab.txt"
+    assert gate.is_gate
+    assert not intent.is_gate
+    assert gate.do_lower_case is True  # BERT's own default
+    assert spec.labels == ("0", "1", "2", "3", "oos")
+    assert spec.thresholds == {"gate": 0.5, "intent": None}
+
+
+def test_labels_come_from_a_file_too(tmp_path):
+    (tmp_path / "labels.txt").write_text("\n".join(map(str, range(40))) + "\n")
+    spec = CascadeSpec.read(write(tmp_path, SPEC.replace('["0", "1", "2", "3"]', '"labels.txt"')))
+    assert spec.last.labels == tuple(map(str, range(40)))
+
+
+def test_a_spec_survives_the_way_through_plain_data(tmp_path):
+    spec = CascadeSpec.read(write(tmp_path, SPEC))
+    again = CascadeSpec.from_dict(spec.to_dict())
+    assert again.to_dict() == spec.to_dict()
+    assert again.stages[0].threshold == 0.5
+
+
+def test_three_stages_and_a_rejecting_last_one(tmp_path):
+    middle = SPEC[SPEC.index("[[stage]]") : SPEC.rindex("[[stage]]")].replace('name = "gate"', 'name = "topic"')
+    middle = middle.replace('["oos", "in"]', '["chat", "spam", "work"]').replace('"in"', '"work"')
+    last = SPEC.rindex("[[stage]]")
+    spec = CascadeSpec.read(
+        write(tmp_path, SPEC[:last] + middle + SPEC[last:] + 'min_probability = 0.3\nreject_label = "unsure"\n')
+    )
+    assert [stage.name for stage in spec.stages] == ["gate", "topic", "intent"]
+    assert spec.reject_labels == ("oos", "chat", "spam", "unsure")
+    assert spec.in_scope_labels == ("0", "1", "2", "3")
+
+
+def test_other_thresholds_make_another_spec(tmp_path):
+    spec = CascadeSpec.read(write(tmp_path, SPEC))
+    assert spec.with_thresholds({"gate": 1}).stages[0].threshold == 1.0
+    assert spec.stages[0].threshold == 0.5
+    for thresholds, message in (
+        ({"gaet": 0.5}, "no stage is named 'gaet'; did you mean 'gate'?"),
+        ({"gate": 1.01}, "threshold is 1.01; it must be a number from 0 to 1"),
+        ({"gate": float("nan")}, "threshold is nan"),
+        ({"intent": 0.5}, "min_probability needs a reject_label"),
+    ):
+        with pytest.raises(SpecError, match=message.replace("?", r"\?")):
+            spec.with_thresholds(thresholds)
+
+
+GATE_LABELS = 'labels = ["oos", "in"]'
+BAD = {
+    "not TOML": ("name =\n", "not TOML: .*line 1"),
+    "no stage": ('name = "x"', "has no stage"),
+    "unknown key": (SPEC.replace("threshold", "treshold"), "stage 'gate': unknown key 'treshold'; did you mean 'thr"),
+    "unknown common key": ("max_seq_len = 3\n" + SPEC, "unknown key 'max_seq_len'; did you mean 'max_seq_length'"),
+    "missing key": (SPEC.replace("init_checkpoint", "# ", 1), "stage 'gate': init_checkpoint is missing"),
+    "missing labels": (SPEC.replace(GATE_LABELS, ""), "stage 'gate': labels is missing"),
+    "threshold above 1": (SPEC.replace("0.5", "1.5"), "stage 'gate': threshold is 1.5; it must be a number from 0"),
+    "threshold is text": (SPEC.replace("0.5", '"0.5"'), "threshold is '0.5'; it must be a number"),
+    "no threshold": (SPEC.replace("threshold = 0.5", ""), "stage 'gate': threshold is missing"),
+    "no pass label": (SPEC.replace('pass_label = "in"', ""), "stage 'gate': pass_label is missing"),
+    "two of one name": (SPEC.replace('"intent"\n    init', '"GATE"\n    init'), "two stages have that name"),
+    "pass label is no label": (SPEC.replace('pass_label = "in"', 'pass_label = "on"'), "'on' is none of its labels"),
+    "doubled label": (SPEC.replace('"2", "3"', '"2", "2"'), "stage 'intent': label '2' stands twice"),
+    "one label": (SPEC.replace('["0", "1", "2", "3"]', '["0"]'), "at least 2 labels, not 1"),
+    "label not text": (SPEC.replace('["0", "1", "2", "3"]', "[0, 1]"), "labels must be a list of strings"),
+    "labels file missing": (SPEC.replace('["0", "1", "2", "3"]', '"no.txt"'), "labels file .*no.txt cannot be read"),
+    "last stage is a gate": (SPEC + '    pass_label = "1"\n    threshold = 0.5\n', "stage 'intent': .* are for gates"),
+    "reject at a gate": (
+        SPEC.replace("threshold", 'reject_label = "x"\n    threshold'),
+        "reject_label is for the last",
+    ),
+    "min without reject": (SPEC + "    min_probability = 0.5\n", "min_probability needs a reject_label"),
+    "wrong type": (SPEC.replace("= 24", '= "24"'), "max_seq_length must be a whole number, not '24'"),
+    "length too small": (SPEC.replace("= 24", "= 2"), "max_seq_length is 2"),
+    "name is no file name": (SPEC.replace('name = "gate"', 'name = "../gate"'), "name must be letters, digits"),
+    "stage is no table": ("stage = [1]", "has no stage"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_spec_is_refused_with_a_line_that_names_the_fault(fault, tmp_path):
+    content, message = BAD[fault]
+    path = write(tmp_path, content)
+    with pytest.raises(SpecError, match=message) as caught:
+        CascadeSpec.read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value).rstrip()
+
+
+def test_a_missing_file_and_bytes_that_are_not_utf8(tmp_path):
+    with pytest.raises(SpecError, match=r"none\.toml: cannot be read"):
+        CascadeSpec.read(tmp_path / "none.toml")
+    path = tmp_path / "cascade.toml"
+    path.write_bytes(b'name = "\xff"')
+    with pytest.raises(SpecError, match="byte 8 is not UTF-8"):
+        CascadeSpec.read(path)
