@@ -268,7 +268,7 @@ def test_more_tokens_than_positions(stage):
     [
         ({"hidden_size": "32"}, "hidden_size is '32'; it must be a whole number"),
         ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of num_attention_heads 5"),
-        ({"hidden_act": "swish"}, "hidden_act is 'swish'; known: gelu, relu, tanh, linear"),
+        ({"hidden_act": "swish"}, "hidden_act is 'swish'; known: gelu, relu, tanh, linear, gelu_erf, gelu_n"),
     ],
 )
 def test_a_config_that_makes_no_model(stage, keys, message):

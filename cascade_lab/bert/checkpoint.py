@@ -13,7 +13,8 @@ import tensorflow as tf
 from cascade_lab.errors import CheckpointError
 from cascade_lab.spec import StageSpec
 
-ACTIVATIONS = ("gelu", "relu", "tanh", "linear")  # what bert-tensorflow's get_activation knows
+# bert-tensorflow's own, and those that Hugging Face tells apart; "gelu" is the tanh form, as bert-tensorflow has it.
+ACTIVATIONS = ("gelu", "relu", "tanh", "linear", "gelu_erf", "gelu_new", "gelu_pytorch_tanh")
 SPECIAL_TOKENS = ("[UNK]", "[CLS]", "[SEP]")
 
 
@@ -129,6 +130,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("hidden_act") not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise CheckpointError(f"{path}: hidden_act is {config.get('hidden_act')!r}; known: {known}")
+    epsilon = config.get("layer_norm_eps", 1e-12)
+    if not isinstance(epsilon, float) or not epsilon > 0:
+        raise CheckpointError(f"{path}: layer_norm_eps is {epsilon!r}; it must be a number above 0, such as 1e-12")
     return config
 
 

@@ -30,22 +30,59 @@ def classifier_graph(
     config: dict[str, Any], num_labels: int, *, output_weights: str, output_bias: str
 ) -> ClassifierGraph:
     """Build a BERT classifier in a `tf.Graph` of its own; its variables are named as in a checkpoint."""
-    modeling = reference.load("modeling")
     graph = tf.Graph()
     with graph.as_default():
-        inputs = [
-            tf1.placeholder(tf.int32, [None, None], name=name) for name in ("input_ids", "input_mask", "segment_ids")
-        ]
-        model = modeling.BertModel(
-            config=modeling.BertConfig.from_dict(config),
-            is_training=False,
-            input_ids=inputs[0],
-            input_mask=inputs[1],
-            token_type_ids=inputs[2],
+        inputs = placeholders()
+        logits_t = classifier_logits(
+            config, num_labels, *inputs, output_weights=output_weights, output_bias=output_bias
         )
-        pooled_t = model.get_pooled_output()
-        weights_t = tf1.get_variable(output_weights, [num_labels, config["hidden_size"]])
-        bias_t = tf1.get_variable(output_bias, [num_labels])
-        logits_t = tf.nn.bias_add(tf.matmul(pooled_t, weights_t, transpose_b=True), bias_t, name="logits")
         saver = tf1.train.Saver(tf1.global_variables())
     return ClassifierGraph(graph, *inputs, logits_t, saver)
+
+
+def placeholders() -> list[tf.Tensor]:
+    """Return `input_ids`, `input_mask` and `segment_ids` in the current graph: int32, shape (n, length)."""
+    return [tf1.placeholder(tf.int32, [None, None], name=name) for name in ("input_ids", "input_mask", "segment_ids")]
+
+
+def classifier_logits(
+    config: dict[str, Any],
+    num_labels: int,
+    input_ids_t: tf.Tensor,
+    input_mask_t: tf.Tensor,
+    segment_ids_t: tf.Tensor,
+    *,
+    output_weights: str = "output_weights",
+    output_bias: str = "output_bias",
+    is_training: bool = False,
+) -> tf.Tensor:
+    """Return the logits, float32, shape (n, num_labels), of a classifier in the current graph.
+
+    With `is_training` there is dropout, in BERT and before the head as in `run_classifier`.
+    """
+    modeling = reference.load("modeling", layer_norm_eps=config.get("layer_norm_eps", 1e-12))
+    bert_config = modeling.BertConfig.from_dict(config)
+    bert_config.hidden_act = _ACTIVATIONS.get(config["hidden_act"], config["hidden_act"])
+    model = modeling.BertModel(
+        config=bert_config,
+        is_training=is_training,
+        input_ids=input_ids_t,
+        input_mask=input_mask_t,
+        token_type_ids=segment_ids_t,
+        scope="bert",
+    )
+    pooled_t = model.get_pooled_output()
+    if is_training:
+        pooled_t = modeling.dropout(pooled_t, 0.1)
+    initializer = modeling.create_initializer(0.02)
+    weights_t = tf1.get_variable(output_weights, [num_labels, config["hidden_size"]], initializer=initializer)
+    bias_t = tf1.get_variable(output_bias, [num_labels], initializer=tf1.zeros_initializer())
+    return tf.nn.bias_add(tf.matmul(pooled_t, weights_t, transpose_b=True), bias_t, name="logits")
+
+
+# bert-tensorflow computes "gelu" itself, in the tanh form.
+_ACTIVATIONS = {
+    "gelu_erf": lambda x_t: tf.nn.gelu(x_t, approximate=False),
+    "gelu_new": lambda x_t: tf.nn.gelu(x_t, approximate=True),
+    "gelu_pytorch_tanh": lambda x_t: tf.nn.gelu(x_t, approximate=True),
+}

@@ -1,4 +1,4 @@
-"""bert-tensorflow's own `modeling` and `tokenization`, running under TensorFlow 2.
+"""bert-tensorflow's own `modeling`, `tokenization` and `optimization`, running under TensorFlow 2.
 
 Written for TensorFlow 1, they import `tensorflow.contrib`, call a Keras 2 layer, and define a process-wide
 absl flag. Each is executed here as a private module whose few outdated imports are answered by stand-ins, so
@@ -8,6 +8,7 @@ that `sys.modules`, the environment, absl's flags and the caller's TensorFlow st
 from __future__ import annotations
 
 import builtins
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +20,18 @@ import tensorflow as tf
 tf1 = tf.compat.v1
 
 
-def _layer_norm(inputs: Any, begin_norm_axis: int, begin_params_axis: int, scope: str | None) -> Any:
-    """Stand in for `tf.contrib.layers.layer_norm` over the last axis (its epsilon was 1e-12)."""
-    with tf1.variable_scope(scope, default_name="LayerNorm"):
-        size = inputs.shape[-1:]
-        gamma = tf1.get_variable("gamma", size, initializer=tf1.ones_initializer())
-        beta = tf1.get_variable("beta", size, initializer=tf1.zeros_initializer())
-        mean, variance = tf.nn.moments(inputs, axes=[-1], keepdims=True)
-        return tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, variance_epsilon=1e-12)
+def _layer_norm(epsilon: float) -> Callable[..., Any]:
+    """Stand in for `tf.contrib.layers.layer_norm` over the last axis (its own epsilon was 1e-12)."""
+
+    def layer_norm(inputs: Any, begin_norm_axis: int, begin_params_axis: int, scope: str | None) -> Any:
+        with tf1.variable_scope(scope, default_name="LayerNorm"):
+            size = inputs.shape[-1:]
+            gamma = tf1.get_variable("gamma", size, initializer=tf1.ones_initializer())
+            beta = tf1.get_variable("beta", size, initializer=tf1.zeros_initializer())
+            mean, variance = tf.nn.moments(inputs, axes=[-1], keepdims=True)
+            return tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, variance_epsilon=epsilon)
+
+    return layer_norm
 
 
 def _dense(inputs: Any, units: int, activation: Any, kernel_initializer: Any) -> Any:
@@ -37,35 +42,54 @@ def _dense(inputs: Any, units: int, activation: Any, kernel_initializer: Any) ->
         return activation(tf.matmul(inputs, kernel) + bias)
 
 
-class _TensorFlow1:
-    """`tf.compat.v1` with `layers.dense` replaced."""
+DROPOUT_SEED = "cascade_lab/dropout_seed"
+"""The collection in which a training graph keeps its dropout seed, an int32 tensor of shape (2,)."""
 
-    layers = SimpleNamespace(dense=_dense)
+
+def _dropout(inputs: Any, rate: float) -> Any:
+    """Stand in for `tf.nn.dropout`, with masks that depend on the graph's seed alone.
+
+    The original draws from a generator whose state dies with the session, so that a resumed training would
+    not go on as the interrupted one would have.
+    """
+    graph = tf1.get_default_graph()
+    (seed_t,) = graph.get_collection(DROPOUT_SEED)
+    graph.add_to_collection(f"{DROPOUT_SEED}/uses", None)
+    use = len(graph.get_collection(f"{DROPOUT_SEED}/uses"))
+    return tf.nn.experimental.stateless_dropout(inputs, rate, seed=seed_t + [use << 20, 0])
+
+
+class _Proxy:
+    """A module with some of its names replaced."""
+
+    def __init__(self, module: Any, **replaced: Any):
+        self._module = module
+        self.__dict__.update(replaced)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(tf1, name)
+        return getattr(self._module, name)
 
 
-# What `import a.b.c as x` and `from a import x` find, by the name that is imported.
-_STAND_INS = {
-    "tensorflow.compat.v1": SimpleNamespace(compat=SimpleNamespace(v1=_TensorFlow1())),
-    "tensorflow.contrib": SimpleNamespace(layers=SimpleNamespace(layer_norm=_layer_norm)),
-    "absl": SimpleNamespace(
-        flags=SimpleNamespace(FLAGS=SimpleNamespace(preserve_unused_tokens=False), DEFINE_bool=lambda *args: None)
-    ),
-}
-
-
-def _import(name: str, *args: Any, **kwargs: Any) -> Any:
-    return _STAND_INS.get(name) or builtins.__import__(name, *args, **kwargs)
+_TENSORFLOW_1 = _Proxy(tf1, layers=SimpleNamespace(dense=_dense), nn=_Proxy(tf1.nn, dropout=_dropout))
+_FLAGS = SimpleNamespace(preserve_unused_tokens=False)
 
 
 @cache
-def load(name: str) -> ModuleType:
-    """Return a private copy of bert-tensorflow's module `name`: `"modeling"` or `"tokenization"`."""
+def load(name: str, *, layer_norm_eps: float = 1e-12) -> ModuleType:
+    """Return a private copy of bert-tensorflow's module `name`: `modeling`, `tokenization` or `optimization`."""
+    # What `import a.b.c as x` and `from a import x` find, by the name that is imported.
+    stand_ins = {
+        "tensorflow.compat.v1": SimpleNamespace(compat=SimpleNamespace(v1=_TENSORFLOW_1)),
+        "tensorflow.contrib": SimpleNamespace(layers=SimpleNamespace(layer_norm=_layer_norm(layer_norm_eps))),
+        "absl": SimpleNamespace(flags=SimpleNamespace(FLAGS=_FLAGS, DEFINE_bool=lambda *args: None)),
+    }
+
+    def import_(name: str, *args: Any, **kwargs: Any) -> Any:
+        return stand_ins.get(name) or builtins.__import__(name, *args, **kwargs)
+
     package = find_spec("bert")
     path = Path(package.submodule_search_locations[0]) / f"{name}.py"
     module = ModuleType(f"{__name__}.{name}")
-    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import}
+    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": import_}
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
     return module
