@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -151,7 +151,7 @@ class Cascade:
         """
         check_labels(self.spec, evalset.examples, evalset.locations)
         examples = evalset.examples
-        texts, texts_b = examples["text"].tolist(), _pairs(examples)
+        texts, texts_b = evalset.texts, evalset.texts_b
         with unfinished(output, overwrite=overwrite) as directory:
             started, clock = datetime.now(timezone.utc), perf_counter()
             with _bar(len(texts) * len(self.stages), progress) as bar:
@@ -167,12 +167,7 @@ class Cascade:
                     "cascade": self.spec.to_dict(),
                     "thresholds": self.spec.thresholds,
                     "tuned_on": None,
-                    "evalset": {
-                        "source": evalset.source,
-                        "split": evalset.split,
-                        "sha256": evalset.sha256,
-                        "n_examples": len(evalset),
-                    },
+                    "evalset": evalset.origin,
                     "inputs": {str(path): sha256(path) for stage in self.stages for path in stage.files},
                     "contents": contents,
                     "stages": {stage.spec.name: stage.settings for stage in self.stages},
@@ -300,12 +295,6 @@ def _merge(scored: Scored, shadowed: Scored) -> dict[str, Scores]:
         is_shadow = np.arange(len(every)) >= len(rows)
         merged[name] = Scores(every[order], np.concatenate([logits, shadow_logits])[order], is_shadow[order])
     return merged
-
-
-def _pairs(examples: pd.DataFrame) -> list[str | None] | None:
-    texts_b: Iterable[str | None] = examples["text_b"].tolist()
-    pairs = [text if isinstance(text, str) else None for text in texts_b]
-    return pairs if any(text is not None for text in pairs) else None
 
 
 def _bar(total: int, progress: bool) -> tqdm:

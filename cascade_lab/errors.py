@@ -21,6 +21,10 @@ class EvalSetError(CascadeLabError):
     """An eval set is not usable."""
 
 
+class TrainingError(CascadeLabError):
+    """A fine-tuning cannot start, or cannot go on."""
+
+
 class RunError(CascadeLabError):
     """A run directory cannot be read, written or replayed."""
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,49 @@ class EvalSet:
         canonical = frame.to_json(orient="records", date_format="iso").encode()
         return replace(cls._from_rows(rows), sha256=hashlib.sha256(canonical).hexdigest())
 
+    @property
+    def texts(self) -> list[str]:
+        return self.examples["text"].tolist()
+
+    @property
+    def texts_b(self) -> list[str | None] | None:
+        """The second text of each pair; None where there is no pair at all."""
+        second = [text if isinstance(text, str) else None for text in self.examples["text_b"]]
+        return second if any(text is not None for text in second) else None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a manifest says of the set."""
+        return {"source": self.source, "split": self.split, "sha256": self.sha256, "n_examples": len(self)}
+
+    def column(self, name: str) -> list[str]:
+        """Return a column of labels; raises EvalSetError where there is none, or a row without."""
+        if name not in self.examples:
+            known = ", ".join(self.examples.columns)
+            raise EvalSetError(f"{self.source}: no column '{name}'; it has {known}")
+        values = self.examples[name].tolist()
+        for location, value in zip(self.locations, values, strict=True):
+            if _missing(value) or value == "":
+                raise EvalSetError(f"{location}: has no {name}; fill it in or drop the row")
+        return [str(value) for value in values]
+
+    def without(self, labels: Sequence[str], column: str = "label") -> EvalSet:
+        """Return the set without the rows that bear one of `labels`."""
+        return self._take([i for i, label in enumerate(self.column(column)) if label not in labels])
+
     def limit(self, n: int) -> EvalSet:
         """Return `n` examples, evenly spaced so that a file sorted by label keeps its mixture."""
         if n < 1:
             raise EvalSetError(f"the limit is {n}; take at least 1 example")
         if n >= len(self):
             return self
-        keep = np.linspace(0, len(self) - 1, n).round().astype(int)
+        return self._take(np.linspace(0, len(self) - 1, n).round().astype(int).tolist())
+
+    def _take(self, rows: list[int]) -> EvalSet:
         return replace(
             self,
-            examples=self.examples.iloc[keep].reset_index(drop=True),
-            locations=tuple(self.locations[i] for i in keep),
+            examples=self.examples.iloc[rows].reset_index(drop=True),
+            locations=tuple(self.locations[row] for row in rows),
         )
 
     @classmethod

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +19,7 @@ from cascade_lab.errors import RunError
 from cascade_lab.provenance import sha256
 from cascade_lab.serial import gold, serve
 from cascade_lab.spec import CascadeSpec
+from cascade_lab.wholly import UNFINISHED, check_directory, whole_directory
 
 SCHEMA_VERSION = 1
 
@@ -65,7 +64,7 @@ class Run:
         run = cls(directory)
         if not run.directory.is_dir():
             raise RunError(f"{directory}: no such run directory; make one with `cascade-lab run`")
-        if run.directory.name.endswith(_UNFINISHED):
+        if run.directory.name.endswith(UNFINISHED):
             raise RunError(f"{directory}: an unfinished run, left by a crash; delete it and run again")
         found = run.manifest.get("schema_version")
         if found != SCHEMA_VERSION:
@@ -182,47 +181,17 @@ class Run:
             raise RunError(f"{self._path(name)}: cannot be read ({reason}); run again") from error
 
 
-_UNFINISHED = ".unfinished"
+_KIND: Any = {"sign": "manifest.json", "what": "run", "error": RunError}
 
 
 def check_output(output: str | Path, *, overwrite: bool) -> None:
     """Raise RunError if a run cannot go to `output`: it exists, and is not a run that may be overwritten."""
-    output = Path(output)
-    for path in (output, _unfinished_path(output)):
-        if not (path.exists() or path.is_symlink()):
-            continue
-        if not overwrite:
-            what = "exists already" if path == output else "is an unfinished run, of a crash or still going on"
-            raise RunError(f"{path} {what}; choose another output, or ask to overwrite it")
-        if path == output and not (path / "manifest.json").is_file():
-            raise RunError(f"{path} exists and is not a run, so it is not overwritten; choose another output")
+    check_directory(output, overwrite=overwrite, **_KIND)
 
 
-@contextmanager
-def unfinished(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a directory to fill, which becomes `output` when the block ends well and goes away when it does not.
-
-    Until then it is named `<output>.unfinished`, so a crash leaves no directory that looks like a run.
-    """
-    output = Path(output)
-    check_output(output, overwrite=overwrite)
-    partial = _unfinished_path(output)
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            _sync(partial)
-            _put_in_place(partial, output)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise RunError(
-            f"{output}: the run cannot be written ({error.strerror or error}); nothing was left behind, choose "
-            "another output"
-        ) from error
+def unfinished(output: str | Path, *, overwrite: bool = False) -> AbstractContextManager[Path]:
+    """Give a directory to fill, which becomes the run `output` whole or not at all: see `whole_directory`."""
+    return whole_directory(output, overwrite=overwrite, **_KIND)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -275,26 +244,6 @@ def predictions_table(examples: pd.DataFrame, answers: pd.DataFrame) -> pa.Table
     columns |= {key: answers[key] for key in ("predicted", "decided_by")}
     strings = {key: pa.array(values.tolist(), pa.string()) for key, values in columns.items()}
     return pa.table(strings | {"probability": pa.array(answers["probability"].to_numpy())})
-
-
-def _unfinished_path(output: Path) -> Path:
-    return output.with_name(output.name + _UNFINISHED)
-
-
-def _sync(directory: Path) -> None:
-    """Make sure the bytes are on the disk before the name says that the run is whole."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    old = output.with_name(f"{output.name}.old-{os.getpid()}")
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _nan_to_none(content: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from cascade_lab.bert.checkpoint import read_checkpoint
-from cascade_lab.bert.graph import classifier_graph
+from cascade_lab.bert.graph import classifier_graph, feed
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
 from cascade_lab.spec import StageSpec
 
@@ -72,18 +72,7 @@ class Stage:
 
     def logits(self, batch: Sequence[Encoding]) -> np.ndarray:
         """Run one batch, padded to its own longest; float32, shape (len(batch), n_labels)."""
-        length = max(len(encoding.input_ids) for encoding in batch)
-        input_ids, input_mask, segment_ids = np.zeros((3, len(batch), length), dtype=np.int32)
-        for row, (ids, n_first) in enumerate(batch):
-            input_ids[row, : len(ids)] = ids
-            input_mask[row, : len(ids)] = 1
-            segment_ids[row, n_first : len(ids)] = 1
-        feed = {
-            self._ends.input_ids_t: input_ids,
-            self._ends.input_mask_t: input_mask,
-            self._ends.segment_ids_t: segment_ids,
-        }
-        return self.session.run(self._ends.logits_t, feed)
+        return self.session.run(self._ends.logits_t, feed(self._ends.inputs, batch))
 
     def close(self) -> None:
         """Close the session and let its weights go."""

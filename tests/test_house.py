@@ -16,12 +16,16 @@ PACKAGE = Path(cascade_lab.__file__).parent
 FLOORS = [
     ["errors"],
     ["provenance", "spec", "evalset", "bert.reference"],
-    ["serial", "bert.checkpoint", "bert.graph", "bert.tokenization"],
-    ["stage", "run"],
+    ["serial", "bert.checkpoint", "bert.tokenization", "bert.vocabulary", "bert.resume"],
+    ["bert.graph"],
+    ["stage", "run", "bert.finetune"],
     ["analysis.metrics", "analysis.latency"],
     ["cascade", "displays.confusion", "displays.latency"],
     ["displays"],
     ["report"],
+    ["cli.console"],
+    ["cli.runs", "cli.checkpoints"],
+    ["cli.inspecting"],
     ["cli"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

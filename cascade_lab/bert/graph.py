@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from cascade_lab.bert import reference
+from cascade_lab.bert.tokenization import Encoding
 
 tf1 = tf.compat.v1
 
@@ -14,14 +17,12 @@ tf1 = tf.compat.v1
 class ClassifierGraph(NamedTuple):
     """A graph and its ends.
 
-    `input_ids_t`, `input_mask_t` and `segment_ids_t` are int32, shape (n, length); `logits_t` is float32,
+    `inputs` are `input_ids`, `input_mask` and `segment_ids`, int32, shape (n, length); `logits_t` is float32,
     shape (n, num_labels).
     """
 
     graph: tf.Graph
-    input_ids_t: tf.Tensor
-    input_mask_t: tf.Tensor
-    segment_ids_t: tf.Tensor
+    inputs: list[tf.Tensor]
     logits_t: tf.Tensor
     saver: Any
 
@@ -37,12 +38,23 @@ def classifier_graph(
             config, num_labels, *inputs, output_weights=output_weights, output_bias=output_bias
         )
         saver = tf1.train.Saver(tf1.global_variables())
-    return ClassifierGraph(graph, *inputs, logits_t, saver)
+    return ClassifierGraph(graph, inputs, logits_t, saver)
 
 
 def placeholders() -> list[tf.Tensor]:
     """Return `input_ids`, `input_mask` and `segment_ids` in the current graph: int32, shape (n, length)."""
     return [tf1.placeholder(tf.int32, [None, None], name=name) for name in ("input_ids", "input_mask", "segment_ids")]
+
+
+def feed(inputs: Sequence[tf.Tensor], batch: Sequence[Encoding]) -> dict[tf.Tensor, np.ndarray]:
+    """Return what `session.run` is fed for a batch: ids, mask and segments, padded to its own longest."""
+    length = max(len(encoding.input_ids) for encoding in batch)
+    input_ids, input_mask, segment_ids = np.zeros((3, len(batch), length), dtype=np.int32)
+    for row, (ids, n_first) in enumerate(batch):
+        input_ids[row, : len(ids)] = ids
+        input_mask[row, : len(ids)] = 1
+        segment_ids[row, n_first : len(ids)] = 1
+    return dict(zip(inputs, (input_ids, input_mask, segment_ids), strict=True))
 
 
 def classifier_logits(

@@ -56,7 +56,7 @@ def _dropout(inputs: Any, rate: float) -> Any:
     (seed_t,) = graph.get_collection(DROPOUT_SEED)
     graph.add_to_collection(f"{DROPOUT_SEED}/uses", None)
     use = len(graph.get_collection(f"{DROPOUT_SEED}/uses"))
-    return tf.nn.experimental.stateless_dropout(inputs, rate, seed=seed_t + [use << 20, 0])
+    return tf.nn.experimental.stateless_dropout(inputs, rate, seed=seed_t + tf.constant([use << 20, 0]))
 
 
 class _Proxy:

@@ -1,0 +1,24 @@
+"""A WordPiece vocabulary of one's own, in the layout of BERT's `vocab.txt`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def train_vocabulary(texts: Sequence[str], *, size: int, do_lower_case: bool = True) -> list[str]:
+    """Return the tokens of a WordPiece vocabulary for `texts`, at most `size`, special tokens first.
+
+    >>> train_vocabulary(["to be or not to be"] * 3, size=20)[:8]
+    ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'b', 'e', 'n']
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=do_lower_case, strip_accents=do_lower_case)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    vocab = tokenizer.get_vocab()
+    return sorted(vocab, key=vocab.__getitem__)

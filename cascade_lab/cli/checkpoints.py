@@ -1,0 +1,129 @@
+"""Commands that make checkpoints: `finetune`, `vocabulary`, `import-hf`, `export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cascade_lab.cli.console import line, tensorflow
+from cascade_lab.errors import TrainingError
+
+DataFile = Annotated[Path, typer.Option(help="Labelled texts, of any kind that `run` takes.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")]
+
+
+def finetune(
+    init: Annotated[
+        str,
+        typer.Option(help="A BERT checkpoint to start from (directory or prefix), or `random`.", show_default=False),
+    ],
+    train: DataFile,
+    dev: Annotated[Path, typer.Option("--eval", help="Labelled texts, scored after every epoch.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The directory to make.", show_default=False)],
+    labels: Annotated[
+        str | None,
+        typer.Option(help="A file of one label a line, or a,b,c [default: the training labels, sorted]."),
+    ] = None,
+    label_column: Annotated[str, typer.Option(help="The column that is learned.")] = "label",
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="Leave out the rows with this label (may be given again).")
+    ] = None,
+    train_split: Annotated[str | None, typer.Option(help="The split of the training file.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="The split of the evaluation file.")] = None,
+    bert_config_file: Annotated[
+        Path | None, typer.Option(help="The config [default: bert_config.json beside the checkpoint].")
+    ] = None,
+    vocab_file: Annotated[
+        Path | None, typer.Option(help="The vocabulary [default: vocab.txt beside the checkpoint].")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Adam's learning rate at its peak.")] = 5e-5,
+    num_train_epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 3,
+    train_batch_size: Annotated[int, typer.Option(min=1, help="Texts in one step.")] = 32,
+    warmup_proportion: Annotated[
+        float, typer.Option(min=0, max=1, help="The fraction of the steps over which the rate rises.")
+    ] = 0.1,
+    max_seq_length: Annotated[int, typer.Option(min=3, help="The most tokens of a text.")] = 128,
+    do_lower_case: Annotated[bool, typer.Option(help="Lower the case, for uncased models.")] = True,
+    save_checkpoints_steps: Annotated[int, typer.Option(min=1, help="Steps between two points to resume from.")] = 200,
+    seed: Annotated[int, typer.Option(help="Decides order, dropout and random weights.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="TensorFlow's threads; 1 makes equal seeds give equal bits; 0 is its choice.")
+    ] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune a BERT classifier; interrupted, the same command goes on where it was.
+
+    Example: cascade-lab finetune --init uncased_L-12_H-768_A-12 --train train.tsv --eval dev.tsv --output intent
+    """
+    from cascade_lab.evalset import EvalSet
+
+    learn = EvalSet.read(train, split=train_split).without(leave_out or [], label_column)
+    judge = EvalSet.read(dev, split=eval_split).without(leave_out or [], label_column)
+    names = _names(labels) if labels else sorted(set(learn.column(label_column)))
+    with tensorflow("loading TensorFlow"):
+        from cascade_lab.bert.finetune import Flags, Init
+        from cascade_lab.bert.finetune import finetune as train_classifier
+
+        start = Init.find(init, bert_config_file=bert_config_file, vocab_file=vocab_file)
+    flags = Flags(
+        learning_rate=learning_rate,
+        num_train_epochs=num_train_epochs,
+        train_batch_size=train_batch_size,
+        warmup_proportion=warmup_proportion,
+        max_seq_length=max_seq_length,
+        do_lower_case=do_lower_case,
+        save_checkpoints_steps=save_checkpoints_steps,
+        seed=seed,
+        threads=threads,
+    )
+    record = train_classifier(
+        start,
+        learn,
+        judge,
+        names,
+        output,
+        label_column=label_column,
+        flags=flags,
+        overwrite=overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    best = record["curve"][record["best_epoch"] - 1]
+    line(f"{output}: epoch {best['epoch']} of {num_train_epochs}, accuracy {best['dev_accuracy']:.4f} on {dev}")
+
+
+def vocabulary(
+    train: DataFile,
+    output: Annotated[Path, typer.Option(help="The vocab.txt to write.", show_default=False)],
+    size: Annotated[int, typer.Option(min=100, help="The most tokens.")] = 8000,
+    split: Annotated[str | None, typer.Option(help="The split of the file.")] = None,
+    do_lower_case: Annotated[bool, typer.Option(help="Lower the case of the texts.")] = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a WordPiece vocabulary of the texts in a file.
+
+    Example: cascade-lab vocabulary --train train.tsv --size 4000 --output vocab.txt
+    """
+    from cascade_lab.bert.vocabulary import train_vocabulary
+    from cascade_lab.evalset import EvalSet
+
+    texts = EvalSet.read(train, split=split).examples["text"].tolist()
+    if output.exists() and not overwrite:
+        raise TrainingError(f"{output} exists already; choose another output, or ask to overwrite it")
+    tokens = train_vocabulary(texts, size=size, do_lower_case=do_lower_case)
+    try:
+        output.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"{output}: cannot be written ({error.strerror}); choose another place") from error
+    line(f"{output}: {len(tokens)} tokens of {len(texts)} texts")
+
+
+def _names(labels: str) -> list[str]:
+    """Take labels from a file of one a line, or from a list with commas."""
+    path = Path(labels)
+    try:
+        return path.read_text(encoding="utf-8").split("\n") if path.is_file() else labels.split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path}: cannot be read ({error}); give one label a line") from error
