@@ -58,7 +58,9 @@ def clinc150() -> Path:
     return CLINC150
 
 
-def write_checkpoint(folder: Path, num_labels: int, *, seed: int, leave_out: str = "", **change: np.ndarray) -> None:
+def write_checkpoint(
+    folder: Path, num_labels: int, *, seed: int, scale: float = 0.3, leave_out: str = "", **change: np.ndarray
+) -> None:
     """Write a checkpoint as run_classifier leaves it: random weights, Adam slots, global_step.
 
     `leave_out` names a variable that is not written; `change` gives others another value (`__` stands for `/`).
@@ -79,8 +81,8 @@ def write_checkpoint(folder: Path, num_labels: int, *, seed: int, leave_out: str
         for name, shape in variable_shapes(config, num_labels).items():
             if name == leave_out:
                 continue
-            scale = 1.0 if name.endswith("gamma") else 0.0
-            value = change.get(name.replace("/", "__"), scale + rng.normal(0, 0.3, shape))
+            center = 1.0 if name.endswith("gamma") else 0.0
+            value = change.get(name.replace("/", "__"), center + rng.normal(0, scale, shape))
             for slot in ("", "/adam_m", "/adam_v"):
                 tf1.get_variable(name + slot, initializer=np.float32(value))
         tf1.get_variable("global_step", initializer=np.int64(7))

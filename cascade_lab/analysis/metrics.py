@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from cascade_lab.run import Run
 from cascade_lab.serial import answer
+from cascade_lab.spec import CascadeSpec
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -22,7 +24,12 @@ def summarize(run: Run) -> dict[str, Any]:
 
 
 def end_to_end(run: Run) -> dict[str, float]:
-    """Return the cascade's figures, over all examples.
+    """Return the cascade's figures, over all examples, as `figures_of` has them."""
+    return figures_of(run.spec, run.predictions)
+
+
+def figures_of(spec: CascadeSpec, predictions: pd.DataFrame) -> dict[str, float]:
+    """Return a cascade's figures on its live answers, or on those of a replay.
 
     Returns
     -------
@@ -32,12 +39,11 @@ def end_to_end(run: Run) -> dict[str, float]:
         the others that are answered with their reject label; `reject_precision`: the fraction right of the
         answers that reject.
     """
-    predictions = run.predictions
     y_true = predictions["label"].to_numpy(dtype=object)
     y_pred = predictions["predicted"].to_numpy(dtype=object)
     right = y_true == y_pred
-    in_scope = np.isin(y_true, run.spec.in_scope_labels)
-    rejected = np.isin(y_pred, run.spec.reject_labels)
+    in_scope = np.isin(y_true, spec.in_scope_labels)
+    rejected = np.isin(y_pred, spec.reject_labels)
     return {
         "accuracy": _mean(right),
         "macro_f1": float(f1_score(y_true, y_pred, average="macro", zero_division=0.0)),

@@ -1,7 +1,7 @@
 """Fine-tuning a BERT classifier, as bert-tensorflow does it: one graph, one session, resumable.
 
-The model and `AdamWeightDecayOptimizer` (weight decay 0.01 but for LayerNorm and biases, gradients clipped to a
-global norm of 1.0, linear warm-up and decay) are bert-tensorflow's own.
+The model and `AdamWeightDecayOptimizer` are bert-tensorflow's own, used as its `create_optimizer` uses them: weight
+decay 0.01 but for LayerNorm and biases, gradients clipped to a global norm of 1.0, linear warm-up and decay.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class _Graph(NamedTuple):
     graph: tf.Graph
     inputs: list[tf.Tensor]
     labels_t: tf.Tensor
+    learning_rate_t: tf.Tensor
+    dropout_seed_t: tf.Tensor
     loss_t: tf.Tensor
     train_op: tf.Operation
     logits_t: tf.Tensor  # without dropout
@@ -146,7 +148,7 @@ def finetune(
     encoded = {"train": tokenizer.encode(train.texts, train.texts_b), "dev": tokenizer.encode(dev.texts, dev.texts_b)}
     y = {name: np.array([index[label] for label in column]) for name, column in said.items()}
     n_steps = math.ceil(len(train) / flags.train_batch_size) * flags.num_train_epochs
-    ends = _training_graph(config, len(labels), flags, n_steps)
+    ends = _training_graph(config, len(labels), flags.seed)
     identity = {
         "flags": asdict(flags),
         "labels": list(labels),
@@ -218,28 +220,34 @@ def _check_labels(labels: Sequence[str], sets: Mapping[str, EvalSet], said: Mapp
         raise TrainingError(f"label '{empty[0]}' has no training text ({len(empty)} such); add some or drop the label")
 
 
-def _training_graph(config: dict[str, Any], n_labels: int, flags: Flags, n_steps: int) -> _Graph:
+def _training_graph(config: dict[str, Any], n_labels: int, seed: int) -> _Graph:
     """Build one graph with two views of one set of weights: with dropout to train, without to evaluate."""
     optimization = reference.load("optimization")
     graph = tf.Graph()
     with graph.as_default():
-        tf1.set_random_seed(flags.seed)
+        tf1.set_random_seed(seed)
         inputs = placeholders()
         labels_t = tf1.placeholder(tf.int32, [None], name="labels")
-        global_step_t = tf1.train.get_or_create_global_step()
-        # A mask depends on the seed and the step alone: a resumed training draws what the other would have.
-        graph.add_to_collection(reference.DROPOUT_SEED, tf.stack([flags.seed, tf.cast(global_step_t, tf.int32)]))
+        # Rate and masks are fed, not read off a step counter in the graph: reading it would race with its update,
+        # and a resumed training is to draw the masks that the interrupted one would have drawn.
+        learning_rate_t = tf1.placeholder(tf.float32, [], name="learning_rate")
+        dropout_seed_t = tf1.placeholder(tf.int32, [2], name="dropout_seed")
+        graph.add_to_collection(reference.DROPOUT_SEED, dropout_seed_t)
         with tf1.variable_scope(tf1.get_variable_scope(), use_resource=True):
             dropped_t = classifier_logits(config, n_labels, *inputs, is_training=True)
         with tf1.variable_scope(tf1.get_variable_scope(), reuse=True, use_resource=True):
             logits_t = classifier_logits(config, n_labels, *inputs)
         loss_t = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels_t, logits=dropped_t))
         weights = tf1.trainable_variables()
-        train_op = optimization.create_optimizer(
-            loss_t, flags.learning_rate, n_steps, int(n_steps * flags.warmup_proportion), use_tpu=False
+        optimizer = optimization.AdamWeightDecayOptimizer(
+            learning_rate_t, weight_decay_rate=0.01, exclude_from_weight_decay=["LayerNorm", "layer_norm", "bias"]
         )
+        gradients, _ = tf.clip_by_global_norm(tf.gradients(loss_t, weights), clip_norm=1.0)
+        train_op = optimizer.apply_gradients(zip(gradients, weights, strict=True))
         finite_t = tf.reduce_all([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights])
-    return _Graph(graph, inputs, labels_t, loss_t, train_op, logits_t, finite_t, weights)
+    return _Graph(
+        graph, inputs, labels_t, learning_rate_t, dropout_seed_t, loss_t, train_op, logits_t, finite_t, weights
+    )
 
 
 def _train(
@@ -262,6 +270,8 @@ def _train(
             given = {
                 **feed(ends.inputs, [encoded["train"][i] for i in batch]),
                 ends.labels_t: y["train"][batch],
+                ends.learning_rate_t: _learning_rate(flags, step, steps_an_epoch * flags.num_train_epochs),
+                ends.dropout_seed_t: [flags.seed, step],
             }
             loss, _ = session.run([ends.loss_t, ends.train_op], given)
             step += 1
@@ -275,6 +285,12 @@ def _train(
         _end_epoch(session, ends, encoded["dev"], y["dev"], epoch, step, state, perf_counter() - start)
         bar.write(_line(state["curve"][-1])) if not bar.disable else None
         _save(session, ends, flags, work, step, state, best=state["best_epoch"] == epoch + 1)
+
+
+def _learning_rate(flags: Flags, step: int, n_steps: int) -> float:
+    """Return BERT's rate: up in a straight line over the warm-up, then down in one to 0 at the end."""
+    n_warmup = int(n_steps * flags.warmup_proportion)
+    return flags.learning_rate * (step / n_warmup if step < n_warmup else 1 - step / n_steps)
 
 
 def _end_epoch(

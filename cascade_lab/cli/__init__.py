@@ -45,6 +45,8 @@ app.command()(inspecting.inspect)
 app.command()(runs.report)
 app.command()(checkpoints.finetune)
 app.command()(checkpoints.vocabulary)
+app.command("import-hf")(checkpoints.import_hf)
+app.command()(checkpoints.export)
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,14 @@ import typer
 
 from cascade_lab.cli.console import line, tensorflow
 from cascade_lab.errors import TrainingError
+
+
+class Kind(str, Enum):
+    """What `export` writes."""
+
+    saved_model = "saved_model"
+    hf = "hf"
+
 
 DataFile = Annotated[Path, typer.Option(help="Labelled texts, of any kind that `run` takes.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")]
@@ -127,3 +137,48 @@ def _names(labels: str) -> list[str]:
         return path.read_text(encoding="utf-8").split("\n") if path.is_file() else labels.split(",")
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path}: cannot be read ({error}); give one label a line") from error
+
+
+def import_hf(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face directory.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The directory to make.", show_default=False)],
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a Hugging Face BERT directory into a TensorFlow 1 checkpoint; PyTorch is not needed.
+
+    Example: cascade-lab import-hf downloads/my-classifier --output intent
+    """
+    from cascade_lab.wholly import check_directory
+
+    check_directory(output, overwrite=overwrite, sign="import.json", what="converted checkpoint")
+    with tensorflow("importing"):
+        from cascade_lab.bert.huggingface import import_directory
+
+        import_directory(source, output, overwrite=overwrite)
+    origin = json.loads((output / "import.json").read_text(encoding="utf-8"))
+    case = {True: "lower-cased", False: "as they are", None: "not said"}[origin["do_lower_case"]]
+    line(f"{output}: {origin['architecture']}, activation {origin['hidden_act']}, texts {case}")
+
+
+def export(
+    cascade: Annotated[Path, typer.Argument(metavar="CASCADE", help="A cascade.toml.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The directory to make.", show_default=False)],
+    kind: Annotated[
+        Kind, typer.Option("--format", help="A SavedModel for TensorFlow Serving, or a Hugging Face directory.")
+    ] = Kind.saved_model,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write each stage of a cascade for use elsewhere.
+
+    Example: cascade-lab export cascade.toml --format hf --output exported
+    """
+    from cascade_lab.spec import CascadeSpec
+    from cascade_lab.wholly import check_directory
+
+    spec = CascadeSpec.read(cascade)
+    check_directory(output, overwrite=overwrite, sign="export.json", what="cascade's export")
+    with tensorflow(f"exporting {len(spec.stages)} stages"):
+        from cascade_lab.export import export_cascade
+
+        export_cascade(spec, output, format=kind.value, overwrite=overwrite)
+    line(f"{output}: {', '.join(stage.name for stage in spec.stages)}")

@@ -1,0 +1,480 @@
+"""Hugging Face directories in and out: PyTorch's logits, weights bit for bit, and each thing that is refused.
+
+The directories in `data/huggingface` were made by transformers itself (`make.py` there).
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import texts
+from safetensors.numpy import load_file, save_file
+
+from cascade_lab import CascadeLabError, CascadeSpec, Stage, StageSpec
+from cascade_lab.bert.checkpoint import list_variables, open_checkpoint, read_checkpoint, variable_shapes
+from cascade_lab.bert.huggingface import export_directory, import_directory
+from cascade_lab.bert.writing import save_checkpoint
+from cascade_lab.errors import CheckpointError
+
+DATA = Path(__file__).parent / "data" / "huggingface"
+ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
+
+
+def spec_of(folder: Path, **change: object) -> StageSpec:
+    """Return an imported directory as a stage."""
+    spec = StageSpec(
+        name="imported",
+        init_checkpoint=folder,
+        bert_config_file=folder / "bert_config.json",
+        vocab_file=folder / "vocab.txt",
+        labels=tuple((folder / "labels.txt").read_text().splitlines()),
+        do_lower_case=json.loads((folder / "import.json").read_text())["do_lower_case"],
+        max_seq_length=32,
+    )
+    return replace(spec, **change)
+
+
+def logits_of(spec: StageSpec, batch: dict[str, np.ndarray]) -> np.ndarray:
+    names = {"input_ids": "input_ids", "input_mask": "attention_mask", "segment_ids": "token_type_ids"}
+    with Stage(spec) as stage:
+        return stage.session.run("logits:0", {f"{ours}:0": batch[theirs] for ours, theirs in names.items()})
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Every fixture, imported."""
+    root = tmp_path_factory.mktemp("imported")
+    return {name: import_directory(DATA / name, root / name) for name in [*ACTIVATIONS, "base"]}
+
+
+@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
+def test_the_logits_are_pytorchs(hidden_act, imported, tmp_path):
+    expected = np.load(DATA / hidden_act / "expected.npz")
+    spec = spec_of(imported[hidden_act])
+    assert {row.sum() for row in expected["attention_mask"]} > {2, 3, 25}, "of mixed length, with padding"
+    np.testing.assert_allclose(logits_of(spec, expected), expected["logits"], atol=1e-4, rtol=0)
+
+    # The weights are such that the forms of gelu, and 1e-12 and 1e-5, would not pass for each other.
+    config = json.loads(spec.bert_config_file.read_text())
+    wrong = (
+        {"hidden_act": "gelu_new" if config["hidden_act"] == "gelu_erf" else "gelu_erf"},
+        {"layer_norm_eps": 1e-5 if config["layer_norm_eps"] == 1e-12 else 1e-12},
+    )
+    for change in wrong:
+        (tmp_path / "wrong.json").write_text(json.dumps({**config, **change}))
+        got = logits_of(replace(spec, bert_config_file=tmp_path / "wrong.json"), expected)
+        assert np.abs(got - expected["logits"]).max() > 3e-4, change
+
+
+@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
+def test_texts_are_cut_as_transformers_cut_them(hidden_act, imported):
+    expected = np.load(DATA / hidden_act / "expected.npz")
+    with Stage(spec_of(imported[hidden_act])) as stage:
+        encodings = stage.encode(expected["text"].tolist())
+    for encoding, ids, mask in zip(encodings, expected["input_ids"], expected["attention_mask"], strict=False):
+        assert encoding.input_ids == ids[: mask.sum()].tolist()
+
+
+def test_an_import_says_what_it_was_made_of(imported):
+    assert sorted(path.name for path in imported["relu"].iterdir()) == [
+        "bert_config.json", "checkpoint", "import.json", "labels.txt", "model.ckpt.data-00000-of-00001",
+        "model.ckpt.index", "vocab.txt",
+    ]  # fmt: skip
+    assert (imported["relu"] / "labels.txt").read_text() == "billing\nmusic\nweather\n"
+    assert (imported["relu"] / "checkpoint").read_text().startswith('model_checkpoint_path: "model.ckpt"\n')
+    origin = {name: json.loads((folder / "import.json").read_text()) for name, folder in imported.items()}
+    assert origin["gelu"]["hidden_act"] == "gelu"
+    assert json.loads((imported["gelu"] / "bert_config.json").read_text())["hidden_act"] == "gelu_erf"
+    assert [origin[name]["do_lower_case"] for name in ACTIVATIONS] == [True, True, False, True]
+    assert sorted(origin["relu"]["files"]) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+    ]  # fmt: skip
+    assert origin["base"]["architecture"] == "BertModel"
+
+
+def test_a_bare_model_gives_a_checkpoint_without_a_head(imported):
+    config = json.loads((imported["base"] / "bert_config.json").read_text())
+    expected = {name for name in variable_shapes(config, 3) if name.startswith("bert/")}
+    assert set(list_variables(str(imported["base"] / "model.ckpt"))) == expected
+    assert not (imported["base"] / "labels.txt").exists()
+    tensors = load_file(DATA / "base" / "model.safetensors")
+    reader = open_checkpoint(str(imported["base"] / "model.ckpt"))
+    kernel = reader.get_tensor("bert/encoder/layer_1/intermediate/dense/kernel")
+    np.testing.assert_array_equal(kernel, tensors["encoder.layer.1.intermediate.dense.weight"].T)
+
+
+def test_a_pretrained_model_of_the_first_years_gives_the_same(imported, tmp_path):
+    """bert-base-uncased is published so: prefixed, with other heads beside it, gamma and beta, no id2label."""
+    source = altered(tmp_path, "base", config={"architectures": ["BertForMaskedLM"], "id2label": None})
+    tensors = load_file(source / "model.safetensors")
+    for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+        tensors = {name.replace(new, old): weight for name, weight in tensors.items()}
+    tensors = {f"bert.{name}": weight for name, weight in tensors.items()}
+    tensors["cls.predictions.bias"] = np.zeros(9, np.float32)
+    write(source, tensors)
+    made = import_directory(source, tmp_path / "made")
+    files = ("bert_config.json", "vocab.txt", "checkpoint", "model.ckpt.data-00000-of-00001")
+    for name in files:
+        assert (made / name).read_bytes() == (imported["base"] / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
+def test_out_again_the_tensors_are_the_same_bit_for_bit(hidden_act, imported, tmp_path):
+    folder = export_directory(spec_of(imported[hidden_act]), tmp_path / "out")
+    before = load_file(DATA / hidden_act / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert (after[name].dtype, after[name].shape) == (np.float32, weight.shape)
+        assert after[name].tobytes() == weight.tobytes(), name
+    theirs, ours = (json.loads((path / "config.json").read_text()) for path in (DATA / hidden_act, folder))
+    for key in ours.keys() - {"position_embedding_type", "problem_type"}:
+        assert ours[key] == theirs[key], key
+    tokenizers = [json.loads((path / "tokenizer_config.json").read_text()) for path in (DATA / hidden_act, folder)]
+    assert tokenizers[1] == {key: tokenizers[0][key] for key in tokenizers[1]}
+    again = import_directory(folder, tmp_path / "again")
+    for name in ("bert_config.json", "vocab.txt", "labels.txt", "model.ckpt.data-00000-of-00001"):
+        assert (again / name).read_bytes() == (imported[hidden_act] / name).read_bytes(), name
+
+
+def test_in_again_a_stages_weights_are_the_same_bit_for_bit(tiny, tmp_path):
+    for spec in CascadeSpec.read(tiny).stages:
+        folder = import_directory(export_directory(spec, tmp_path / spec.name), tmp_path / f"{spec.name}-again")
+        again = spec_of(folder, max_seq_length=spec.max_seq_length)
+        before, after = read_checkpoint(spec), read_checkpoint(again)
+        assert before.weights.keys() == after.weights.keys()
+        for name, weight in before.weights.items():
+            assert weight.tobytes() == after.weights[name].tobytes(), name
+        assert (before.vocab, spec.labels) == (after.vocab, again.labels)
+        assert (before.config["hidden_act"], after.config["hidden_act"]) == ("gelu", "gelu_pytorch_tanh")
+        with Stage(spec) as one, Stage(again) as other:
+            batch = one.encode(texts(20))
+            np.testing.assert_allclose(one.logits(batch), other.logits(batch), atol=1e-5, rtol=0)
+
+
+def test_a_head_of_another_name_and_a_vocabulary_without_pad(imported, tmp_path):
+    """The head is named as Hugging Face names it; padding, which is masked, does not need a token of its own."""
+    import tensorflow as tf
+
+    spec = spec_of(imported["gelu"], output_weights="cls/w", output_bias="cls/b")
+    weights = read_checkpoint(spec_of(imported["gelu"])).weights
+    head = {"output_weights": "cls/w", "output_bias": "cls/b"}
+    save_checkpoint({head.get(name, name): weight for name, weight in weights.items()}, tmp_path / "other.ckpt")
+    (tmp_path / "vocab.txt").write_text(spec.vocab_file.read_text().replace("[PAD]", "pad").replace("[MASK]", "mask"))
+    spec = replace(spec, init_checkpoint=tmp_path / "other.ckpt", vocab_file=tmp_path / "vocab.txt")
+    folder = export_directory(spec, tmp_path / "out")
+    after = load_file(folder / "model.safetensors")
+    assert after["classifier.weight"].tobytes() == weights["output_weights"].tobytes()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (settings["pad_token"], settings["mask_token"], settings["cls_token"]) == ("[UNK]", "[UNK]", "[CLS]")
+    assert not tf.compat.v1.get_default_graph().get_operations(), "no graph but its own is touched"
+
+
+def altered(tmp_path, name, *, config=None, settings=None, tokenizer=None) -> Path:
+    """Copy a fixture and change its files; None takes a key away."""
+    source = tmp_path / "source"
+    shutil.copytree(DATA / name, source)
+    for file, change in (("config", config), ("tokenizer_config", settings)):
+        path = source / f"{file}.json"
+        content = json.loads(path.read_text()) | (change or {})
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    if tokenizer is not None:
+        content = json.loads((source / "tokenizer.json").read_text())
+        tokenizer(content)
+        (source / "tokenizer.json").write_text(json.dumps(content))
+    return source
+
+
+def write(source: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Replace a directory's weights; not in place, since the arrays may be views of the file."""
+    save_file(tensors, source / "new")
+    (source / "new").replace(source / "model.safetensors")
+
+
+def refused(source: Path, tmp_path: Path, *parts: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        import_directory(source, tmp_path / "made")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (str(source), *parts):
+        assert part in message
+    assert not list(tmp_path.glob("made*")), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "roberta"}, 'config.json: model_type is "roberta"; it can be imported with "bert"'),
+        ({"model_type": None}, 'config.json: model_type is null; it can be imported with "bert"'),
+        ({"architectures": ["BertForTokenClassification"]}, "architectures is ['BertForTokenClassification']; known:"),
+        ({"architectures": None}, "architectures is None; known: one of BertForSequenceClassification, BertModel"),
+        ({"hidden_act": "silu"}, "hidden_act is 'silu'; known:"),
+        ({"hidden_act": "tanh"}, 'hidden_act is "tanh"; it can be imported with "gelu" or "gelu_new"'),
+        ({"hidden_act": "gelu_erf"}, 'hidden_act is "gelu_erf"'),
+        ({"position_embedding_type": "relative_key"}, 'position_embedding_type is "relative_key"; it can be imported'),
+        ({"is_decoder": True}, "is_decoder is true; it can be imported with false"),
+        ({"add_cross_attention": True}, "add_cross_attention is true"),
+        ({"problem_type": "multi_label_classification"}, 'problem_type is "multi_label_classification"; it can be'),
+        ({"hidden_size": None}, "hidden_size is None; it must be a whole number above 0"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps is 0; it must be a number above 0"),
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label must name the labels 0, 1 and so on, at least two"),
+        ({"id2label": {"0": "a"}}, "at least two"),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label has 'a' twice; every class needs a name of its own"),
+        ({"id2label": {"0": "a", "1": "b\nc", "2": "d"}}, "label 1 is 'b\\nc', and labels.txt holds one a line"),
+        (
+            {"id2label": {"0": "a", "1": "b"}},
+            "model.safetensors: classifier.weight has shape [3, 16], and config.json asks for [2, 16]",
+        ),
+        (
+            {"intermediate_size": 64},
+            "bert.encoder.layer.0.intermediate.dense.weight has shape [32, 16], and config.json asks for [64, 16]",
+        ),
+        ({"num_hidden_layers": 3}, "has no tensor bert.encoder.layer.2.attention.self.query.weight"),
+        ({"vocab_size": 50}, "tokenizer.json: has 60 tokens and config.json says vocab_size 50; give the vocabulary"),
+    ],
+)
+def test_a_config_that_the_graph_would_not_follow_is_refused(change, message, tmp_path):
+    refused(altered(tmp_path, "gelu", config=change), tmp_path, message)
+
+
+def test_directories_that_lack_a_file_are_refused(tmp_path):
+    refused(tmp_path / "none", tmp_path, "has no config.json; give a Hugging Face model directory")
+    source = altered(tmp_path, "gelu")
+    (source / "model.safetensors").rename(tmp_path / "kept")
+    refused(source, tmp_path, "has no model.safetensors; give a Hugging Face model directory")
+    (source / "pytorch_model.bin").write_bytes(b"")
+    refused(source, tmp_path, "pytorch_model.bin can run code when read, so it is not; save the model")
+    (tmp_path / "kept").rename(source / "model.safetensors")
+    (source / "tokenizer.json").rename(source / "tokens.json")
+    refused(source, tmp_path, "has no vocabulary; add its vocab.txt or tokenizer.json")
+    (source / "config.json").write_text("{")
+    refused(source, tmp_path, "config.json: not JSON")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("bert.pooler.dense.weight"), "bert.pooler.dense.weight (it was saved without its pooler"),
+        (lambda w: w.pop("classifier.bias"), "has no tensor classifier.bias; take the model as it was trained"),
+        (lambda w: w.pop("bert.embeddings.word_embeddings.weight"), "has no tensor bert.embeddings.word_embeddings"),
+        (
+            lambda w: w.update({"bert.pooler.dense.bias": np.full(16, np.nan, np.float32)}),
+            "bert.pooler.dense.bias holds NaN or infinity in 16 of 16 places; the training diverged",
+        ),
+        (
+            lambda w: w.update({"bert.pooler.dense.weight": np.ones((8, 16), np.float32)}),
+            "bert.pooler.dense.weight has shape [8, 16], and config.json asks for [16, 16]",
+        ),
+    ],
+)
+def test_weights_that_are_missing_misshapen_or_not_finite_are_refused(change, message, tmp_path):
+    source = altered(tmp_path, "gelu")
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    write(source, tensors)
+    refused(source, tmp_path, "model.safetensors: ", message)
+
+
+def test_a_bare_model_without_its_pooler_is_refused(tmp_path):
+    source = altered(tmp_path, "base")
+    tensors = load_file(source / "model.safetensors")
+    write(source, {name: weight for name, weight in tensors.items() if not name.startswith("pooler")})
+    refused(source, tmp_path, "has no tensor pooler.dense.weight (it was saved without its pooler, which a classifier")
+
+
+def test_a_safetensors_file_that_is_cut_short_or_damaged_is_refused(tmp_path):
+    source = altered(tmp_path, "gelu")
+    path = source / "model.safetensors"
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + length]
+
+    def with_header(old: bytes, new: bytes) -> bytes:
+        changed = header.replace(old, new, 1)
+        assert changed != header
+        return len(changed).to_bytes(8, "little") + changed + whole[8 + length :]
+
+    damage = "; it is cut short or damaged, copy it again"
+    for content, message in (
+        (b"", damage),
+        (whole[:5], damage),
+        (whole[:1000], damage),
+        (whole[:-1], "file not fully covered)" + damage),
+        (whole + b"\0", damage),
+        (b"PK\x03\x04" + whole, damage),
+        (with_header(b'{"', b"{!"), "invalid JSON in header"),
+        (with_header(b'"shape":[16]', b'"shape":[17]'), damage),
+        (with_header(b'"dtype":"F32"', b'"dtype":"I32"'), "holds int32, not floats; save it as float32"),
+    ):
+        path.write_bytes(content)
+        refused(source, tmp_path, "model.safetensors", message)
+
+
+def test_half_precision_becomes_float32(tmp_path, imported):
+    """Of bfloat16 nothing is lost: it is a float32's upper half."""
+    source = altered(tmp_path, "gelu")
+    tensors = {name: weight.copy() for name, weight in load_file(source / "model.safetensors").items()}
+    for kind, to_bits in (
+        ("F16", lambda weight: weight.astype("<f2")),
+        ("BF16", lambda weight: (weight.view(np.uint32) >> 16).astype("<u2")),
+    ):
+        header, data = {}, b""
+        for name, weight in tensors.items():
+            part = to_bits(weight).tobytes()
+            header[name] = {"dtype": kind, "shape": weight.shape, "data_offsets": [len(data), len(data) + len(part)]}
+            data += part
+        text = json.dumps(header).encode()
+        (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+        weights = read_checkpoint(spec_of(import_directory(source, tmp_path / kind))).weights
+        for name, weight in read_checkpoint(spec_of(imported["gelu"])).weights.items():
+            assert weights[name].dtype == np.float32
+            if kind == "F16":
+                expected = weight.astype(np.float16).astype(np.float32)
+            else:
+                expected = (weight.view(np.uint32) & 0xFFFF0000).view(np.float32)
+            np.testing.assert_array_equal(weights[name], expected)
+
+
+def test_shards_give_the_same_as_one_file(tmp_path, imported):
+    source = altered(tmp_path, "gelu")
+    tensors = {name: weight.copy() for name, weight in load_file(source / "model.safetensors").items()}
+    (source / "model.safetensors").unlink()
+    weight_map = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: w for name, w in tensors.items() if weight_map[name] == file}, source / file)
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    made = import_directory(source, tmp_path / "sharded")
+    name = "model.ckpt.data-00000-of-00001"
+    assert (made / name).read_bytes() == (imported["gelu"] / name).read_bytes()
+    assert len(json.loads((made / "import.json").read_text())["files"]) == 6
+    (source / "model-00002-of-00002.safetensors").unlink()
+    refused(source, tmp_path, "model-00002-of-00002.safetensors: is missing, and the index names it; copy it too")
+    index.write_text(json.dumps({"weight_map": {name: "../model.safetensors" for name in tensors}}))
+    refused(source, tmp_path, "its weight_map names no files beside it")
+
+
+def vocab_of(content: dict) -> dict:
+    return content["model"]["vocab"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["model"].update(type="BPE"), "its model is 'BPE', and BERT's is 'WordPiece'; give BERT's"),
+        (lambda t: t["model"].update(continuing_subword_prefix="@@"), "continuing_subword_prefix is '@@'"),
+        (lambda t: t["model"].update(unk_token="<unk>"), "its model's unk_token is '<unk>', and BERT's is '[UNK]'"),
+        (lambda t: t.update(normalizer={"type": "NFKC"}), "its normalizer is 'NFKC', and BERT's is 'BertNormalizer'"),
+        (lambda t: t.update(pre_tokenizer=None), "its pre_tokenizer is None, and BERT's is 'BertPreTokenizer'"),
+        (lambda t: t["normalizer"].update(strip_accents=False), "accents are kept while lower-casing is True"),
+        (lambda t: t["normalizer"].update(handle_chinese_chars=False), "Chinese characters are not cut apart"),
+        (lambda t: t["normalizer"].update(lowercase=False), "tokenizer.json and tokenizer_config.json disagree on low"),
+        (lambda t: vocab_of(t).update(pay=6), "tokens 'pay' and 'bill' both have id 6; mend it there"),
+        (lambda t: vocab_of(t).pop("pay"), "no token has id 5, or one token stands twice; mend the vocabulary"),
+        (lambda t: vocab_of(t).update({"a b\n": 60}), "token 'a b\\n' cannot stand in a vocab.txt, one a line"),
+        (lambda t: vocab_of(t).update({"<s>": vocab_of(t).pop("[CLS]")}), "has no token [CLS]; give a BERT vocab"),
+        (lambda t: vocab_of(t).update(new=60), "has 61 tokens and config.json says vocab_size 60"),
+    ],
+)
+def test_a_tokenizer_that_is_not_berts_is_refused(change, message, tmp_path):
+    refused(altered(tmp_path, "gelu", tokenizer=change), tmp_path, message)
+
+
+def test_a_vocabulary_that_is_doubled_or_differs_is_refused(tmp_path):
+    source = altered(tmp_path, "relu")
+    lines = (source / "vocab.txt").read_text().splitlines()
+    (source / "vocab.txt").write_text("\n".join([*lines[:-1], "pay"]) + "\n")
+    refused(source, tmp_path, "vocab.txt line 60: token 'pay' stands at line 6 too")
+    (source / "vocab.txt").write_text("\n".join([*lines[:-1], "other"]) + "\n")
+    refused(source, tmp_path, "vocab.txt and tokenizer.json hold different tokens; delete the wrong one")
+    (source / "tokenizer.json").write_text("[]")
+    refused(source, tmp_path, "tokenizer.json: is no JSON object; copy it again")
+
+
+def test_the_tokenizers_settings_count_and_may_be_missing(tmp_path):
+    refused(
+        altered(tmp_path, "gelu_new", settings={"tokenizer_class": "BertJapaneseTokenizer"}),
+        tmp_path,
+        "tokenizer_config.json: tokenizer_class is 'BertJapaneseTokenizer'; known: BertTokenizer,",
+    )
+    source = tmp_path / "source"
+    (source / "tokenizer_config.json").unlink()
+    made = import_directory(source, tmp_path / "vocabulary-alone")
+    assert json.loads((made / "import.json").read_text())["do_lower_case"] is None
+
+
+def test_nothing_is_overwritten_but_an_import_by_an_import(tmp_path):
+    made = import_directory(DATA / "gelu", tmp_path / "made")
+    before = {path: path.read_bytes() for path in made.iterdir()}
+    with pytest.raises(CascadeLabError, match="made exists already; choose another output, or ask to overwrite it"):
+        import_directory(DATA / "relu", made)
+    assert before == {path: path.read_bytes() for path in made.iterdir()}
+    import_directory(DATA / "relu", made, overwrite=True)
+    assert spec_of(made).labels == ("billing", "music", "weather")
+    assert json.loads((made / "bert_config.json").read_text())["hidden_act"] == "relu"
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "bert_config.json").write_text("{}")
+    with pytest.raises(CascadeLabError, match="trained exists and is not a converted checkpoint, so it is not over"):
+        import_directory(DATA / "gelu", tmp_path / "trained", overwrite=True)
+    with pytest.raises(CascadeLabError, match="made exists and is not a Hugging Face directory"):
+        export_directory(spec_of(made), made, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "trained"]
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """PyTorch's side, where it is installed."""
+    pytest.importorskip("torch", reason="the live comparison needs PyTorch")
+    return pytest.importorskip("transformers", reason="the live comparison needs transformers")
+
+
+@pytest.fixture(scope="module")
+def live(transformers, tmp_path_factory):
+    """The fixtures, made anew by the transformers that is installed."""
+    root = tmp_path_factory.mktemp("live")
+    runpy.run_path(str(DATA / "make.py"))["main"](root)
+    return root
+
+
+def pytorch_logits(transformers, folder: Path, batch: dict[str, np.ndarray]) -> np.ndarray:
+    import torch
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()
+    keys = ("input_ids", "attention_mask", "token_type_ids")
+    with torch.no_grad():
+        return model(**{key: torch.tensor(batch[key], dtype=torch.long) for key in keys}).logits.numpy()
+
+
+@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
+def test_live_in_and_out_pytorchs_logits_stay(hidden_act, live, transformers, tmp_path):
+    batch = np.load(live / hidden_act / "expected.npz")
+    expected = pytorch_logits(transformers, live / hidden_act, batch)
+    spec = spec_of(import_directory(live / hidden_act, tmp_path / "in"))
+    np.testing.assert_allclose(logits_of(spec, batch), expected, atol=1e-5, rtol=0)
+    folder = export_directory(spec, tmp_path / "out")
+    np.testing.assert_allclose(pytorch_logits(transformers, folder, batch), expected, atol=1e-5, rtol=0)
+
+
+def test_live_a_stage_answers_in_pytorch_as_here(tiny, transformers, tmp_path):
+    """From text to logits: AutoTokenizer and AutoModel on the export, against `Stage`."""
+    for spec in CascadeSpec.read(tiny).stages:
+        folder = export_directory(spec, tmp_path / spec.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        batch = [*texts(20), "Pay MY naïve bill, now!?", "", "漢字 unknowable"]
+        encoded = tokenizer(batch, padding=True, truncation=True, return_tensors="np")
+        assert encoded["input_ids"].shape[1] == spec.max_seq_length
+        with Stage(spec) as stage:
+            encodings = stage.encode(batch)
+            expected = stage.logits(encodings)
+        for encoding, ids, mask in zip(encodings, encoded["input_ids"], encoded["attention_mask"], strict=True):
+            assert ids[: mask.sum()].tolist() == encoding.input_ids
+        got = pytorch_logits(transformers, folder, encoded)
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        assert tuple(config.id2label[number] for number in range(len(spec.labels))) == spec.labels
