@@ -132,11 +132,12 @@ def vocabulary(
 
 def _names(labels: str) -> list[str]:
     """Take labels from a file of one a line, or from a list with commas."""
-    path = Path(labels)
+    if "," in labels:
+        return labels.split(",")
     try:
-        return path.read_text(encoding="utf-8").split("\n") if path.is_file() else labels.split(",")
+        return Path(labels).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error}); give one label a line") from error
+        raise TrainingError(f"{labels}: cannot be read ({error}); give a file of one label a line, or a,b,c") from error
 
 
 def import_hf(
