@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from cascade_lab.bert.checkpoint import find_checkpoint
+from cascade_lab.bert.checkpoint import checkpoint_files, find_checkpoint
 from cascade_lab.bert.huggingface import export_directory
 from cascade_lab.bert.serving import export_saved_model
 from cascade_lab.errors import CascadeLabError, did_you_mean
@@ -67,8 +66,7 @@ def export_cascade(
 
 def _facts(stage: StageSpec) -> dict[str, Any]:
     """Return what a server of this stage has to know beside its weights, and which files it is made of."""
-    prefix = find_checkpoint(stage.init_checkpoint)
-    files = [*map(Path, sorted(glob(f"{escape(prefix)}.[di]*"))), stage.bert_config_file, stage.vocab_file]
+    files = [*checkpoint_files(find_checkpoint(stage.init_checkpoint)), stage.bert_config_file, stage.vocab_file]
     return {
         "name": stage.name,
         "labels": list(stage.labels),

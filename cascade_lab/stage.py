@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from glob import escape, glob
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from cascade_lab.bert.checkpoint import read_checkpoint
+from cascade_lab.bert.checkpoint import checkpoint_files, read_checkpoint
 from cascade_lab.bert.graph import classifier_graph, feed
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
 from cascade_lab.spec import StageSpec
@@ -30,11 +28,7 @@ class Stage:
     def __init__(self, spec: StageSpec):
         checkpoint = read_checkpoint(spec)
         self.spec = spec
-        self.files = [
-            spec.bert_config_file,
-            spec.vocab_file,
-            *map(Path, sorted(glob(f"{escape(checkpoint.prefix)}.[di]*"))),  # .index and .data-…; .meta is not read
-        ]
+        self.files = [spec.bert_config_file, spec.vocab_file, *checkpoint_files(checkpoint.prefix)]
         self.tokenizer = Tokenizer(
             spec.vocab_file, do_lower_case=spec.do_lower_case, max_seq_length=spec.max_seq_length
         )

@@ -31,6 +31,17 @@ def test_the_notebook_drives_the_package_on_checkpoints(tiny, tiny_evalset, tmp_
     nbformat.validate(executed)
 
 
+@pytest.mark.parametrize("path", sorted(notebook_path(NOTEBOOK).parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_notebook_runs_as_it_stands(path, tmp_path, monkeypatch):
+    """As a newcomer runs it: from notebooks/, its parameters untouched but for where a run goes."""
+    parameters = {"output_dir": str(tmp_path / "run")} if path.stem == NOTEBOOK else {}
+    executed = papermill.execute_notebook(
+        path, tmp_path / path.name, parameters=parameters, cwd=path.parent, kernel_name="python3", progress_bar=False
+    )
+    assert outputs(executed)
+    assert not [output for output in outputs(executed) if output.output_type == "error"]
+
+
 def test_a_report_is_one_file_that_asks_the_network_for_nothing(clinc150_run):
     html = (clinc150_run.directory / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)\s*=\s*["\'](?!data:|#)[^"\']', html)

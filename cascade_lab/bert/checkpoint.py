@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ def find_checkpoint(path: Path) -> str:
     if not Path(f"{prefix}.index").is_file():
         raise CheckpointError(f"{path}: no such checkpoint ({prefix}.index is missing); give a directory or prefix")
     return str(prefix)
+
+
+def checkpoint_files(prefix: str) -> list[Path]:
+    """Return the files that hold the checkpoint at `prefix`: `.index` and `.data-…` (`.meta` is not read)."""
+    return [Path(path) for path in sorted(glob(f"{escape(prefix)}.[di]*"))]
 
 
 def open_checkpoint(prefix: str) -> Any:
