@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import json
+import subprocess
 from pathlib import Path
 from textwrap import dedent
 
@@ -164,3 +165,15 @@ def clinc150_run(clinc150: Path, tmp_path_factory: pytest.TempPathFactory):
     assert result.exit_code == 0, result.output
     assert "3,100 (100.0%)" in result.output
     return Run.read(output)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.name != "posix" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

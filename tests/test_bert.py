@@ -188,6 +188,12 @@ def test_a_directory_without_checkpoint_file(stage):
     refused(stage, "gate: no checkpoint there: its file 'checkpoint' is missing")
 
 
+def test_a_hugging_face_directory_says_what_to_do(stage):
+    (stage.init_checkpoint / "checkpoint").unlink()
+    (stage.init_checkpoint / "model.safetensors").touch()
+    refused(stage, "a Hugging Face directory; make a checkpoint of it with cascade-lab import-hf")
+
+
 def test_a_prefix_that_is_not_there(stage):
     refused(dataclasses.replace(stage, init_checkpoint=stage.init_checkpoint / "model.ckpt-8"), "no such checkpoint")
 

@@ -225,6 +225,11 @@ def test_what_cannot_be_trained_is_refused(ground, tmp_path):
         train(ground, tmp_path / "out", overwrite=True)
 
 
+def test_a_full_disk_is_one_line(ground, small_disk):
+    with pytest.raises(TrainingError, match=r"cannot be written \(.*No space left on device"):
+        train(ground, small_disk / "out")
+
+
 def test_googles_own_releases_have_no_checkpoint_file(ground, tmp_path):
     for path in (ground / "init").iterdir():
         if path.name.startswith("model.ckpt-7."):

@@ -15,8 +15,8 @@ PACKAGE = Path(cascade_lab.__file__).parent
 # A file imports only from files on lower floors.
 FLOORS = [
     ["errors"],
-    ["provenance", "spec", "evalset", "wholly", "bert.reference"],
-    ["serial", "bert.checkpoint", "bert.tokenization", "bert.writing", "bert.vocabulary", "bert.resume"],
+    ["provenance", "spec", "evalset", "wholly", "bert.reference", "bert.writing"],
+    ["serial", "bert.checkpoint", "bert.tokenization", "bert.vocabulary", "bert.resume"],
     ["bert.graph"],
     ["stage", "run", "bert.finetune", "bert.huggingface", "bert.serving"],
     ["analysis.metrics", "analysis.latency", "analysis.thresholds", "export"],

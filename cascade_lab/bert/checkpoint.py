@@ -73,6 +73,10 @@ def find_checkpoint(path: Path) -> str:
     """Return the prefix of the checkpoint at `path`, a directory or a prefix, by `latest_checkpoint`'s rules."""
     if path.is_dir():
         prefix = tf.train.latest_checkpoint(str(path))
+        if prefix is None and (path / "model.safetensors").exists():
+            raise CheckpointError(
+                f"{path}: a Hugging Face directory; make a checkpoint of it with cascade-lab import-hf"
+            )
         if prefix is None:
             raise CheckpointError(
                 f"{path}: no checkpoint there: its file 'checkpoint' is missing or names one that is gone; "

@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from cascade_lab.bert.writing import disk_errors
 from cascade_lab.errors import TrainingError
 
 tf1 = tf.compat.v1
@@ -59,11 +60,12 @@ class Work:
         """Save where the training stands; the file that names the newest checkpoint is written last."""
         for folder in ("steps", "best"):
             (self.folder / folder).mkdir(exist_ok=True)
-        if best:
-            self._savers[1].save(session, str(self.folder / "best" / "model.ckpt"), step, write_meta_graph=False)
         prefix = self.folder / "steps" / "model.ckpt"
-        _write(Path(f"{prefix}-{step}.state.json"), json.dumps(state))
-        self._savers[0].save(session, str(prefix), step, write_meta_graph=False)
+        with disk_errors():
+            if best:
+                self._savers[1].save(session, str(self.folder / "best" / "model.ckpt"), step, write_meta_graph=False)
+            _write(Path(f"{prefix}-{step}.state.json"), json.dumps(state))
+            self._savers[0].save(session, str(prefix), step, write_meta_graph=False)
 
     def last_good(self) -> str | None:
         return tf.train.latest_checkpoint(str(self.folder / "best")) or tf.train.latest_checkpoint(
