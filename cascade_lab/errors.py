@@ -21,6 +21,10 @@ class EvalSetError(CascadeLabError):
     """An eval set is not usable."""
 
 
+class InfeasibleError(CascadeLabError):
+    """No thresholds satisfy what was asked."""
+
+
 class TrainingError(CascadeLabError):
     """A fine-tuning cannot start, or cannot go on."""
 

@@ -17,7 +17,7 @@ from cascade_lab.analysis.metrics import figures_of
 from cascade_lab.analysis.thresholds import choose
 from cascade_lab.bert.finetune import Flags, Init, finetune
 from cascade_lab.cascade import Cascade
-from cascade_lab.errors import SpecError, did_you_mean
+from cascade_lab.errors import InfeasibleError, SpecError, did_you_mean
 from cascade_lab.evalset import EvalSet
 from cascade_lab.provenance import environment, sha256
 from cascade_lab.run import Run, write_json
@@ -42,8 +42,8 @@ def run_study(
     study : path
         `[finetune]`: flags in common; `[[model]]`: `name`, `train` (a file in `data`), `labels`, `leave_out`,
         `seeds`, and flags of its own; `[[scheme]]`: `name`, `stages` (models, each but the last a gate),
-        `maximize` and `at_least` (thresholds are chosen so on validation; without them gates have 0.5 and the
-        last stage rejects nothing), `paper` (figures to stand beside).
+        `maximize` and `at_least` (thresholds are chosen so on validation; without them, or where none can do
+        that, gates have 0.5 and the last stage rejects only by label), `paper` (figures to stand beside).
     data : path
         The folder with the data files.
     init : path
@@ -179,13 +179,18 @@ def _score(
                 cascade.run(EvalSet.read(data / recipe["evaluate"], split=split), output=place, progress=progress)
         runs[split] = Run.read(place)
     thresholds: dict[str, float] = {}
+    infeasible = None
     if "maximize" in scheme:
-        thresholds = choose(runs["val"], maximize=scheme["maximize"], at_least=scheme.get("at_least"))
+        try:
+            thresholds = choose(runs["val"], maximize=scheme["maximize"], at_least=scheme.get("at_least"))
+        except InfeasibleError as error:
+            infeasible = str(error).split(": ", 1)[1]
     return {
         "scheme": scheme["name"],
         "stages": scheme["stages"],
         "seed": seed,
         "thresholds": thresholds,
+        "infeasible": infeasible,
         "validation": figures_of(spec, runs["val"].replay(thresholds)),
         "test": figures_of(spec, runs["test"].replay(thresholds)),
         "paper": scheme.get("paper"),

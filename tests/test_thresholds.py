@@ -9,7 +9,7 @@ import pytest
 
 from cascade_lab.analysis.metrics import figures_of
 from cascade_lab.analysis.thresholds import choose, surface
-from cascade_lab.errors import RunError
+from cascade_lab.errors import InfeasibleError
 from cascade_lab.spec import CascadeSpec
 
 
@@ -48,5 +48,5 @@ def test_the_chosen_pair_is_the_best_of_all_by_trying_every_one(rejecting_run):
 
 
 def test_what_no_thresholds_can_do_is_said(rejecting_run):
-    with pytest.raises(RunError, match="infeasible: no thresholds give at least"):
+    with pytest.raises(InfeasibleError, match="infeasible: no thresholds give at least"):
         choose(rejecting_run, maximize="accuracy", at_least={"in_scope_accuracy": 0.999})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cascade_lab.errors import RunError
+from cascade_lab.errors import InfeasibleError, RunError
 from cascade_lab.run import Run
 from cascade_lab.serial import answer
 
@@ -102,7 +102,7 @@ def choose(run: Run, *, maximize: str, at_least: dict[str, float] | None = None)
 
     Raises
     ------
-    RunError
+    InfeasibleError
         No pair of thresholds satisfies `at_least`.
     """
     figures = surface(run)
@@ -111,7 +111,9 @@ def choose(run: Run, *, maximize: str, at_least: dict[str, float] | None = None)
         allowed &= getattr(figures, name) >= least
     if not allowed.any():
         best = {name: float(getattr(figures, name).max()) for name in at_least or {}}
-        raise RunError(f"{run.directory}: infeasible: no thresholds give at least {at_least}; the most are {best}")
+        raise InfeasibleError(
+            f"{run.directory}: infeasible: no thresholds give at least {at_least}; the most are {best}"
+        )
     value = np.where(allowed, getattr(figures, maximize), -1.0)
     ties = np.where(value == value.max(), figures.in_scope_accuracy, -1.0)
     i, j = np.unravel_index(int(ties.argmax()), ties.shape)
