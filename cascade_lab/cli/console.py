@@ -55,7 +55,7 @@ def table(*columns: str) -> Table:
         made.add_column(
             Text(column),
             justify="left" if i == 0 else "right",
-            no_wrap=column not in ("text", "variable"),
+            no_wrap=column not in ("text", "variable", "scheme"),
             overflow="fold",
         )
     return made
