@@ -15,7 +15,7 @@ from cascade_lab.spec import CascadeSpec
 def random_run(
     folder: Path, *, n: int = 200, n_gates: int = 1, n_labels: int = 4, seed: int = 0, skill: float = 1.5
 ) -> Run:
-    """Write a run of `n` texts through `n_gates` gates and a last stage of `n_labels` that may reject, with shadow scores.
+    """Write a run of `n` texts through `n_gates` gates and a last stage that may reject, with shadow scores.
 
     Every gate rejects with a label of its own, `oos0`, `oos1`, …; the last stage with `oos0`. `skill` is how far the
     gold label's logit stands above the others.
