@@ -21,8 +21,8 @@ class Interval(NamedTuple):
 def resample_counts(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
     """Return how often each of `n` examples is drawn in each resample: int32, shape (n_resamples, n).
 
-    >>> resample_counts(4, n_resamples=2).sum(axis=1)
-    array([4, 4], dtype=int32)
+    >>> resample_counts(4, n_resamples=2).sum(axis=1).tolist()
+    [4, 4]
     """
     rng = np.random.default_rng(seed)
     counts = np.zeros((n_resamples, n), dtype=np.int32)
