@@ -1,0 +1,42 @@
+"""What becomes of a text in a cascade: the six outcomes that every other instrument counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cascade_lab.spec import CascadeSpec
+
+RIGHT, RIGHT_REJECT = "right", "right reject"
+FALSE_REJECT, FALSE_ACCEPT, WRONG_CLASS, WRONG_REJECT = "false reject", "false accept", "wrong class", "wrong reject"
+OUTCOMES = (RIGHT, RIGHT_REJECT, FALSE_REJECT, FALSE_ACCEPT, WRONG_CLASS, WRONG_REJECT)
+ERRORS = OUTCOMES[2:]
+
+
+def outcomes(spec: CascadeSpec, y_true: Any, y_pred: Any) -> np.ndarray:
+    """Return the outcome of each example: an array of str, shape (n,), of `OUTCOMES`.
+
+    In scope, a gold label of the last stage: *right*, *wrong class*, or *false reject*, rejected by any stage. Out of
+    scope: *right reject*, *false accept* (a class is answered), or *wrong reject* (rejected, with the label of another
+    stage).
+
+    Parameters
+    ----------
+    spec : CascadeSpec
+    y_true, y_pred : array-like of str, shape (n,)
+        Gold labels and final answers.
+    """
+    y_true, y_pred = np.asarray(y_true, dtype=object), np.asarray(y_pred, dtype=object)
+    in_scope = np.isin(y_true, spec.in_scope_labels)
+    rejected = np.isin(y_pred, spec.reject_labels)
+    right = y_true == y_pred
+    kinds = [in_scope & right, ~in_scope & right, in_scope & rejected, ~in_scope & ~rejected, in_scope & ~rejected]
+    return np.select(kinds, OUTCOMES[:5], WRONG_REJECT).astype(object)
+
+
+def outcome_counts(spec: CascadeSpec, predictions: pd.DataFrame) -> pd.Series:
+    """Return how many of `predictions` (with `label` and `predicted`) have each outcome: int, in `OUTCOMES`' order."""
+    found = outcomes(spec, predictions["label"], predictions["predicted"])
+    return pd.Series(found, dtype=object).value_counts().reindex(OUTCOMES, fill_value=0).rename("n_examples")
