@@ -176,7 +176,9 @@ def _score(
         place = output / "runs" / f"{spec.name}-seed{seed}-{split}"
         if not place.exists():
             with Cascade.load(spec) as cascade:
-                cascade.run(EvalSet.read(data / recipe["evaluate"], split=split), output=place, progress=progress)
+                evalset = EvalSet.read(data / recipe["evaluate"], split=split)
+                # Overwriting, of a run that is not there: what a crash left unfinished.
+                cascade.run(evalset, output=place, overwrite=True, progress=progress)
         runs[split] = Run.read(place)
     thresholds: dict[str, float] = {}
     infeasible = None
