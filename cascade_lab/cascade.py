@@ -166,7 +166,7 @@ class Cascade:
                     "run_id": f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
                     "cascade": self.spec.to_dict(),
                     "thresholds": self.spec.thresholds,
-                    "tuned_on": None,
+                    "tuned_on": self.spec.tuned_on,
                     "evalset": evalset.origin,
                     "inputs": {str(path): sha256(path) for stage in self.stages for path in stage.files},
                     "contents": contents,

@@ -21,6 +21,10 @@ class EvalSetError(CascadeLabError):
     """An eval set is not usable."""
 
 
+class GoalError(CascadeLabError):
+    """What thresholds are asked to achieve makes no sense."""
+
+
 class InfeasibleError(CascadeLabError):
     """No thresholds satisfy what was asked."""
 

@@ -38,21 +38,21 @@ class Answer(NamedTuple):
     decisive: np.ndarray
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return the softmax of `logits`, shape (n, n_labels), in float64.
+def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Return the softmax of `logits / temperature`, shape (n, n_labels), in float64.
 
     >>> probabilities(np.array([[0.0, 0.0], [0.0, np.log(3.0)]]))
     array([[0.5 , 0.5 ],
            [0.25, 0.75]])
     """
-    shifted = np.asarray(logits, dtype=np.float64)
+    shifted = np.asarray(logits, dtype=np.float64) / temperature
     shifted = np.exp(shifted - shifted.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
 def answer(stage: StageSpec, logits: np.ndarray) -> Answer:
     """Return what `stage` answers to `logits`, shape (n, n_labels); a tie at the threshold passes."""
-    p = probabilities(logits)
+    p = probabilities(logits, stage.temperature)
     labels = np.array(stage.labels, dtype=object)
     rows = np.arange(len(p))
     if stage.is_gate:
@@ -64,8 +64,9 @@ def answer(stage: StageSpec, logits: np.ndarray) -> Answer:
     best = p.argmax(axis=1)
     highest = p[rows, best]
     predicted = labels[best]
-    if stage.min_probability is not None:
-        predicted = np.where(highest >= stage.min_probability, predicted, stage.reject_label)
+    if stage.reject_label is not None:
+        least = [stage.min_probabilities.get(label, stage.min_probability or 0.0) for label in stage.labels]
+        predicted = np.where(highest >= np.array(least)[best], predicted, stage.reject_label)
     return Answer(np.zeros(len(p), dtype=bool), predicted, highest, highest)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class StageSpec:
     A stage with a `pass_label` is a gate. An example goes on to the next stage if
     `probability(pass_label) >= threshold`; otherwise the gate's most probable other label is the answer.
     The last stage has no `pass_label`. It answers with its most probable label or, where that label's
-    probability is below `min_probability`, with `reject_label`.
+    probability is below `min_probability`, with `reject_label`; a label in `min_probabilities` has a least
+    probability of its own. Probabilities are the softmax of the logits divided by `temperature`.
     """
 
     name: str
@@ -37,7 +39,9 @@ class StageSpec:
     pass_label: str | None = None
     threshold: float | None = None
     min_probability: float | None = None
+    min_probabilities: Mapping[str, float] = field(default_factory=dict)
     reject_label: str | None = None
+    temperature: float = 1.0
     output_weights: str = "output_weights"
     output_bias: str = "output_bias"
 
@@ -55,10 +59,14 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class CascadeSpec:
-    """A cascade: stages in series, each but the last a gate."""
+    """A cascade: stages in series, each but the last a gate.
+
+    `tuned_on` says where its thresholds come from, if they were tuned: the `[tuned_on]` table of the file.
+    """
 
     name: str
     stages: tuple[StageSpec, ...]
+    tuned_on: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> CascadeSpec:
@@ -84,11 +92,14 @@ class CascadeSpec:
     def from_dict(cls, content: Mapping[str, Any], *, where: str = "cascade", folder: Path = Path()) -> CascadeSpec:
         """Build a spec from what a `cascade.toml` holds (or from `to_dict`); `folder` anchors its paths."""
         known = [field.name for field in fields(StageSpec)]
-        common = {key: value for key, value in content.items() if key not in ("name", "stage")}
-        _refuse_unknown(common, [key for key in known if key != "name"] + ["name", "stage"], where)
+        common = {key: value for key, value in content.items() if key not in _TOP}
+        _refuse_unknown(common, [key for key in known if key != "name"] + [*_TOP], where)
         name = content.get("name", folder.resolve().name)
         if not isinstance(name, str):
             raise SpecError(f"{where}: name must be a string, not {name!r}")
+        tuned_on = content.get("tuned_on")
+        if not isinstance(tuned_on, Mapping | None):
+            raise SpecError(f"{where}: tuned_on must be a table, not {tuned_on!r}")
         tables = content.get("stage", [])
         if not isinstance(tables, list) or not tables or not all(isinstance(t, Mapping) for t in tables):
             raise SpecError(f"{where}: has no stage; add one [[stage]] table for each")
@@ -100,7 +111,7 @@ class CascadeSpec:
             shared = {key: value for key, value in common.items() if _fits(key, number == len(tables))}
             stages.append(_stage({**shared, **table}, here, folder))
         _check_order(stages, where)
-        return cls(name=name, stages=tuple(stages))
+        return cls(name=name, stages=tuple(stages), tuned_on=tuned_on)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, with absolute paths, that `from_dict` and a manifest take."""
@@ -108,13 +119,14 @@ class CascadeSpec:
             {
                 key: str(value.resolve()) if isinstance(value, Path) else value
                 for key, value in asdict(stage).items()
-                if value is not None
+                if value is not None and value != {}
             }
             for stage in self.stages
         ]
         for stage in stages:
             stage["labels"] = list(stage["labels"])
-        return {"name": self.name, "stage": stages}
+        tuned_on = {} if self.tuned_on is None else {"tuned_on": dict(self.tuned_on)}
+        return {"name": self.name, **tuned_on, "stage": stages}
 
     @property
     def last(self) -> StageSpec:
@@ -174,13 +186,15 @@ class CascadeSpec:
         return replace(self, stages=tuple(stages))
 
 
+_TOP = ("name", "tuned_on", "stage")
 _PATHS = ("init_checkpoint", "bert_config_file", "vocab_file")
+_OF_LAST = ("min_probability", "min_probabilities", "reject_label")
 _TYPES = {"do_lower_case": bool, "max_seq_length": int}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def _fits(key: str, is_last: bool) -> bool:
-    return key not in (("pass_label", "threshold") if is_last else ("min_probability", "reject_label"))
+    return key not in (("pass_label", "threshold") if is_last else _OF_LAST)
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> None:
@@ -197,6 +211,14 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
     for key, value in table.items():
         if key in ("threshold", "min_probability"):
             values[key] = _number(value, where, key)
+        elif key == "min_probabilities":
+            if not isinstance(value, Mapping):
+                raise SpecError(f"{where}: min_probabilities must be a table of label to number, not {value!r}")
+            values[key] = {label: _number(least, where, f"min_probabilities.{label}") for label, least in value.items()}
+        elif key == "temperature":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise SpecError(f"{where}: temperature is {value!r}; it must be a number above 0")
+            values[key] = float(value)
         elif key == "labels":
             values[key] = _labels(value, where, folder)
         elif type(value) is not _TYPES.get(key, str):
@@ -212,6 +234,10 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
     if stage.pass_label is not None and stage.pass_label not in stage.labels:
         near = did_you_mean(stage.pass_label, list(stage.labels))
         raise SpecError(f"{where}: pass_label '{stage.pass_label}' is none of its labels{near}")
+    for label in stage.min_probabilities:
+        if label not in stage.labels:
+            near = did_you_mean(label, list(stage.labels))
+            raise SpecError(f"{where}: min_probabilities names '{label}', which is none of its labels{near}")
     return stage
 
 
@@ -257,10 +283,10 @@ def _check_order(stages: list[StageSpec], where: str) -> None:
             for key in ("pass_label", "threshold"):
                 if getattr(stage, key) is None:
                     raise SpecError(f"{here}: {key} is missing; every stage but the last is a gate")
-            for key in ("min_probability", "reject_label"):
-                if getattr(stage, key) is not None:
+            for key in _OF_LAST:
+                if getattr(stage, key):
                     raise SpecError(f"{here}: {key} is for the last stage; a gate has a threshold")
         elif stage.is_gate or stage.threshold is not None:
             raise SpecError(f"{here}: pass_label and threshold are for gates; no stage follows this one")
-        elif stage.min_probability is not None and stage.reject_label is None:
+        elif (stage.min_probability is not None or stage.min_probabilities) and stage.reject_label is None:
             raise SpecError(f"{here}: min_probability needs a reject_label to answer with")

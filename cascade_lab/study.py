@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_lab.analysis.metrics import figures_of
+from cascade_lab.analysis.goals import Goal
 from cascade_lab.analysis.thresholds import choose
 from cascade_lab.bert.finetune import Flags, Init, finetune
 from cascade_lab.cascade import Cascade
@@ -184,7 +185,8 @@ def _score(
     infeasible = None
     if "maximize" in scheme:
         try:
-            thresholds = choose(runs["val"], maximize=scheme["maximize"], at_least=scheme.get("at_least"))
+            goal = Goal(maximize=scheme["maximize"], at_least=scheme.get("at_least", {}))
+            thresholds = choose(runs["val"], goal).thresholds
         except InfeasibleError as error:
             infeasible = str(error).split(": ", 1)[1]
     return {

@@ -1,121 +1,314 @@
-"""Thresholds chosen on kept logits: exact, nothing is refitted."""
+"""Thresholds swept and chosen on kept logits: exact, and nothing is refitted."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from cascade_lab.errors import InfeasibleError, RunError
+from cascade_lab.analysis.goals import FRACTIONS, Goal, Totals, extreme, figure_of
+from cascade_lab.analysis.latency import reach_within
+from cascade_lab.analysis.outcomes import OUTCOMES
+from cascade_lab.analysis.quadrants import Counts, Points, count, lines, points
+from cascade_lab.errors import InfeasibleError
 from cascade_lab.run import Run
-from cascade_lab.serial import answer
+
+MAX_LINES = 512
 
 
-@dataclass(frozen=True)
-class Surface:
-    """What a cascade of one or two stages does at every pair of thresholds that makes a difference.
+class Surface(NamedTuple):
+    """What a cascade does at every pair of two thresholds.
 
     Attributes
     ----------
-    gate : ndarray, shape (n_gate,)
-        Every distinct probability of the pass label, ascending; `[0.]` where there is no gate.
-    min_probability : ndarray, shape (n_min,)
-        0 and every distinct highest probability of the last stage, ascending.
-    in_scope_accuracy, reject_recall, accuracy : ndarray, shape (n_gate, n_min)
-        The figures of `metrics.end_to_end` at `gate[i]` and `min_probability[j]`.
+    stages : tuple of str
+        The stages whose thresholds move: one or two.
+    first : ndarray, shape (n_first,)
+        Thresholds of the first, ascending.
+    second : ndarray, shape (n_second,)
+        Thresholds of the second, ascending; `[0.]` where there is none.
+    counts : ndarray of int, shape (n_first, n_second, 6)
+        Texts of each outcome, in `OUTCOMES`' order.
+    exact : bool
+        Every pair that makes a difference is there; otherwise an even choice of them, by rank.
     """
 
-    gate: np.ndarray
-    min_probability: np.ndarray
-    in_scope_accuracy: np.ndarray
-    reject_recall: np.ndarray
-    accuracy: np.ndarray
+    stages: tuple[str, ...]
+    first: np.ndarray
+    second: np.ndarray
+    counts: np.ndarray
+    exact: bool
+
+    def figure(self, name: str, goal: Goal | None = None) -> np.ndarray:
+        """Return a figure at every pair, shape (n_first, n_second); `goal` is for its costs and prevalence."""
+        return figure_of(name, self.counts, goal)
 
 
-def surface(run: Run) -> Surface:
-    """Compute every figure at every pair of thresholds from counts of the texts that are answered.
-
-    A text is answered, rather than rejected, if it passes the gate, the last stage's highest probability reaches
-    `min_probability`, and the most probable label does not itself reject.
-
-    Raises
-    ------
-    RunError
-        More than two stages, more than one reject label, or a run without shadow scores.
-    """
-    stages, rejects = run.spec.stages, run.spec.reject_labels
-    if len(stages) > 2 or len(rejects) != 1:
-        raise RunError(f"{run.directory}: the surface is for one or two stages with one reject label between them")
-    n = len(run.examples)
-    if any(len(run.scores(stage.name).rows) < n for stage in stages):
-        raise RunError(f"{run.directory}: has no shadow scores; run the cascade again with them")
-    y_true = run.examples["label"].to_numpy(dtype=object)
-    last = stages[-1]
-    p, predicted = np.empty(n), np.empty(n, dtype=object)
-    scores = run.scores(last.name)
-    p[scores.rows] = answer(last, scores.logits).decisive
-    predicted[scores.rows] = np.array(last.labels, dtype=object)[scores.logits.argmax(axis=1)]
-    p_pass = np.zeros(n)
-    if len(stages) == 2:
-        scores = run.scores(stages[0].name)
-        p_pass[scores.rows] = answer(stages[0], scores.logits).decisive
-    gate, row = np.unique(p_pass, return_inverse=True)
-    minimum, column = np.unique(np.append(p, 0.0), return_inverse=True)
-    column = column[:-1]
-
-    def answered(which: np.ndarray) -> np.ndarray:
-        """Count those of `which` that are answered at each pair: at or above both thresholds."""
-        counts = np.zeros((len(gate), len(minimum)), dtype=np.int32)
-        np.add.at(counts, (row[which], column[which]), 1)
-        return counts[::-1, ::-1].cumsum(axis=0).cumsum(axis=1)[::-1, ::-1]
-
-    out = np.isin(y_true, rejects)
-    offered = ~np.isin(predicted, rejects)
-    right = answered(~out & (predicted == y_true))
-    slipped = answered(out & offered)
-    with np.errstate(invalid="ignore"):
-        return Surface(
-            gate=gate,
-            min_probability=minimum,
-            in_scope_accuracy=right / (~out).sum(),
-            reject_recall=1 - slipped / out.sum(),
-            accuracy=(right + out.sum() - slipped) / n,
-        )
-
-
-def choose(run: Run, *, maximize: str, at_least: dict[str, float] | None = None) -> dict[str, float]:
-    """Return the thresholds of `run`'s stages that do best on it.
+def surface(
+    run: Run,
+    stages: Sequence[str] | None = None,
+    *,
+    thresholds: Mapping[str, float] | None = None,
+    max_lines: int = MAX_LINES,
+) -> Surface:
+    """Count the outcomes at every pair of thresholds of two stages.
 
     Parameters
     ----------
     run : Run
-        Of the set to choose on, not of the one to report on.
-    maximize : {"in_scope_accuracy", "reject_recall", "accuracy"}
-        Of equals, the one with the highest in-scope accuracy, then the lowest thresholds.
-    at_least : mapping of str to float, optional
-        The least value of other figures.
+    stages : sequence of str, optional
+        One or two; by default those that can reject.
+    thresholds : mapping of str to float, optional
+        Of the other stages; by default those of the run.
+    max_lines : int
+        The most thresholds of a stage. Each one kept is a probability that occurs, and the counts there are a replay's.
+
+    Raises
+    ------
+    RunError
+        The stages are too many, out of order or cannot reject, or a run without the shadow scores that it takes.
+    """
+    found = points(run, stages, thresholds)
+    places = [lines(len(values), max_lines) for values in found.thresholds]
+    first, second = (values[place] for values, place in zip(found.thresholds, places, strict=True))
+    exact = len(first) == len(found.thresholds[0]) and len(second) == len(found.thresholds[1])
+    return Surface(found.stages, first, second, count(found, *places).all, exact)
+
+
+def sweep(
+    run: Run, stage: str, *, thresholds: Mapping[str, float] | None = None, goal: Goal | None = None
+) -> pd.DataFrame:
+    """Return what the cascade does at every threshold of `stage` that makes a difference.
+
+    Parameters
+    ----------
+    run : Run
+    stage : str
+    thresholds : mapping of str to float, optional
+        Of the other stages; by default those of the run.
+    goal : Goal, optional
+        For its costs and its prevalence.
 
     Returns
     -------
-    dict
-        Stage name to threshold, as `Run.replay` takes it.
+    DataFrame
+        `threshold`, ascending; the number of texts of each outcome; `reach`, the fraction of texts that get beyond the
+        stage; the figures of `FRACTIONS`; `macro_f1`, over the labels that occur in gold or answers; and `mean_cost`
+        where the goal has costs.
+
+    Raises
+    ------
+    RunError
+        As `surface` does.
+    """
+    found = points(run, [stage], thresholds)
+    counted = count(found, np.arange(len(found.thresholds[0])), np.zeros(1, dtype=int))
+    counts = counted.all[:, 0]
+    table = pd.DataFrame(counts, columns=list(OUTCOMES))
+    table.insert(0, "threshold", found.thresholds[0])
+    table["reach"] = 1 - counted.held.sum(axis=1) / len(run.examples)
+    for name in goal.figures if goal else FRACTIONS:
+        table[name] = figure_of(name, counts, goal)
+    table["macro_f1"] = _macro_f1(found, run.examples["label"].to_numpy(dtype=object))
+    return table
+
+
+class Choice(NamedTuple):
+    """Thresholds, and what they do on the texts that they were chosen on.
+
+    Attributes
+    ----------
+    thresholds : dict of str to float
+        By stage, as `Run.replay` takes them.
+    counts : ndarray of int, shape (6,)
+        Texts of each outcome, in `OUTCOMES`' order.
+    figures : dict of str to float
+        Every figure that the goal defines.
+    """
+
+    thresholds: dict[str, float]
+    counts: np.ndarray
+    figures: dict[str, float]
+
+
+def choose(
+    run: Run, goal: Goal, stages: Sequence[str] | None = None, *, thresholds: Mapping[str, float] | None = None
+) -> Choice:
+    """Return the thresholds that serve `goal` best, of every pair that makes a difference.
+
+    Of equals, it is one with the highest in-scope accuracy. The parameters are those of `surface`; `run` is of the
+    set to choose on, not of the one to report on.
 
     Raises
     ------
     InfeasibleError
-        No pair of thresholds satisfies `at_least`.
+        No thresholds satisfy the goal; it says which come nearest.
+    RunError
+        As `surface` does.
     """
-    figures = surface(run)
-    allowed = np.ones_like(figures.accuracy, dtype=bool)
-    for name, least in (at_least or {}).items():
-        allowed &= getattr(figures, name) >= least
-    if not allowed.any():
-        best = {name: float(getattr(figures, name).max()) for name in at_least or {}}
-        raise InfeasibleError(
-            f"{run.directory}: infeasible: no thresholds give at least {at_least}; the most are {best}"
-        )
-    value = np.where(allowed, getattr(figures, maximize), -1.0)
-    ties = np.where(value == value.max(), figures.in_scope_accuracy, -1.0)
-    i, j = np.unravel_index(int(ties.argmax()), ties.shape)
-    chosen = {run.spec.last.name: float(figures.min_probability[j])}
-    return chosen if len(run.spec.stages) == 1 else {run.spec.stages[0].name: float(figures.gate[i]), **chosen}
+    return choose_among(points(run, stages, thresholds), goal, floor=held_at_least(run, goal), where=f"{run.directory}")
+
+
+def held_at_least(run: Run, goal: Goal) -> float:
+    """Return the fraction of texts that the first stage must hold for the goal's latencies to be met."""
+    limits = {name: value for name, value in goal.at_most.items() if name.endswith("_ms")}
+    return 1 - min([reach_within(run, name, limit) for name, limit in limits.items()], default=1.0)
+
+
+def choose_among(
+    found: Points,
+    goal: Goal,
+    *,
+    floor: float = 0.0,
+    weights: np.ndarray | None = None,
+    max_lines: int | None = None,
+    where: str = "these texts",
+) -> Choice:
+    """Return the thresholds that serve `goal` best for some texts.
+
+    A coarse surface comes first. What lies between its lines is looked into only if the counts at the corners, which
+    bound all those between, leave room for something better: branch and bound (Land and Doig 1960).
+
+    Parameters
+    ----------
+    found : Points
+    goal : Goal
+    floor : float
+        The fraction of texts that must not get beyond the first stage.
+    weights : ndarray of int, shape (n,), optional
+        How often each text counts.
+    max_lines : int, optional
+        Look at so many thresholds a stage and not between them.
+    where : str
+        Whose texts they are, for messages.
+
+    Raises
+    ------
+    InfeasibleError
+        No thresholds satisfy the goal; it says which come nearest.
+    """
+    places = [lines(len(values), max_lines or MAX_LINES) for values in found.thresholds]
+    coarse = count(found, *places, weights=weights)
+    totals = Totals.of(coarse.all, goal)
+    best = _best(coarse, places, goal, totals, floor)
+    if max_lines is None and any(len(p) < len(v) for p, v in zip(places, found.thresholds, strict=True)):
+        value, tie, possible = _between(coarse, goal, totals, floor)
+        order = np.lexsort((-tie.ravel(), -value.ravel()))
+        for block in order[possible.ravel()[order]]:
+            i, j = np.unravel_index(block, value.shape)
+            if best is not None and (value[i, j], tie[i, j]) <= best.rank:
+                break
+            inside = [np.arange(p[k], p[min(k + 1, len(p) - 1)] + 1) for p, k in zip(places, (i, j), strict=True)]
+            candidate = _best(count(found, *inside, weights=weights), inside, goal, totals, floor)
+            if candidate is not None and (best is None or candidate.rank > best.rank):
+                best = candidate
+    if best is None:
+        raise InfeasibleError(f"{where}: infeasible: {_nearest(found, coarse, places, goal, totals, floor)}")
+    chosen = zip(found.stages, found.thresholds, best.places, strict=False)
+    return Choice(
+        {stage: float(values[place]) for stage, values, place in chosen},
+        best.counts,
+        {name: float(figure_of(name, best.counts, goal)) for name in goal.figures},
+    )
+
+
+class _Found(NamedTuple):
+    rank: tuple[float, float]
+    places: tuple[int, int]
+    counts: np.ndarray
+
+
+def _best(counted: Counts, places: Sequence[np.ndarray], goal: Goal, totals: Totals, floor: float) -> _Found | None:
+    """Return the best pair of those counted, or None where none satisfies the goal."""
+    counts = counted.all
+    value, tie, slack = _judge(counts, counts, counted.held, goal, totals, floor)
+    # A pair whose figure is undefined is no choice; in a block it may be defined at another pair.
+    value = np.where((slack >= 0) & ~np.isnan(value), value, -np.inf)
+    if not len(value) or value.max() == -np.inf:
+        return None
+    i, j = np.unravel_index(np.lexsort((-tie.ravel(), -value.ravel()))[0], value.shape)
+    return _Found((value[i, j], tie[i, j]), (int(places[0][i]), int(places[1][j])), counts[i, j])
+
+
+def _between(counted: Counts, goal: Goal, totals: Totals, floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the best rank that each block between lines can have, and whether it can satisfy the goal."""
+
+    def corner(table: np.ndarray, row: int, column: int) -> np.ndarray:
+        """Shift a table so that place (i, j) holds a corner of block (i, j); a single line is its own block."""
+        for axis, far in enumerate((row, column)):
+            n = table.shape[axis]
+            table = table.take(range(n - 1) if not far and n > 1 else range(min(1, n - 1), n), axis=axis)
+        return table
+
+    stopped = counted.stopped[:, None]
+    low = corner(stopped, 0, 0) + corner(counted.rejected, 1, 0) + corner(counted.answered, 1, 1)
+    high = corner(stopped, 1, 0) + corner(counted.rejected, 0, 1) + corner(counted.answered, 0, 0)
+    held = corner(counted.held[:, None], 1, 0)[:, 0]
+    value, tie, slack = _judge(low, high, held, goal, totals, floor)
+    value = np.where(np.isnan(value), np.inf, value)
+    return value, np.where(np.isnan(tie), np.inf, tie), ~(slack < 0)
+
+
+def _judge(
+    low: np.ndarray, high: np.ndarray, held: np.ndarray, goal: Goal, totals: Totals, floor: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the goal's figure, the in-scope accuracy and the room within the constraints, each at its best."""
+
+    def reaches(name: str, sign: int) -> np.ndarray:
+        return sign * extreme(name, low, high, sign, totals, goal.costs)
+
+    rooms = [reaches(name, +1) - least for name, least in goal.at_least.items()]
+    rooms += [reaches(name, -1) + most for name, most in goal.at_most.items() if not name.endswith("_ms")]
+    rooms.append(np.broadcast_to(((held @ totals.weights) / totals.n - floor)[:, None], low.shape[:2]))
+    return reaches(goal.figure, goal.sign), reaches("in_scope_accuracy", +1), np.min(rooms, axis=0)
+
+
+def _nearest(
+    found: Points, coarse: Counts, places: Sequence[np.ndarray], goal: Goal, totals: Totals, floor: float
+) -> str:
+    counts = coarse.all
+    room = _judge(counts, counts, coarse.held, goal, totals, floor)[2]
+    wanted = str(replace(goal, maximize="accuracy", minimize=None)).split(", ", 1)[1]
+    if np.isnan(room).all():
+        return f"{wanted} is undefined on them; take an eval set with texts in scope and out of it"
+    i, j = np.unravel_index(int(np.nanargmax(room)), room.shape)
+    at = zip(found.stages, found.thresholds, (places[0][i], places[1][j]), strict=False)
+    names = [name for name in (*goal.at_least, *goal.at_most) if not name.endswith("_ms")]
+    gives = [f"{name} {float(figure_of(name, counts[i, j], goal)):.4f}" for name in names]
+    gives.append(f"{1 - float(coarse.held[i] @ totals.weights / totals.n):.1%} of the texts beyond the first stage")
+    nearest = ", ".join(f"{stage} {values[place]:.4f}" for stage, values, place in at)
+    return f"no thresholds give {wanted}; the nearest, {nearest}, give {', '.join(gives)}; ask for less"
+
+
+def _macro_f1(found: Points, y_true: np.ndarray) -> np.ndarray:
+    """Return macro F1 at every threshold of the one stage of `found`, by what each threshold changes of each label."""
+    n_steps = len(found.thresholds[0])
+    labels, codes = np.unique([*y_true, *found.answers[0], *found.answers[2]], return_inverse=True)
+    gold, stopped, answered = codes.reshape(3, -1)
+    # A text is answered below its rank and stopped from there on: it adds and takes away at two steps.
+    starts = np.zeros_like(found.ranks[0])
+    steps = [(starts, answered, 1), (found.ranks[0], answered, -1), (found.ranks[0], stopped, 1)]
+    step = np.concatenate([s for s, _, _ in steps])
+    label = np.concatenate([a for _, a, _ in steps])
+    sign = np.concatenate([np.full(len(s), k) for s, _, k in steps])
+    hit = np.concatenate([k * (a == gold) for _, a, k in steps])
+    order = np.lexsort((step, label))
+    step, label, sign, hit = step[order], label[order], sign[order], hit[order]
+    # Within a label, events in order of steps; its F1 after each step, and what that step changed.
+    last = np.append((label[1:] != label[:-1]) | (step[1:] != step[:-1]), True)
+    base = np.append(0, np.flatnonzero(label[1:] != label[:-1]) + 1)
+    n_of = np.diff(np.append(base, len(label)))
+    n_predicted, n_hit = ((np.cumsum(x) - np.repeat(np.cumsum(x)[base] - x[base], n_of))[last] for x in (sign, hit))
+    step, label = step[last], label[last]
+    n_gold = np.bincount(gold, minlength=len(labels))
+    total = n_predicted + n_gold[label]
+    f1 = np.divide(2 * n_hit, total, out=np.zeros(len(total)), where=total > 0)
+    occurs = (total > 0).astype(int)
+    new = np.append(True, label[1:] != label[:-1])
+    sums = np.bincount(step, f1 - np.where(new, 0, np.roll(f1, 1)), n_steps + 1)[:n_steps].cumsum()
+    before = np.where(new, n_gold[label] > 0, np.roll(occurs, 1))
+    n_labels = (n_gold > 0).sum() + np.bincount(step, occurs - before, n_steps + 1)[:n_steps].cumsum()
+    return sums / n_labels
