@@ -46,7 +46,7 @@ demo-checkpoints: runs/minilm/bert_config.json
 		--leave-out oos --output data/intent --overwrite \
 		--max-seq-length 64 --learning-rate 2e-4 --num-train-epochs 14 --train-batch-size 16 --threads 1
 
-# The CLINC150 study: about an hour and a half on two cores. CLINC150 is the folder with the published files.
+# The CLINC150 study: about three hours on two cores. CLINC150 is the folder with the published files.
 CLINC150 ?= ../shared/clinc150
 study: runs/minilm/bert_config.json
 	$(BIN)/cascade-lab study data/clinc150/study.toml --data $(CLINC150) --init runs/minilm --output runs/study

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cascade_lab.analysis.metrics import figures_of
 from cascade_lab.analysis.goals import Goal
+from cascade_lab.analysis.metrics import figures_of
 from cascade_lab.analysis.thresholds import choose
 from cascade_lab.bert.finetune import Flags, Init, finetune
 from cascade_lab.cascade import Cascade
