@@ -24,7 +24,7 @@ FLOORS = [
     ["analysis.thresholds", "analysis.errors", "analysis.slices", "analysis.audit", "analysis.comparison"],
     ["cascade", "analysis.tuning", "displays.confusion", "displays.latency"],
     ["displays.calibration", "displays.coverage", "displays.outcomes"],
-    ["displays.thresholds", "displays.text", "displays.comparison"],
+    ["analysis.per_class", "displays.thresholds", "displays.text", "displays.comparison"],
     ["displays"],
     ["explorer", "timing"],
     ["report", "study"],

@@ -109,28 +109,35 @@ def among(names: tuple[str, ...]) -> np.ndarray:
 
 
 class Totals(NamedTuple):
-    """How many texts are in scope and out of it, which no threshold changes, and what each weighs."""
+    """How many texts are in scope and out of it, which no threshold changes: arrays of shape (...), or numbers."""
 
-    in_scope: float
-    out_of_scope: float
+    in_scope: np.ndarray
+    out_of_scope: np.ndarray
     prevalence: float | None = None
 
     @classmethod
     def of(cls, counts: np.ndarray, goal: Goal | None = None) -> Totals:
-        """Take them from the counts, shape (..., 6), at any thresholds."""
-        one = counts.reshape(-1, len(OUTCOMES))[0]
-        return cls(one[among(IN_SCOPE)].sum(), one[among(OUT_OF_SCOPE)].sum(), goal.prevalence if goal else None)
+        """Take them from counts of outcomes, shape (..., 6)."""
+        return cls(counts @ among(IN_SCOPE), counts @ among(OUT_OF_SCOPE), goal.prevalence if goal else None)
 
     @property
-    def n(self) -> float:
+    def n(self) -> np.ndarray:
         return self.in_scope + self.out_of_scope
 
     @property
-    def weights(self) -> tuple[float, float]:
+    def weights(self) -> tuple[np.ndarray | int, np.ndarray | int]:
         """What a text in scope and one out of it weigh, for the latter to be `prevalence` of all."""
-        if self.prevalence is None or not self.in_scope or not self.out_of_scope:
+        if self.prevalence is None:
             return 1, 1
-        return (1 - self.prevalence) * self.n / self.in_scope, self.prevalence * self.n / self.out_of_scope
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (1 - self.prevalence) * self.n / self.in_scope, self.prevalence * self.n / self.out_of_scope
+
+    def weigh(self, counts: np.ndarray) -> np.ndarray:
+        """Return counts of outcomes, shape (..., 6), as the world of that prevalence has them."""
+        if self.prevalence is None:
+            return counts
+        in_scope, out_of_scope = (np.asarray(w)[..., None] for w in self.weights)
+        return counts * np.where(among(IN_SCOPE), in_scope, out_of_scope)
 
 
 def figure_of(name: str, counts: np.ndarray, goal: Goal | None = None) -> np.ndarray:
@@ -141,7 +148,7 @@ def figure_of(name: str, counts: np.ndarray, goal: Goal | None = None) -> np.nda
     name : str
         Of `FIGURES`.
     counts : ndarray, shape (..., 6)
-        In `OUTCOMES`' order, of the same texts everywhere.
+        In `OUTCOMES`' order.
     goal : Goal, optional
         For its costs and its prevalence.
 
@@ -160,19 +167,14 @@ def extreme(
 
     Where `low` equals `high` that is the figure itself, as interval arithmetic has it. Shapes as in `figure_of`.
     """
-    weights = np.where(among(IN_SCOPE), *totals.weights)
-    toward, away = (high, low) if sign > 0 else (low, high)
+    toward, away = (totals.weigh(counts) for counts in ((high, low) if sign > 0 else (low, high)))
     if name == "mean_cost":
-        cost = weights * [costs.get(outcome, 0.0) for outcome in OUTCOMES]
+        cost = np.array([costs.get(outcome, 0.0) for outcome in OUTCOMES])
         return (toward @ np.maximum(cost, 0) + away @ np.minimum(cost, 0)) / totals.n
     part, whole = FRACTIONS[name]
-    hits = toward @ (weights * among(part))
-    misses = away @ (weights * (among(whole) & ~among(part)))
-    sizes = {
-        OUTCOMES: totals.n,
-        IN_SCOPE: weights[0] * totals.in_scope,
-        OUT_OF_SCOPE: weights[1] * totals.out_of_scope,
-    }
+    hits, misses = toward @ among(part), away @ (among(whole) & ~among(part))
+    w_in, w_out = totals.weights
+    sizes = {OUTCOMES: totals.n, IN_SCOPE: w_in * totals.in_scope, OUT_OF_SCOPE: w_out * totals.out_of_scope}
     with np.errstate(invalid="ignore", divide="ignore"):
         if whole not in sizes:
             return hits / (hits + misses)

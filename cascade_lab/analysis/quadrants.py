@@ -28,7 +28,8 @@ class Points(NamedTuple):
     stages : tuple of str
         The stages whose thresholds move: one or two.
     thresholds : tuple of two ndarrays
-        Every threshold that makes a difference, ascending from 0; `[0.]` for a second stage that is not there.
+        Every threshold that makes a difference, ascending: each probability that occurs, and 1. A threshold between two
+        of them does what the higher one does. `[0.]` for a second stage that is not there.
     ranks : ndarray of int, shape (2, n)
         How many of those thresholds a text's probability reaches.
     becomes : ndarray of int, shape (3, n)
@@ -119,6 +120,12 @@ def points(run: Run, stages: Sequence[str] | None = None, thresholds: Mapping[st
     )
 
 
+def places(found: Points, thresholds: Mapping[str, float]) -> tuple[int, int]:
+    """Return the places in `found.thresholds` that do what `thresholds`, one for each of its stages, do."""
+    at = [int(np.searchsorted(v, thresholds[s])) for s, v in zip(found.stages, found.thresholds, strict=False)]
+    return at[0], at[1] if len(at) == 2 else 0
+
+
 def lines(n: int, at_most: int) -> np.ndarray:
     """Return at most so many of the places 0 … n-1, evenly spread, the first and the last among them."""
     return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(np.int64))
@@ -200,7 +207,5 @@ def _walk(
 
 
 def _candidates(p: np.ndarray) -> np.ndarray:
-    """Return every threshold that divides `p` in another way: 0, all but the lowest of its values, and 1."""
-    values = np.unique(p)
-    values = np.append(0.0, values[1:])
-    return values if values[-1] == 1.0 or not len(p) or p.max() == 1.0 else np.append(values, 1.0)
+    """Return every threshold that divides `p` in another way: each of its values, and 1, which none may reach."""
+    return np.unique(np.append(p, 1.0))

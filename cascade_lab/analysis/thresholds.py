@@ -192,7 +192,7 @@ def choose_among(
     """
     places = [lines(len(values), max_lines or MAX_LINES) for values in found.thresholds]
     coarse = count(found, *places, weights=weights)
-    totals = Totals.of(coarse.all, goal)
+    totals = Totals.of(coarse.all[0, 0], goal)
     best = _best(coarse, places, goal, totals, floor)
     if max_lines is None and any(len(p) < len(v) for p, v in zip(places, found.thresholds, strict=True)):
         value, tie, possible = _between(coarse, goal, totals, floor)
@@ -209,7 +209,8 @@ def choose_among(
         raise InfeasibleError(f"{where}: infeasible: {_nearest(found, coarse, places, goal, totals, floor)}")
     chosen = zip(found.stages, found.thresholds, best.places, strict=False)
     return Choice(
-        {stage: float(values[place]) for stage, values, place in chosen},
+        # What every probability reaches here, every probability is to reach elsewhere.
+        {stage: float(values[place]) if place else 0.0 for stage, values, place in chosen},
         best.counts,
         {name: float(figure_of(name, best.counts, goal)) for name in goal.figures},
     )
