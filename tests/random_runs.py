@@ -48,10 +48,28 @@ def random_run(
             elif stage.is_gate and not label.startswith("oos"):
                 scores[row, stage.labels.index(stage.pass_label)] += skill
         logits[stage.name] = scores.astype(np.float32)
+    return write_run(folder, spec, examples, logits, seed=seed)
+
+
+def write_run(
+    folder: Path,
+    spec: CascadeSpec,
+    examples: pd.DataFrame,
+    logits: dict[str, np.ndarray],
+    *,
+    seed: int = 0,
+    shadow: bool = True,
+) -> Run:
+    """Write the run that a cascade makes of `examples` if its stages say `logits`, rows as in `examples`."""
+    n = len(examples)
     answers = serve(spec, logits)
     place = [stage.name for stage in spec.stages]
     stopped_at = answers["decided_by"].map(place.index).to_numpy()
-    kept = {name: Scores(np.arange(n), logits[name], stopped_at < place.index(name)) for name in place}
+    kept = {}
+    for name in place:
+        off = stopped_at < place.index(name)
+        rows = np.arange(n) if shadow else np.flatnonzero(~off)
+        kept[name] = Scores(rows, logits[name][rows], off[rows])
     timings = pd.DataFrame(
         {
             "stage": place,
@@ -78,7 +96,7 @@ def random_run(
             "contents": contents,
             "stages": {},
             "batch_size": 32,
-            "shadow": True,
+            "shadow": shadow,
         },
     )
     return Run.read(folder)

@@ -21,6 +21,7 @@ FLOORS = [
     ["stage", "run", "bert.finetune", "bert.huggingface", "bert.serving"],
     ["analysis.bootstrap", "analysis.outcomes", "analysis.calibration", "bert.fast", "bert.attributions"],
     ["analysis.metrics", "analysis.coverage", "analysis.latency", "analysis.goals", "analysis.quadrants", "export"],
+    ["analysis.paired"],
     ["analysis.thresholds", "analysis.errors", "analysis.slices", "analysis.audit", "analysis.comparison"],
     ["cascade", "analysis.tuning", "displays.confusion", "displays.latency"],
     ["displays.calibration", "displays.coverage", "displays.outcomes"],

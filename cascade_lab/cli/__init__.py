@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli import checkpoints, inspecting, runs, tuning
+from cascade_lab.cli import checkpoints, comparing, inspecting, runs, tuning
 from cascade_lab.cli.console import Group
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ app.command()(runs.predict)
 app.command()(inspecting.inspect)
 app.command()(runs.report)
 app.command()(tuning.tune)
+app.command()(comparing.compare)
 app.command()(checkpoints.finetune)
 app.command()(checkpoints.vocabulary)
 app.command("import-hf")(checkpoints.import_hf)
