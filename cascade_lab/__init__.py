@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cascade_lab.cascade import Cascade
-    from cascade_lab.displays import CascadeConfusionDisplay, StageLatencyDisplay
+    from cascade_lab.displays import (
+        CascadeConfusionDisplay,
+        StageLatencyDisplay,
+        ThresholdDisplay,
+        ThresholdSurfaceDisplay,
+    )
     from cascade_lab.errors import CascadeLabError
     from cascade_lab.evalset import EvalSet
     from cascade_lab.run import Run
@@ -30,6 +35,8 @@ _HOMES = {
     "Stage": "stage",
     "StageLatencyDisplay": "displays",
     "StageSpec": "spec",
+    "ThresholdDisplay": "displays",
+    "ThresholdSurfaceDisplay": "displays",
 }
 
 __all__ = [
@@ -42,6 +49,8 @@ __all__ = [
     "Stage",
     "StageLatencyDisplay",
     "StageSpec",
+    "ThresholdDisplay",
+    "ThresholdSurfaceDisplay",
 ]
 
 

@@ -131,6 +131,27 @@ def lines(n: int, at_most: int) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(np.int64))
 
 
+def spread(found: Points, at_most: int) -> list[np.ndarray]:
+    """Return about so many places of each stage, even in rank among the texts in scope and among those out of it.
+
+    Ranks of all texts would spend nearly every place where the many texts in scope lie.
+    """
+    chosen = []
+    for values, ranks in zip(found.thresholds, found.ranks, strict=True):
+        parts = [np.unique(ranks[kind]) for kind in (found.in_scope, ~found.in_scope)]
+        kept = [part[lines(len(part), at_most // 2)] for part in parts if len(part)]
+        chosen.append(np.unique(np.clip(np.concatenate([[0], *kept, [len(values) - 1]]), 0, len(values) - 1)))
+    return chosen
+
+
+def counts_at(found: Points, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the texts of each outcome, shape (n_first, n_second, 6), at thresholds that are given, ascending."""
+    at = [np.searchsorted(values, given) for values, given in zip(found.thresholds, (first, second), strict=True)]
+    # Several of them may lie between two probabilities; count once, spread after.
+    rows, columns = (np.unique(place) for place in at)
+    return count(found, rows, columns).all[np.ix_(np.searchsorted(rows, at[0]), np.searchsorted(columns, at[1]))]
+
+
 def count(found: Points, first: np.ndarray, second: np.ndarray, *, weights: np.ndarray | None = None) -> Counts:
     """Count the outcomes at thresholds whose places in `found.thresholds` are `first` and `second`, ascending.
 

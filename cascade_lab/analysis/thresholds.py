@@ -12,7 +12,7 @@ import pandas as pd
 from cascade_lab.analysis.goals import FRACTIONS, Goal, Totals, extreme, figure_of
 from cascade_lab.analysis.latency import reach_within
 from cascade_lab.analysis.outcomes import OUTCOMES
-from cascade_lab.analysis.quadrants import Counts, Points, count, lines, points
+from cascade_lab.analysis.quadrants import Counts, Points, count, lines, points, spread
 from cascade_lab.errors import InfeasibleError
 from cascade_lab.run import Run
 
@@ -181,7 +181,7 @@ def choose_among(
     weights : ndarray of int, shape (n,), optional
         How often each text counts.
     max_lines : int, optional
-        Look at so many thresholds a stage and not between them.
+        Look at about so many thresholds a stage (see `spread`) and not between them.
     where : str
         Whose texts they are, for messages.
 
@@ -190,7 +190,7 @@ def choose_among(
     InfeasibleError
         No thresholds satisfy the goal; it says which come nearest.
     """
-    places = [lines(len(values), max_lines or MAX_LINES) for values in found.thresholds]
+    places = spread(found, max_lines) if max_lines else [lines(len(v), MAX_LINES) for v in found.thresholds]
     coarse = count(found, *places, weights=weights)
     totals = Totals.of(coarse.all[0, 0], goal)
     best = _best(coarse, places, goal, totals, floor)

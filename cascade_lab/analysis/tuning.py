@@ -18,12 +18,12 @@ from cascade_lab.analysis.bootstrap import Interval, interval, resample_counts
 from cascade_lab.analysis.goals import FRACTIONS, Goal, figure_of
 from cascade_lab.analysis.latency import predicted_latency
 from cascade_lab.analysis.outcomes import OUTCOMES, outcome_counts
-from cascade_lab.analysis.quadrants import Points, count, places, points
+from cascade_lab.analysis.quadrants import Points, count, counts_at, places, points
 from cascade_lab.analysis.thresholds import Choice, choose, choose_among, held_at_least
 from cascade_lab.errors import GoalError, InfeasibleError, RunError
 from cascade_lab.run import Run
 
-_COARSE = 128
+_COARSE = 160
 
 
 class Certainty(NamedTuple):
@@ -54,7 +54,9 @@ def certainty(
     seed: int = 0,
     progress: bool = False,
 ) -> Certainty:
-    """Choose again on resampled texts (bootstrap; Efron 1979), out of 128 thresholds a stage, evenly ranked.
+    """Choose again on resampled texts (bootstrap; Efron 1979), out of 160 thresholds a stage.
+
+    Half of them are spread evenly over the texts in scope and half over the others.
 
     Raises
     ------
@@ -168,8 +170,14 @@ def figures_at(
 ) -> dict[str, Interval]:
     """Return every figure of the goal at some thresholds, with its bootstrap interval over texts."""
     counts = outcome_counts(run.spec, run.replay(thresholds)).to_numpy()
-    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), n_resamples)
+    return intervals_of(counts, goal, level=level, n_resamples=n_resamples, seed=seed)
 
+
+def intervals_of(
+    counts: np.ndarray, goal: Goal, *, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """Return every figure of the goal, with its bootstrap interval over texts, from their outcomes: shape (6,)."""
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), n_resamples)
     return {
         name: interval(float(figure_of(name, counts, goal)), figure_of(name, drawn, goal), level=level)
         for name in goal.figures
@@ -215,11 +223,7 @@ def controlled(
     log_odds = np.linspace(-12, 12, 481)
     first = np.concatenate([[0.0], 1 / (1 + np.exp(-log_odds)), [1.0]])
     second = np.arange(10) / 10 if len(found.stages) == 2 else np.zeros(1)
-    at = [np.searchsorted(v, t) for v, t in zip(found.thresholds, (first, second), strict=True)]
-    # Several thresholds of the grid may lie between two probabilities; count once, spread after.
-    rows, columns = (np.unique(place) for place in at)
-    spread = np.ix_(np.searchsorted(rows, at[0]), np.searchsorted(columns, at[1]))
-    counts = count(found, rows, columns).all[spread]
+    counts = counts_at(found, first, second)
     hits, of = (counts[..., np.isin(OUTCOMES, names)].sum(axis=-1) for names in FRACTIONS[figure])
     p_value = binom.cdf(of - hits, of, 1 - at_least)
     from_safe = p_value[::-1] if figure == "reject_recall" else p_value
@@ -291,7 +295,7 @@ def gate_worth(tuned: Run, other: Run, goal: Goal) -> pd.DataFrame:
 def write_tuned(
     run: Run,
     choice: Choice,
-    goal: Goal,
+    goal: Goal | str,
     output: str | Path,
     *,
     min_probabilities: Mapping[str, float] | None = None,
@@ -299,7 +303,7 @@ def write_tuned(
 ) -> None:
     """Write the run's cascade at the chosen thresholds as a `cascade.toml`, with their provenance in `[tuned_on]`.
 
-    Paths in it are relative to `output`'s folder. `more` goes into `[tuned_on]` too.
+    Paths in it are relative to `output`'s folder. `goal` may be said in words; `more` goes into `[tuned_on]` too.
     """
     output = Path(output)
     spec = run.spec.with_thresholds(choice.thresholds)

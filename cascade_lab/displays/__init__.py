@@ -2,5 +2,11 @@
 
 from cascade_lab.displays.confusion import CascadeConfusionDisplay
 from cascade_lab.displays.latency import StageLatencyDisplay
+from cascade_lab.displays.thresholds import ThresholdDisplay, ThresholdSurfaceDisplay
 
-__all__ = ["CascadeConfusionDisplay", "StageLatencyDisplay"]
+__all__ = [
+    "CascadeConfusionDisplay",
+    "StageLatencyDisplay",
+    "ThresholdDisplay",
+    "ThresholdSurfaceDisplay",
+]
