@@ -17,6 +17,10 @@ class CheckpointError(CascadeLabError):
     """A checkpoint, its config or its vocabulary is not usable."""
 
 
+class CalibrationError(CascadeLabError):
+    """Probabilities cannot be calibrated, or a report of how calibrated they are would not be honest."""
+
+
 class EvalSetError(CascadeLabError):
     """An eval set is not usable."""
 

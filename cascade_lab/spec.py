@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from cascade_lab.errors import SpecError, did_you_mean
 
@@ -127,6 +130,17 @@ class CascadeSpec:
             stage["labels"] = list(stage["labels"])
         tuned_on = {} if self.tuned_on is None else {"tuned_on": dict(self.tuned_on)}
         return {"name": self.name, **tuned_on, "stage": stages}
+
+    def write(self, path: str | Path) -> None:
+        """Write a `cascade.toml` that `read` takes, wholly or not at all; paths in it are relative to its folder."""
+        path, content = Path(path), self.to_dict()
+        for stage in content["stage"]:
+            for key in _PATHS:
+                stage[key] = Path(os.path.relpath(stage[key], path.parent.resolve())).as_posix()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.unfinished")
+        partial.write_text(tomli_w.dumps(content, multiline_strings=False), encoding="utf-8")
+        partial.replace(path)
 
     @property
     def last(self) -> StageSpec:
