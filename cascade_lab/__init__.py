@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cascade_lab.cascade import Cascade
     from cascade_lab.displays import (
         CascadeConfusionDisplay,
+        ComparisonDisplay,
         StageLatencyDisplay,
         ThresholdDisplay,
         ThresholdSurfaceDisplay,
@@ -30,6 +31,7 @@ _HOMES = {
     "CascadeConfusionDisplay": "displays",
     "CascadeLabError": "errors",
     "CascadeSpec": "spec",
+    "ComparisonDisplay": "displays",
     "EvalSet": "evalset",
     "Run": "run",
     "Stage": "stage",
@@ -44,6 +46,7 @@ __all__ = [
     "CascadeConfusionDisplay",
     "CascadeLabError",
     "CascadeSpec",
+    "ComparisonDisplay",
     "EvalSet",
     "Run",
     "Stage",

@@ -1,11 +1,13 @@
 """Figures of a run, in the manner of scikit-learn's displays; the only room that imports matplotlib."""
 
+from cascade_lab.displays.comparison import ComparisonDisplay
 from cascade_lab.displays.confusion import CascadeConfusionDisplay
 from cascade_lab.displays.latency import StageLatencyDisplay
 from cascade_lab.displays.thresholds import ThresholdDisplay, ThresholdSurfaceDisplay
 
 __all__ = [
     "CascadeConfusionDisplay",
+    "ComparisonDisplay",
     "StageLatencyDisplay",
     "ThresholdDisplay",
     "ThresholdSurfaceDisplay",
