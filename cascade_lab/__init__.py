@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from cascade_lab.errors import CascadeLabError
     from cascade_lab.evalset import EvalSet
+    from cascade_lab.explorer import explore
     from cascade_lab.run import Run
     from cascade_lab.spec import CascadeSpec, StageSpec
     from cascade_lab.stage import Stage
@@ -39,6 +40,7 @@ _HOMES = {
     "StageSpec": "spec",
     "ThresholdDisplay": "displays",
     "ThresholdSurfaceDisplay": "displays",
+    "explore": "explorer",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "StageSpec",
     "ThresholdDisplay",
     "ThresholdSurfaceDisplay",
+    "explore",
 ]
 
 
