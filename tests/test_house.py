@@ -14,14 +14,15 @@ PACKAGE = Path(cascade_lab.__file__).parent
 
 # A file imports only from files on lower floors.
 FLOORS = [
-    ["errors"],
-    ["provenance", "spec", "evalset", "wholly", "bert.reference", "bert.writing"],
+    ["errors", "recorder"],
+    ["provenance", "page", "spec", "evalset", "wholly", "bert.reference", "bert.writing"],
     ["serial", "bert.checkpoint", "bert.tokenization", "bert.vocabulary", "bert.resume"],
     ["bert.graph"],
     ["stage", "run", "bert.finetune", "bert.huggingface", "bert.serving"],
-    ["analysis.bootstrap", "analysis.outcomes", "analysis.calibration", "bert.fast", "bert.attributions"],
-    ["analysis.metrics", "analysis.coverage", "analysis.latency", "analysis.goals", "analysis.quadrants", "export"],
-    ["analysis.paired"],
+    ["analysis.bootstrap", "analysis.outcomes", "bert.fast", "bert.attributions"],
+    ["analysis.latency", "analysis.goals", "analysis.quadrants", "export"],
+    ["analysis.paired", "analysis.metrics"],
+    ["analysis.calibration", "analysis.coverage", "analysis.temperature"],
     ["analysis.thresholds", "analysis.errors", "analysis.slices", "analysis.audit", "analysis.comparison"],
     ["cascade", "analysis.tuning", "displays.confusion", "displays.latency"],
     ["displays.calibration", "displays.coverage", "displays.outcomes"],
@@ -31,7 +32,7 @@ FLOORS = [
     ["report", "study"],
     ["cli.console"],
     ["cli.reporting"],
-    ["cli.runs", "cli.checkpoints", "cli.tuning", "cli.comparing", "cli.timing"],
+    ["cli.runs", "cli.checkpoints", "cli.tuning", "cli.calibrating", "cli.comparing", "cli.timing"],
     ["cli.inspecting"],
     ["cli"],
 ]

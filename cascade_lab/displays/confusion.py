@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from sklearn.metrics import confusion_matrix
 
+from cascade_lab.analysis.metrics import Normalize, confusion
 from cascade_lab.run import Run
-from cascade_lab.serial import answer
-
-Normalize = Literal["true", "pred", "all"]
 
 MAX_NUMBERED = 12  # classes up to which every cell bears its number in type of the usual size
 MAX_LABELLED = 50  # classes up to which every row and column bears its label
@@ -68,24 +63,9 @@ class CascadeConfusionDisplay:
         SpecError
             No such stage.
         """
-        if stage is None:
-            labels = list(run.spec.labels)
-            y_true, y_pred = run.predictions["label"], run.predictions["predicted"]
-            title = f"{run.spec.name}, end to end"
-        else:
-            spec = run.spec.stage(stage)
-            scores = run.scores(stage)
-            said = answer(spec, scores.logits[~scores.shadow])
-            y_true = run.gold(stage)[scores.rows[~scores.shadow]]
-            y_pred = np.where(said.passes, spec.pass_label, said.predicted)
-            known = np.array([label is not None for label in y_true], dtype=bool)
-            y_true, y_pred = y_true[known], y_pred[known]
-            labels = list(dict.fromkeys((*spec.labels, *spec.reject_labels)))
-            title = f"stage {stage}, on what reached it"
-        counts = np.zeros((len(labels), len(labels)), dtype=int)
-        if len(y_true):
-            counts = confusion_matrix(list(y_true), list(y_pred), labels=labels)
-        return cls(_normalized(counts, normalize), labels, title=title, normalize=normalize)
+        matrix = confusion(run, stage, normalize=normalize)
+        title = f"{run.spec.name}, end to end" if stage is None else f"stage {stage}, on what reached it"
+        return cls(matrix.to_numpy(), list(matrix.index), title=title, normalize=normalize)
 
     def most_confused(self, n_labels: int = 15) -> CascadeConfusionDisplay:
         """Cut out the `n_labels` labels with the most confusion among them, in their order here.
@@ -166,16 +146,3 @@ _UNITS = {
     "pred": "fraction of the answer",
     "all": "fraction of all",
 }
-
-
-def _normalized(counts: np.ndarray, normalize: Normalize | None) -> np.ndarray:
-    """Return fractions, NaN where there is nothing to take a fraction of."""
-    if normalize is None:
-        return counts
-    totals = {
-        "true": counts.sum(axis=1, keepdims=True),
-        "pred": counts.sum(axis=0, keepdims=True),
-        "all": counts.sum(),
-    }[normalize]
-    with np.errstate(invalid="ignore"):
-        return counts / totals
