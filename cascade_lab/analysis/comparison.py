@@ -220,8 +220,8 @@ def latencies(run_a: Run, run_b: Run) -> pd.DataFrame | None:
     Returns
     -------
     DataFrame
-        Indexed by `run` (`A`, `B`) and `stage`, the last of which is `all`: `n_texts` that reached it, `p50_ms`,
-        `p95_ms`, `p99_ms` a text there (NaN for `all`), and `mean_ms`, its seconds divided by all texts of the run.
+        Indexed by `run` (`A`, `B`) and `stage`, the last of which is `all stages`: `n_texts` that reached it, `p50_ms`,
+        `p95_ms`, `p99_ms` a text there (NaN for all), and `mean_ms`, its seconds divided by all texts of the run.
         Of two runs made apart: what else their machines did is part of the difference.
     """
     rows = {}
@@ -233,7 +233,7 @@ def latencies(run_a: Run, run_b: Run) -> pd.DataFrame | None:
             ms = [found.percentiles_ms[p] for p in (50, 95, 99)]
             rows[letter, name] = [len(found.text_ms), *ms, 1000 * found.seconds / n]
             total += found.seconds
-        rows[letter, "all"] = [n, np.nan, np.nan, np.nan, 1000 * total / n]
+        rows[letter, "all stages"] = [n, np.nan, np.nan, np.nan, 1000 * total / n]
     columns = ["n_texts", "p50_ms", "p95_ms", "p99_ms", "mean_ms"]
     index = pd.MultiIndex.from_tuples(rows, names=["run", "stage"])
     return pd.DataFrame(list(rows.values()), index=index, columns=columns)
