@@ -3,11 +3,15 @@
 from cascade_lab.displays.comparison import ComparisonDisplay
 from cascade_lab.displays.confusion import CascadeConfusionDisplay
 from cascade_lab.displays.latency import StageLatencyDisplay
+from cascade_lab.displays.outcomes import GhostMatrixDisplay, OracleLadderDisplay, OutcomeFlowDisplay
 from cascade_lab.displays.thresholds import ThresholdDisplay, ThresholdSurfaceDisplay
 
 __all__ = [
     "CascadeConfusionDisplay",
     "ComparisonDisplay",
+    "GhostMatrixDisplay",
+    "OracleLadderDisplay",
+    "OutcomeFlowDisplay",
     "StageLatencyDisplay",
     "ThresholdDisplay",
     "ThresholdSurfaceDisplay",
