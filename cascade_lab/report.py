@@ -1,25 +1,39 @@
-"""A run as figures and as one self-contained HTML file, made by executing a notebook on it."""
+"""A run as figures, and as one self-contained HTML file with the numbers beside it, made by executing a notebook."""
 
 from __future__ import annotations
 
+import json
 import os
-import sys
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256 as sha256_of
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+from tqdm import tqdm
 from traitlets.config import Config
 
 from cascade_lab.displays import CascadeConfusionDisplay, StageLatencyDisplay
 from cascade_lab.displays.confusion import MAX_LABELLED
-from cascade_lab.errors import RunError
+from cascade_lab.errors import RunError, did_you_mean
+from cascade_lab.page import page, without_addresses
+from cascade_lab.provenance import environment, sha256
+from cascade_lab.recorder import MIME, plain
 from cascade_lab.run import Run
 
 NOTEBOOK = "01_run_cascade"
+SCHEMA_VERSION = 1
 
 # A kernel on sockets of this user's own, not on TCP ports that the machine's others can listen to.
 _KERNEL = Config({"ConnectionFileMixin": {"transport": "ipc"}} if os.name == "posix" else {})
+# What the kernel executes before the notebook's own cells; whatever the user's matplotlibrc says.
+_SETUP = """import matplotlib
+from cascade_lab import recorder
+matplotlib.rcdefaults()
+recorder.start(get_ipython())"""
 
 
 def write_figures(run: Run, folder: str | Path | None = None) -> list[Path]:
@@ -39,47 +53,360 @@ def write_figures(run: Run, folder: str | Path | None = None) -> list[Path]:
     return paths
 
 
-def write_report(run: Run, output: str | Path | None = None, *, progress: bool = False) -> Path:
-    """Execute the notebook on a run and write what it shows as HTML (`report.html` of the run).
+def write_report(
+    run: Run,
+    output: str | Path | None = None,
+    *,
+    notebook: str | Path = NOTEBOOK,
+    parameters: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Path:
+    """Execute a notebook on a run; write what it shows as HTML, and the numbers of it as JSON beside.
+
+    The same run gives the same bytes: the kernel sees it as `../runs/<parameter>`, wherever it is.
+
+    Parameters
+    ----------
+    run : Run
+        Goes to the notebook's parameter `run_dir`, or else to the first whose name starts with `run`.
+    output : path, optional
+        The HTML file: by default `report.html` of the run, or `<notebook>.html` there.
+    notebook : str or path
+        The name of one that comes with the package, or an `.ipynb` of one's own.
+    parameters : mapping, optional
+        The notebook's other parameters. One that names a run directory is treated as the run is.
+    progress : bool
+        Count cells on stderr.
+
+    Returns
+    -------
+    Path
+        The HTML file.
 
     Raises
     ------
     RunError
-        The notebook failed, or the file cannot be written.
+        A run's files are not those of its manifest; the notebook failed; a file cannot be written.
     """
-    import papermill
-    from nbconvert import HTMLExporter
-    from papermill.exceptions import PapermillExecutionError
-
-    output = run.directory / "report.html" if output is None else Path(output)
-    with TemporaryDirectory() as folder:
-        executed = Path(folder) / f"{NOTEBOOK}.ipynb"
-        try:
-            papermill.execute_notebook(
-                notebook_path(NOTEBOOK),
-                executed,
-                parameters={"run_dir": str(run.directory.resolve())},
-                kernel_name="python3",
-                progress_bar=progress and {"file": sys.stderr, "desc": "report"},
-                config=_KERNEL,
-            )
-        except PapermillExecutionError as error:
-            raise RunError(f"{run.directory}: the report's notebook failed: {error.ename}: {error.evalue}") from error
-        exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
-        for script in ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url"):
-            setattr(exporter, script, "")  # the report is read offline, and has nothing for them to do
-        html, _ = exporter.from_filename(str(executed), resources={"metadata": {"name": run.spec.name}})
-    return _write(output, lambda path: path.write_text(html, encoding="utf-8"))
+    path = notebook_path(notebook)
+    name = "report.html" if path.stem == NOTEBOOK else f"{path.stem}.html"
+    output = run.directory / name if output is None else Path(output)
+    _check_json_place(output)
+    html, record = _make(run, path, parameters or {}, progress)
+    _write(output.with_suffix(".json"), lambda place: place.write_text(_json(record), encoding="utf-8"))
+    return _write(output, lambda place: place.write_text(html, encoding="utf-8"))
 
 
-def notebook_path(name: str) -> Path:
-    """Return the notebook of that name: beside the package in a checkout, inside it when installed."""
+class Verdict(NamedTuple):
+    """What came of making a report again.
+
+    Attributes
+    ----------
+    moved : list of tuple
+        Numbers and words that are not as they were: name, was, is.
+    page : str
+        "" where the HTML is the same; else what differs in it, though no number did: "pictures" or "words".
+    packages : dict of str to tuple
+        Versions that differ: was, is.
+    """
+
+    moved: list[tuple[str, Any, Any]]
+    page: str
+    packages: dict[str, tuple[str | None, str | None]]
+
+    @property
+    def holds(self) -> bool:
+        """No number and no word moved; pictures may, with another version of a package."""
+        return not self.moved and (not self.page or (self.page == "pictures" and bool(self.packages)))
+
+
+def verify_report(
+    report: str | Path,
+    run: Run | None = None,
+    *,
+    notebook: str | Path | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Verdict:
+    """Make a report again and compare it with what it was, number by number and byte by byte.
+
+    Parameters
+    ----------
+    report : path
+        Its HTML or its JSON.
+    run : Run, optional
+        By default the run directory that the report lies in.
+    notebook : path, optional
+        Where the report was made of a notebook of one's own.
+    parameters : mapping, optional
+        The other runs of a report of several; the rest it knows.
+
+    Raises
+    ------
+    RunError
+        It is no report, or of another run or notebook; or as `write_report` does.
+    """
+    html_path, json_path = (Path(report).with_suffix(suffix) for suffix in (".html", ".json"))
+    was = _read_record(json_path)
+    try:
+        html = html_path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{html_path}: cannot be read ({error}); give a report, with its JSON beside it") from error
+    run = run or Run.read(html_path.resolve().parent)
+    first = next(iter(was["runs"].values()))
+    if run.manifest["run_id"] != first["run_id"]:
+        raise RunError(f"{report}: is of run {first['run_id']}, and {run.directory} is run {run.manifest['run_id']}")
+    again, record = _make(
+        run, notebook_path(notebook or was["notebook"]), {**was["parameters"], **(parameters or {})}, progress
+    )
+    before, after = _named(was), _named(record)
+    moved = [(name, before.get(name), after.get(name)) for name in {**before, **after}]
+    moved = [(name, old, new) for name, old, new in moved if old != new or (name in before) != (name in after)]
+    versions = {
+        name: (was["packages"].get(name), record["packages"].get(name))
+        for name in {**was["packages"], **record["packages"]}
+        if was["packages"].get(name) != record["packages"].get(name)
+    }
+    # The page says the versions: make it say the old ones, to see what else differs.
+    again = again.replace(_versions_html(record), _versions_html(was))
+    words = [re.sub(r'"data:image/[^"]*"( width="\d+")?', '""', text) for text in (html, again)]
+    return Verdict(moved, "" if html == again else "words" if words[0] != words[1] else "pictures", versions)
+
+
+def notebook_path(name: str | Path) -> Path:
+    """Return the file of a notebook: its own if it ends in `.ipynb`, else the one with the package.
+
+    Those are beside the package in a checkout, inside it when installed.
+    """
+    if str(name).endswith(".ipynb"):
+        if Path(name).is_file():
+            return Path(name)
+        raise RunError(f"{name}: no such notebook; give the path of an .ipynb, or a name such as {NOTEBOOK}")
     package = Path(__file__).parent
-    for folder in (package / "notebooks", package.parent / "notebooks"):
+    folders = (package / "notebooks", package.parent / "notebooks")
+    for folder in folders:
         path = folder / f"{name}.ipynb"
         if path.is_file():
             return path
-    raise RunError(f"notebook {name}.ipynb is not with the package; install cascade-lab again")
+    known = sorted(path.stem for folder in folders for path in folder.glob("*.ipynb"))
+    if not known:
+        raise RunError(f"notebook {name}.ipynb is not with the package; install cascade-lab again")
+    raise RunError(f"no notebook is named '{name}'{did_you_mean(str(name), known)}")
+
+
+def _make(run: Run, path: Path, given: Mapping[str, Any], progress: bool) -> tuple[str, dict[str, Any]]:
+    """Execute the notebook; return the page and the record."""
+    from papermill.iorw import load_notebook_node
+
+    try:
+        notebook = load_notebook_node(str(path))
+    except Exception as error:  # each broken file has a class of its own
+        raise RunError(f"{path}: not a notebook ({str(error).splitlines()[0]}); give an .ipynb") from error
+    sources = [(cell["cell_type"], cell["source"]) for cell in notebook.cells]
+    runs, others = _sort_parameters(run, path, given)
+    for one in runs.values():
+        one.check()
+    cells = _execute(notebook, f"{run.directory}", runs, others, progress)
+    packages = environment()["packages"] | {name: _version(name) for name in ("scipy", "matplotlib")}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "notebook": path.stem,
+        "notebook_sha256": sha256_of(json.dumps(sources).encode()).hexdigest(),
+        "parameters": plain(others),
+        "runs": {parameter: _origin_of(one) for parameter, one in runs.items()},
+        "packages": packages,
+        "shown": list(_shown(cells)),
+    }
+    record = json.loads(_json(record))  # as `verify` will read it
+    return page(cells, record), record
+
+
+def _sort_parameters(run: Run, path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Run], dict[str, Any]]:
+    """Return the parameters that are runs, `run` itself first, and the others."""
+    from papermill import inspect_notebook
+
+    known = inspect_notebook(str(path))
+    first = "run_dir" if "run_dir" in known else next((name for name in known if name.startswith("run")), None)
+    if first is None:
+        raise RunError(f"{path}: no parameter takes a run; name one run_dir, in the cell tagged parameters")
+    for name in given:
+        if name not in known:
+            raise RunError(f"{path}: has no parameter '{name}'{did_you_mean(name, list(known))}")
+    runs, others = {first: run}, {}
+    for name, value in given.items():
+        if isinstance(value, str | os.PathLike) and (Path(value) / "manifest.json").is_file():
+            runs[name] = Run.read(value)
+        else:
+            others[name] = value
+    for name, parameter in known.items():
+        default = parameter["default"].strip("'\"")
+        # A run that a newcomer's own make demo has left says nothing about this one.
+        if default.startswith("../runs/") and not name.startswith("output") and name not in {**runs, **others}:
+            raise RunError(f"{path.stem}: {name} is another run that it reads; give it: -p {name}=RUN")
+    return runs, others
+
+
+def _execute(
+    notebook: Any, where: str, runs: Mapping[str, Run], others: Mapping[str, Any], progress: bool
+) -> list[Mapping[str, Any]]:
+    """Execute the notebook in a kernel that knows neither the day's folder nor the user's settings."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    from nbformat.v4 import new_code_cell
+    from papermill.parameterize import parameterize_notebook
+
+    parameters = {**others, **{name: f"../runs/{name}" for name in runs}}
+    notebook = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
+    notebook.cells.insert(0, new_code_cell(_SETUP))
+    with (
+        TemporaryDirectory() as folder,
+        tqdm(total=len(notebook.cells), desc="report", unit="cell", disable=not progress, leave=False) as bar,
+    ):
+        for name in ("notebooks", "runs", "settings"):
+            (Path(folder) / name).mkdir()
+        for name, run in runs.items():
+            (Path(folder) / "runs" / name).symlink_to(run.directory.resolve(), target_is_directory=True)
+        client = NotebookClient(
+            notebook,
+            timeout=None,
+            kernel_name="python3",
+            config=_KERNEL,
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(Path(folder) / "notebooks")}},
+            on_cell_start=lambda **_: bar.update(),
+        )
+        kernel = client.create_kernel_manager()
+        kernel.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # this Python, not another of the same name
+        if kernel.transport == "ipc":
+            kernel.ip = str(Path(folder) / "socket")
+        settings = {"PYTHONHASHSEED": "0", "TZ": "UTC", "IPYTHONDIR": str(Path(folder) / "settings")}
+        try:
+            client.execute(env={**os.environ, **settings})
+        except CellExecutionError as error:
+            said = str(error.evalue).strip().splitlines() or [""]
+            raise RunError(f"{where}: the report's notebook failed: {error.ename}: {said[0]}") from error
+    return notebook.cells[1:]
+
+
+def _shown(cells: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Give everything that the cells show, as plain values, under the heading that it stands under."""
+    section = ""
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            section = next(iter(re.findall(r"^#+ +(.+)$", cell["source"], flags=re.MULTILINE)), section)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = data.get("text/markdown") or data.get("text/html") or data.get("text/plain")
+            if MIME in data:
+                yield {"section": section, **data[MIME]}
+            elif output["output_type"] == "stream" and output["name"] == "stdout":
+                yield {"section": section, "kind": "text", "lines": output["text"].splitlines()}
+            elif text and not any("widget" in kind for kind in data):
+                words = re.sub(r"<style.*?</style>|<[^>]*>", "", text, flags=re.DOTALL) if "text/html" in data else text
+                lines = [line for line in without_addresses(words).splitlines() if line.strip()]
+                yield {"section": section, "kind": "text", "lines": lines}
+
+
+def _origin_of(run: Run) -> dict[str, Any]:
+    """Return what identifies a run: ids, digests, thresholds."""
+    manifest = run.manifest
+    kept = ("run_id", "started", "processor", "packages", "evalset", "thresholds", "tuned_on", "inputs", "contents")
+    return {
+        "name": run.spec.name,
+        "n_examples": len(run.examples),
+        "manifest_sha256": sha256(run.directory / "manifest.json"),
+        **{key: manifest.get(key) or ({} if key in ("packages", "inputs") else None) for key in kept},
+    }
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)
+
+
+def _versions_html(record: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    """Return the record as JSON with a line for each thing that is shown."""
+    lines = ",\n".join(f"  {json.dumps(one, ensure_ascii=False, allow_nan=False)}" for one in record["shown"])
+    head = json.dumps({**record, "shown": []}, indent=1, ensure_ascii=False, allow_nan=False)
+    return head.removesuffix("[]\n}") + f"[\n{lines}\n ]\n}}\n"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); give a report, with its JSON beside it") from error
+    if not isinstance(record, dict) or "notebook_sha256" not in record or not record.get("runs"):
+        raise RunError(f"{path}: not the JSON of a report; give one that `cascade-lab report` made")
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise RunError(
+            f"{path}: has schema version {record['schema_version']}, and this package reads {SCHEMA_VERSION}"
+        )
+    return record
+
+
+def _check_json_place(output: Path) -> None:
+    """Raise RunError where a report's JSON would take the place of something else, such as a manifest."""
+    path = output.with_suffix(".json")
+    if output.suffix != ".html":
+        raise RunError(f"{output}: a report is HTML with a JSON beside it; name it something.html")
+    if path.exists():
+        try:
+            _read_record(path)
+        except RunError as error:
+            raise RunError(f"{path}: exists, and is no report's; choose another name for the report") from error
+
+
+def _named(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every value of a record by a name of its own; the packages' versions are left out."""
+    named: dict[str, Any] = {}
+    for name, value in _flat({key: value for key, value in record.items() if key != "packages"}):
+        unique = name
+        for number in count(2):
+            if unique not in named:
+                break
+            unique = f"{name} ({number})"
+        named[unique] = value
+    return named
+
+
+def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Give each value in a record by a name for people: section, kind, and labels or places counted from 1."""
+    if isinstance(content, Mapping) and content.get("kind") == "table":
+        for label, row in zip(content["index"], content["rows"], strict=True):
+            yield from ((f"{name} › {label} › {key}", v) for key, v in zip(content["columns"], row, strict=True))
+    elif isinstance(content, Mapping) and "images" in content:
+        rest = {key: value for key, value in content.items() if key != "images"}
+        rows, columns = content.get("y_labels", []), content.get("x_labels", [])
+        for image in content["images"]:
+            for i, row in enumerate(image):
+                for j, value in enumerate(row if isinstance(row, list) else [row]):
+                    at = f"{rows[i] if len(rows) == len(image) else f'row {i + 1}'} › "
+                    yield f"{name} › {at}{columns[j] if len(columns) == len(row) else f'column {j + 1}'}", value
+        yield from _flat(rest, name)
+    elif isinstance(content, Mapping) and "shown" in content:
+        yield from _flat({key: value for key, value in content.items() if key != "shown"}, name)
+        counts: dict[tuple[str, str], int] = {}
+        for one in content["shown"]:
+            place = (one["section"], one["kind"])
+            counts[place] = counts.get(place, 0) + 1
+            rest = {key: value for key, value in one.items() if key not in ("section", "kind")}
+            kept = one if one["kind"] == "table" else rest
+            yield from _flat(kept, f"{one['section']} › {one['kind']} {counts[place]}")
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flat(value, f"{name} › {key}".removeprefix(" › "))
+    elif isinstance(content, list):
+        for number, value in enumerate(content, 1):
+            yield from _flat(value, f"{name} {number}")
+    else:
+        yield name, content
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> Path:

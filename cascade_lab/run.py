@@ -76,6 +76,19 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r})"
 
+    def check(self) -> None:
+        """Raise RunError where a table is missing, or is not the one that the manifest has the SHA-256 of."""
+        for name, digest in self.manifest["contents"].items():
+            try:
+                same = sha256(self._path(name)) == digest
+            except OSError as error:
+                raise RunError(f"{self._path(name)}: cannot be read ({error.strerror}); run again") from error
+            if not same:
+                raise RunError(
+                    f"{self._path(name)}: changed since the run (its SHA-256 is not the one in manifest.json); "
+                    "put the file back, or run again"
+                )
+
     @cached_property
     def manifest(self) -> dict[str, Any]:
         return self._json("manifest.json")

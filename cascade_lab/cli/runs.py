@@ -1,4 +1,4 @@
-"""`cascade-lab run`, `predict` and `report`."""
+"""`cascade-lab run` and `predict`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cascade_lab.cli.console import figure, line, percent, printable, table, tensorflow
+from cascade_lab.cli.reporting import make_report
 from cascade_lab.errors import CascadeLabError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def run(
             progress=sys.stderr.isatty(),
         )
     if report:
-        _report(made, None)
+        make_report(made)
     print_run(made)
 
 
@@ -119,35 +120,11 @@ def predict(
     Console().print(shown)
 
 
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option(help="The HTML file to write [default: report.html in the run].")
-    ] = None,
-) -> None:
-    """Draw a run's figures and write its report.html again, from what it keeps.
-
-    Example: cascade-lab report runs/clinc150
-    """
-    from cascade_lab.run import Run
-
-    made = _report(Run.read(run), output)
-    line(f"report: {made}")
-
-
 def _load(spec: CascadeSpec) -> Any:
     with tensorflow(f"loading {len(spec.stages)} stages"):
         from cascade_lab.cascade import Cascade
 
         return Cascade.load(spec)
-
-
-def _report(run: Run, output: Path | None) -> Path:
-    from cascade_lab.report import write_figures, write_report
-
-    with Console(stderr=True).status("drawing figures"):
-        write_figures(run)
-    return write_report(run, output, progress=sys.stderr.isatty())
 
 
 def _lines(content: bytes) -> list[str]:
