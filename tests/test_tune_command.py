@@ -75,3 +75,16 @@ def test_what_cannot_be_tuned_is_refused_and_nothing_is_written(run, tmp_path, a
     assert said.exit_code == 2
     assert says in said.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_set_without_the_texts_that_a_figure_counts_is_refused(tmp_path):
+    from cascade_lab.analysis.goals import Goal
+    from cascade_lab.analysis.thresholds import choose
+    from cascade_lab.errors import InfeasibleError
+
+    run = random_run(tmp_path / "run", n=40)
+    run.examples["label"] = "label1"
+    with pytest.raises(InfeasibleError, match="reject_recall is undefined on them"):
+        choose(run, Goal("reject_recall"))
+    with pytest.raises(InfeasibleError, match=r"nearest, gate0 .*, give in_scope_accuracy 0\.[0-9]+; ask for less"):
+        choose(run, Goal("accuracy", at_least={"in_scope_accuracy": 0.999}))

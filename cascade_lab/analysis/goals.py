@@ -129,8 +129,8 @@ class Totals(NamedTuple):
         """What a text in scope and one out of it weigh, for the latter to be `prevalence` of all."""
         if self.prevalence is None:
             return 1, 1
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (1 - self.prevalence) * self.n / self.in_scope, self.prevalence * self.n / self.out_of_scope
+        in_scope, out_of_scope = (np.where(n > 0, n, np.nan) for n in (self.in_scope, self.out_of_scope))
+        return (1 - self.prevalence) * self.n / in_scope, self.prevalence * self.n / out_of_scope
 
     def weigh(self, counts: np.ndarray) -> np.ndarray:
         """Return counts of outcomes, shape (..., 6), as the world of that prevalence has them."""

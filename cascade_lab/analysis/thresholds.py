@@ -272,14 +272,15 @@ def _nearest(
 ) -> str:
     counts = coarse.all
     room = _judge(counts, counts, coarse.held, goal, totals, floor)[2]
-    wanted = str(replace(goal, maximize="accuracy", minimize=None)).split(", ", 1)[1]
-    if np.isnan(room).all():
+    wanted = str(replace(goal, maximize="accuracy", minimize=None)).partition(", ")[2] or goal.figure
+    if np.isnan(room).all() or (room >= 0).any():  # the bounds hold somewhere, but the figure has no value there
         return f"{wanted} is undefined on them; take an eval set with texts in scope and out of it"
     i, j = np.unravel_index(int(np.nanargmax(room)), room.shape)
     at = zip(found.stages, found.thresholds, (places[0][i], places[1][j]), strict=False)
     names = [name for name in (*goal.at_least, *goal.at_most) if not name.endswith("_ms")]
     gives = [f"{name} {float(figure_of(name, counts[i, j], goal)):.4f}" for name in names]
-    gives.append(f"{1 - float(coarse.held[i] @ totals.weights / totals.n):.1%} of the texts beyond the first stage")
+    if len(names) < len(goal.at_least) + len(goal.at_most):
+        gives.append(f"{1 - float(coarse.held[i] @ totals.weights / totals.n):.1%} of the texts beyond the first stage")
     nearest = ", ".join(f"{stage} {values[place]:.4f}" for stage, values, place in at)
     return f"no thresholds give {wanted}; the nearest, {nearest}, give {', '.join(gives)}; ask for less"
 
