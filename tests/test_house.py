@@ -22,7 +22,7 @@ FLOORS = [
     ["analysis.bootstrap", "analysis.outcomes", "bert.fast", "bert.attributions"],
     ["analysis.latency", "analysis.goals", "analysis.quadrants", "export"],
     ["analysis.paired", "analysis.metrics"],
-    ["analysis.calibration", "analysis.coverage", "analysis.temperature"],
+    ["analysis.calibration", "analysis.coverage", "analysis.temperature", "analysis.live_latency"],
     ["analysis.thresholds", "analysis.errors", "analysis.slices", "analysis.audit", "analysis.comparison"],
     ["cascade", "analysis.tuning", "displays.confusion", "displays.latency"],
     ["displays.calibration", "displays.coverage", "displays.outcomes"],

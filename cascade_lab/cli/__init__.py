@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli import checkpoints, comparing, inspecting, runs, tuning
+from cascade_lab.cli import checkpoints, comparing, inspecting, reporting, runs, timing, tuning
 from cascade_lab.cli.console import Group
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ app.command()(reporting.report)
 app.command()(reporting.verify)
 app.command()(tuning.tune)
 app.command()(comparing.compare)
+app.command()(timing.latency)
 app.command()(checkpoints.finetune)
 app.command()(checkpoints.vocabulary)
 app.command("import-hf")(checkpoints.import_hf)
