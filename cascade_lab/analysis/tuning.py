@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import tomli_w
 from scipy.stats import binom, binomtest
 from sklearn.model_selection import RepeatedStratifiedKFold
 from tqdm.auto import tqdm
@@ -147,6 +146,29 @@ def held_out(tuned: Run, other: Run, thresholds: Mapping[str, float], goal: Goal
     rows = {name: [before[name].value, *after[name]] for name in goal.figures}
     columns = ["tuned", "held_out", "low", "high"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("figure")
+
+
+def other_worlds(
+    run: Run, goal: Goal, prevalences: Sequence[float], stages: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Choose again for worlds in which another fraction of the texts is out of scope, by reweighting these texts.
+
+    Returns
+    -------
+    DataFrame
+        A prevalence a row: the thresholds, a stage a column, and the goal's figures in that world; NaN where no
+        thresholds satisfy the goal.
+    """
+    found, rows = points(run, stages), {}
+    for prevalence in prevalences:
+        there = replace(goal, prevalence=prevalence)
+        try:
+            chosen = choose_among(found, there, floor=held_at_least(run, there))
+            rows[prevalence] = {**chosen.thresholds, **chosen.figures}
+        except InfeasibleError:
+            rows[prevalence] = {}
+    columns = [*found.stages, *goal.figures]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=None).reindex(columns=columns).rename_axis("prevalence")
 
 
 def check_apart(tuned: Run, other: Run) -> None:
@@ -303,28 +325,25 @@ def write_tuned(
 ) -> None:
     """Write the run's cascade at the chosen thresholds as a `cascade.toml`, with their provenance in `[tuned_on]`.
 
-    Paths in it are relative to `output`'s folder. `goal` may be said in words; `more` goes into `[tuned_on]` too.
+    Paths in it are relative to `output`'s folder. `goal` may be said in words; `more` goes into `[tuned_on]` too. What
+    it said of temperatures, which stay, is kept.
     """
-    output = Path(output)
     spec = run.spec.with_thresholds(choice.thresholds)
-    content = spec.to_dict()
-    for stage in content["stage"]:
-        for key in ("init_checkpoint", "bert_config_file", "vocab_file"):
-            stage[key] = Path(os.path.relpath(stage[key], output.parent.resolve())).as_posix()
     if min_probabilities:
-        content["stage"][-1]["min_probabilities"] = dict(min_probabilities)
-    content["tuned_on"] = {
+        last = replace(spec.last, min_probabilities=dict(min_probabilities))
+        spec = replace(spec, stages=(*spec.stages[:-1], last))
+    previous = run.spec.tuned_on or {}
+    tuned_on = {
         "run_id": run.manifest["run_id"],
         "evalset": {key: value for key, value in run.manifest["evalset"].items() if value is not None},
         "goal": str(goal),
+        **({"costs": dict(goal.costs)} if isinstance(goal, Goal) and goal.costs else {}),
+        **({"prevalence": goal.prevalence} if isinstance(goal, Goal) and goal.prevalence else {}),
         "figures": {name: value for name, value in choice.figures.items() if not np.isnan(value)},
+        **({"temperatures": previous["temperatures"]} if "temperatures" in previous else {}),
         **(more or {}),
     }
-    stages = content.pop("stage")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.unfinished")
-    partial.write_text(tomli_w.dumps({**content, "stage": stages}, multiline_strings=False), encoding="utf-8")
-    partial.replace(output)
+    replace(spec, tuned_on=tuned_on).write(output)
 
 
 def _counts_at(found: Points, thresholds: Mapping[str, float], weights: np.ndarray | None = None) -> np.ndarray:
