@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli import checkpoints, comparing, inspecting, reporting, runs, timing, tuning
+from cascade_lab.cli import calibrating, checkpoints, comparing, inspecting, reporting, runs, tuning
 from cascade_lab.cli.console import Group
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ app.command()(inspecting.inspect)
 app.command()(reporting.report)
 app.command()(reporting.verify)
 app.command()(tuning.tune)
+app.command()(calibrating.calibrate)
 app.command()(comparing.compare)
 app.command()(timing.latency)
 app.command()(checkpoints.finetune)
