@@ -73,7 +73,7 @@ def print_comparison(found: Comparison, *, n_texts: int) -> None:
     console.print(_figures(found.figures))
     console.print()
     console.print(Text(found.verdict, style="bold"))
-    line(f"B right where A is wrong: {wins:,}; wrong where A is right: {losses:,}; wrong in another way: {otherwise:,}")
+    line(f"wins, B right where A is wrong: {wins:,}; losses: {losses:,}; wrong in another way: {otherwise:,}")
     console.print()
     _print_decomposition(console, found)
     for name, rows in (("gold label", found.classes), ("slice", found.slices)):
@@ -98,7 +98,7 @@ def print_comparison(found: Comparison, *, n_texts: int) -> None:
 
 
 def _figures(figures: pd.DataFrame) -> Table:
-    shown = table("figure", "A", "B", "B - A", "95% interval", "McNemar p")
+    shown = _table("figure", "A", "B", "B - A", "95% interval", "McNemar p")
     for name, row in figures.iterrows():
         between = "–" if row["low"] != row["low"] else f"{row['low']:+.4f} to {row['high']:+.4f}"
         values = [figure(row["a"], 4), figure(row["b"], 4), _signed(row["difference"])]
@@ -112,7 +112,7 @@ def _print_decomposition(console: Console, found: Comparison) -> None:
         console.print()
         return
     accuracies = found.decomposition.accuracies
-    shown = table("of the difference in accuracy", "points", "95% interval")
+    shown = _table("of the difference in accuracy", "points", "95% interval")
     names = {
         "gate": "gate: B's for A's",
         "classifier": "classifier: B's for A's",
@@ -130,12 +130,12 @@ def _print_groups(console: Console, name: str, groups: pd.DataFrame) -> None:
     changed = groups[groups["wins"] + groups["losses"] > 0]
     if changed.empty:
         return
-    shown = table(name, "texts", "A", "B", "wins", "losses", "p", "p (Holm)")
+    shown = _table(name, "texts", "A", "B", "wins", "losses", "p", "p (Holm)")
     for key, row in changed.head(ROWS).iterrows():
         said = printable(key if isinstance(key, str) else f"{key[0]}: {key[1]}")
         counts = [f"{int(row[k]):,}" for k in ("wins", "losses")]
         accuracies = [figure(row[k], 4) for k in ("accuracy_a", "accuracy_b")]
-        short = said if len(said) <= 24 else said[:23] + "…"
+        short = said if len(said) <= 40 else said[:39] + "…"
         n = f"{int(row['n_examples']):,}"
         shown.add_row(Text(short), n, *accuracies, *counts, _p(row["p_value"]), _p(row["p_holm"]))
     console.print(shown)
@@ -144,7 +144,7 @@ def _print_groups(console: Console, name: str, groups: pd.DataFrame) -> None:
 
 
 def _print_latency(console: Console, found: Comparison) -> None:
-    shown = table("time a text", "texts", "p50 ms", "p95 ms", "p99 ms", "mean ms, all texts")
+    shown = _table("time a text", "texts", "p50 ms", "p95 ms", "p99 ms", "mean ms, all texts")
     for (letter, stage), row in found.latency.iterrows():
         ms = [figure(row[name], 2) for name in ("p50_ms", "p95_ms", "p99_ms", "mean_ms")]
         shown.add_row(f"{letter} {stage}", f"{int(row['n_texts']):,}", *ms)
@@ -155,6 +155,13 @@ def _print_latency(console: Console, found: Comparison) -> None:
     line(f"from separate runs, in {batches}{', on other processors' if machines > 1 else ''}: what else their machines")
     line("did is part of the difference")
     console.print()
+
+
+def _table(*columns: str) -> Table:
+    """Make a table whose names are folded on a narrow terminal, and whose numbers are never cut."""
+    shown = table(*columns)
+    shown.columns[0].no_wrap = False
+    return shown
 
 
 def _signed(value: float) -> str:
