@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli import calibrating, checkpoints, comparing, inspecting, reporting, runs, tuning
+from cascade_lab.cli import calibrating, checkpoints, comparing, inspecting, reporting, runs, timing, tuning
 from cascade_lab.cli.console import Group
 
 app = typer.Typer(
