@@ -191,8 +191,8 @@ def decompose(
     for run in (run_a, run_b):
         if len(run.spec.stages) < 2:
             raise RunError(f"{run.directory}: has no gate, so gates and last stages cannot be swapped with another run")
-    ours, theirs = ({*run.spec.in_scope_labels} - {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
-                    for run in (run_a, run_b))  # fmt: skip
+    rejects = {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
+    ours, theirs = (set(run.spec.last.labels) - rejects for run in (run_a, run_b))
     if ours != theirs:
         odd = min(ours ^ theirs)
         raise RunError(
