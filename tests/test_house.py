@@ -14,7 +14,7 @@ PACKAGE = Path(cascade_lab.__file__).parent
 
 # A file imports only from files on lower floors.
 FLOORS = [
-    ["errors", "recorder"],
+    ["errors", "recorder", "displays.words"],
     ["provenance", "page", "spec", "evalset", "wholly", "bert.reference", "bert.writing"],
     ["serial", "bert.checkpoint", "bert.tokenization", "bert.vocabulary", "bert.resume"],
     ["bert.graph"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["analysis.bootstrap", "analysis.outcomes", "bert.fast", "bert.attributions"],
     ["analysis.latency", "analysis.goals", "analysis.quadrants", "export"],
     ["analysis.paired", "analysis.metrics"],
-    ["analysis.calibration", "analysis.coverage", "analysis.temperature", "analysis.live_latency"],
+    ["analysis.calibration", "analysis.coverage", "analysis.duplicates", "analysis.temperature", "analysis.live_latency"],
     ["analysis.thresholds", "analysis.errors", "analysis.slices", "analysis.audit", "analysis.comparison"],
     ["cascade", "analysis.tuning", "displays.confusion", "displays.latency"],
     ["displays.calibration", "displays.coverage", "displays.outcomes"],
@@ -32,7 +32,7 @@ FLOORS = [
     ["report", "study"],
     ["cli.console"],
     ["cli.reporting"],
-    ["cli.runs", "cli.checkpoints", "cli.tuning", "cli.calibrating", "cli.comparing", "cli.timing"],
+    ["cli.runs", "cli.checkpoints", "cli.tuning", "cli.auditing", "cli.calibrating", "cli.comparing", "cli.timing"],
     ["cli.inspecting"],
     ["cli"],
 ]

@@ -9,6 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from cascade_lab.analysis.metrics import Normalize, confusion
+from cascade_lab.displays.words import words
 from cascade_lab.run import Run
 
 MAX_NUMBERED = 12  # classes up to which every cell bears its number in type of the usual size
@@ -104,7 +105,7 @@ class CascadeConfusionDisplay:
         low, high = (values.min(), values.max()) if values.count() else (1, 1)
         norm = LogNorm(low if low < high else high / 10, high)
         if not n:
-            ax.set_title(f"{self.title}: nothing is confused", fontsize=11, loc="left")
+            ax.set_title(f"{words(self.title, 100)}: nothing is confused", fontsize=11, loc="left")
             ax.set_axis_off()
             return self
         image = ax.imshow(values, cmap=_COLORS, norm=norm, interpolation="nearest")
@@ -114,7 +115,7 @@ class CascadeConfusionDisplay:
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
         if n <= MAX_LABELLED:
             size = 10 if n <= MAX_NUMBERED else 8
-            labels = [label.replace("$", r"\$") for label in self.display_labels]  # no formula is meant
+            labels = [words(label, 40) for label in self.display_labels]
             fits = n * max(map(len, labels), default=0) <= 24  # characters side by side
             ax.set_xticks(range(n), labels, fontsize=size, rotation=0 if fits else 90)
             ax.set_yticks(range(n), labels, fontsize=size)
@@ -123,7 +124,7 @@ class CascadeConfusionDisplay:
             ax.grid(color="0.85", linewidth=0.5)
             ax.set_axisbelow(True)
         ax.set(xlabel="answer", ylabel="gold")
-        ax.set_title(self.title.replace("$", r"\$"), fontsize=11, loc="left")
+        ax.set_title(words(self.title, 100), fontsize=11, loc="left")
         return self
 
     def _number(self, ax: Axes, size: int, norm: LogNorm) -> None:

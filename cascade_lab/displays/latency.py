@@ -21,6 +21,7 @@ from cascade_lab.analysis.live_latency import (
     live_figures,
     predicted_cost,
 )
+from cascade_lab.displays.words import words
 from cascade_lab.errors import CascadeLabError
 from cascade_lab.run import Run
 
@@ -66,7 +67,7 @@ class StageLatencyDisplay:
         ax.set_ylim(len(names) - 0.45, -1.4)
         ax.set_xlim(0, limit)
         ax.set_xlabel("milliseconds a text" + (f" ({beyond} texts took longer)" if beyond else ""))
-        ax.set_title(self.title.replace("$", r"\$"), fontsize=11, loc="left")
+        ax.set_title(words(self.title, 100), fontsize=11, loc="left")
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(axis="y", length=0)
         return self
@@ -280,7 +281,7 @@ def _finish(ax: Axes, title: str, label: str) -> None:
     else:
         ax.set_ylim(bottom=0)
     ax.set_ylabel(label)
-    ax.set_title(title.replace("$", r"\$"), fontsize=11, loc="left")
+    ax.set_title(words(title, 100), fontsize=11, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
