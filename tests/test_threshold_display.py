@@ -6,10 +6,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from random_runs import random_run
+from sklearn.metrics import accuracy_score
 
 from cascade_lab.analysis.goals import Goal, figure_of
 from cascade_lab.analysis.outcomes import outcome_counts
 from cascade_lab.analysis.quadrants import counts_at, points, spread
+from cascade_lab.analysis.tuning import certainty, other_worlds
 from cascade_lab.displays.thresholds import ThresholdDisplay, ThresholdSurfaceDisplay
 from cascade_lab.errors import InfeasibleError, RunError
 
@@ -31,7 +33,7 @@ def replayed(run, name, thresholds, goal):
 
 def test_a_surface_is_the_replay_at_each_of_its_pairs(run):
     goal = Goal("reject_recall", at_least={"in_scope_accuracy": 0.3}, at_most={"risk": 0.6}, prevalence=0.2)
-    display = ThresholdSurfaceDisplay.from_run(run, goal, n_resamples=20)
+    display = ThresholdSurfaceDisplay.from_run(run, goal, sure=certainty(run, goal, n_resamples=20))
     rng = np.random.default_rng(0)
     for _ in range(50):
         i, j = (int(rng.integers(n)) for n in display.values.shape)
@@ -48,10 +50,12 @@ def test_a_surface_is_the_replay_at_each_of_its_pairs(run):
 
 def test_a_sweep_has_the_other_stage_where_the_goal_puts_it(run):
     goal = Goal("accuracy", at_least={"reject_recall": 0.5})
-    display = ThresholdDisplay.from_run(run, "last", goal=goal, n_resamples=20)
+    sure = certainty(run, goal, n_resamples=20)
+    display = ThresholdDisplay.from_run(run, "last", goal=goal, sure=sure)
+    assert (display.resampled == sure.thresholds["last"]).all()
     assert display.figures[:2] == ("accuracy", "reject_recall")
     assert display.bounds == {"reject_recall": 0.5}
-    chosen = ThresholdSurfaceDisplay.from_run(run, goal, n_resamples=1).choice
+    chosen = ThresholdSurfaceDisplay.from_run(run, goal, sure=sure).choice
     assert display.chosen == chosen.thresholds["last"]
     row = display.table.iloc[np.searchsorted(display.table["threshold"], display.chosen)]
     assert row["accuracy"] == pytest.approx(chosen.figures["accuracy"])
@@ -65,10 +69,11 @@ def test_a_sweep_has_the_other_stage_where_the_goal_puts_it(run):
 def test_any_size_is_drawn_and_no_dollar_is_a_formula(tmp_path, n, n_labels):
     run = random_run(tmp_path / "run", n=n, n_labels=n_labels)
     run.manifest["cascade"]["name"] = "costs $x_1$ and $\\frac$"
+    sure = certainty(run, Goal("accuracy"), n_resamples=10)
     for display in (
         ThresholdDisplay.from_run(run),
-        ThresholdDisplay.from_run(run, goal=Goal("accuracy"), n_resamples=10),
-        ThresholdSurfaceDisplay.from_run(run, Goal("accuracy"), n_resamples=10),
+        ThresholdDisplay.from_run(run, goal=Goal("accuracy"), sure=sure),
+        ThresholdSurfaceDisplay.from_run(run, Goal("accuracy"), sure=sure),
     ):
         display.plot().figure_.canvas.draw()
         _, axes = plt.subplots()
@@ -95,3 +100,21 @@ def test_spread_places_serve_both_kinds_of_text(run):
         assert len(places) <= 42
     reached = np.isin(found.ranks[0], spread(found, 40)[0])
     assert min(reached[found.in_scope].sum(), reached[~found.in_scope].sum()) >= 20
+
+
+def test_other_worlds_are_what_weighted_texts_give(run):
+    """The best of 300 replays on texts weighted by hand is no better, and the figure there is scikit-learn's."""
+    worlds = other_worlds(run, Goal("accuracy"), [0.01, 0.5], ["gate0"])
+    out = run.examples["label"].str.startswith("oos").to_numpy()
+    for prevalence, row in worlds.iterrows():
+        weight = np.where(out, prevalence / out.sum(), (1 - prevalence) / (~out).sum())
+
+        def accuracy(threshold, weight=weight):
+            answers = run.replay({"gate0": threshold})
+            return accuracy_score(answers["label"], answers["predicted"], sample_weight=weight)
+
+        assert accuracy(row["gate0"]) == pytest.approx(row["accuracy"])
+        assert row["accuracy"] >= max(map(accuracy, np.linspace(0, 1, 300))) - 1e-9
+    assert worlds.loc[0.01, "gate0"] < worlds.loc[0.5, "gate0"]
+    bounded = other_worlds(run, Goal("accuracy", at_least={"in_scope_accuracy": 0.999}), [0.5, 0.9], ["gate0"])
+    assert bounded.isna().all(axis=1).tolist() == [True, True]

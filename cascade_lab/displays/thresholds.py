@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from cascade_lab.analysis.goals import Goal
 from cascade_lab.analysis.quadrants import counts_at, points, swept_stages
 from cascade_lab.analysis.thresholds import Choice, Surface, choose, sweep
-from cascade_lab.analysis.tuning import certainty
+from cascade_lab.analysis.tuning import Certainty, certainty
 from cascade_lab.errors import RunError
 from cascade_lab.run import Run
 
@@ -76,12 +76,12 @@ class ThresholdDisplay:
         *,
         goal: Goal | None = None,
         figures: Sequence[str] | None = None,
-        n_resamples: int = 500,
+        sure: Certainty | None = None,
     ) -> ThresholdDisplay:
         """Sweep the threshold of `stage`, by default the first that can reject.
 
         With a `goal`, the thresholds of up to two stages that can reject are chosen together, again on each resample,
-        and the sweep has the other stage at its chosen one.
+        and the sweep has the other stage at its chosen one. `sure` is what `certainty` says, where it is known already.
 
         Raises
         ------
@@ -108,7 +108,7 @@ class ThresholdDisplay:
             bounds=bounds,
             own=own,
             chosen=chosen[stage],
-            resampled=certainty(run, goal, together, n_resamples=n_resamples).thresholds[stage].to_numpy(),
+            resampled=(sure or certainty(run, goal, together)).thresholds[stage].to_numpy(),
             title=f"{title}\n{goal}",
         )
 
@@ -214,9 +214,11 @@ class ThresholdSurfaceDisplay:
 
     @classmethod
     def from_run(
-        cls, run: Run, goal: Goal, stages: Sequence[str] | None = None, *, n_resamples: int = 500
+        cls, run: Run, goal: Goal, stages: Sequence[str] | None = None, *, sure: Certainty | None = None
     ) -> ThresholdSurfaceDisplay:
         """Compute the surface of two stages, by default those that can reject, the choice and its resamples.
+
+        `sure` is what `certainty` says, where it is known already.
 
         Raises
         ------
@@ -242,7 +244,7 @@ class ThresholdSurfaceDisplay:
             Surface(stages, axes[0], axes[1], counts_at(found, *axes), False),
             goal,
             choice=choice,
-            resampled=certainty(run, goal, stages, n_resamples=n_resamples).thresholds,
+            resampled=(sure or certainty(run, goal, stages)).thresholds,
             own={name: run.spec.thresholds[name] for name in stages},
             title=f"{run.spec.name}, {len(run.examples):,} texts\n{goal}",
         )
