@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cascade_lab.analysis.comparison import Comparison, compare
+from cascade_lab.displays.words import words
 from cascade_lab.run import Run
 
 DARK, LIGHT = "#1f4e79", "#f0a860"  # blue and sand: apart in grey too
@@ -60,7 +61,7 @@ class ComparisonDisplay:
             axis.spines[["top", "left", "right"]].set_visible(False)
         ax.set_ylim(len(figures) - 0.5, -0.5)
         ax.set_xlabel("B - A, in points of a hundred, and the 95% interval")
-        a, b = (_shown(Path(run["directory"]).name) for run in self.comparison.runs)
+        a, b = (words(Path(run["directory"]).name, 40) for run in self.comparison.runs)
         ax.set_title(f"A: {a}, B: {b}, on {len(self.comparison.pairs):,} texts", fontsize=11, loc="left")
         return self
 
@@ -88,7 +89,7 @@ class ComparisonDisplay:
             bars = ax.barh(rows, side * shown[kind], linewidth=0, label=label, **style)
             ax.bar_label(bars, [f"{value:,}" if value else "" for value in shown[kind]], padding=3, fontsize=8)
         stars = np.where(shown["p_holm"] < 0.05, " *", "")
-        labels = [_shown(str(name)) + star for name, star in zip(shown.index, stars, strict=True)]
+        labels = [words(str(name), 40) + star for name, star in zip(shown.index, stars, strict=True)]
         ax.set_yticks(rows, labels, fontsize=9)
         ax.axvline(0, color="0.2", linewidth=0.8)
         ax.margins(x=0.1)
@@ -142,9 +143,3 @@ class ComparisonDisplay:
 
 def _from_to(a: float, b: float) -> str:
     return " → ".join("–" if np.isnan(value) else f"{100 * value:.1f}%" for value in (a, b))
-
-
-def _shown(label: str) -> str:
-    """Keep a label on one short line, and no formula in it."""
-    said = "".join(char if char.isprintable() else "�" for char in label)
-    return (said if len(said) <= 40 else said[:39] + "…").replace("$", r"\$")
