@@ -132,7 +132,7 @@ class Explorer(widgets.VBox):
         if not self._moving:
             slider = self.sliders[name]
             # The ends are beyond every probability: all pass, or none.
-            value = 0.0 if slider.value <= slider.min else 1.0 if slider.value >= slider.max else _expit(slider.value)
+            value = 0.0 if slider.value <= slider.min else 1.0 if slider.value >= slider.max else _read(slider.value)
             self.move({name: value})
 
     def _typed(self, name: str) -> None:
@@ -243,7 +243,7 @@ class Explorer(widgets.VBox):
             rows += f"<tr>{''.join(f'<td style={_LEFT!r}>{cell}</td>' for cell in cells)}</tr>"
         heads = "".join(f"<th style={_LEFT!r}>{head}</th>" for head in ("text", "gold", "answered before", "now"))
         return (
-            f'<div style="margin-top:10px"><b>{len(moved):,} answers differ</b> from those at the own thresholds: '
+            f'<div style="margin-top:10px"><b>{len(moved):,} answers differ</b> from the run\'s own: '
             f"{won:,} righted, {lost:,} spoilt. The first of them:</div>"
             f'<table style="font-size:12px;color:#111"><tr>{heads}</tr>{rows}</table>'
         )
@@ -369,8 +369,10 @@ def _log_odds(p: float | np.ndarray) -> float | np.ndarray:
     return np.log(p) - np.log1p(-p)
 
 
-def _expit(x: float) -> float:
-    return float(1 / (1 + np.exp(-x)))
+def _read(log_odds: float) -> float:
+    """Return the probability, as short as four digits of it, or of what it lacks to 1, allow."""
+    rarer = float(f"{1 / (1 + np.exp(abs(log_odds))):.4g}")
+    return rarer if log_odds < 0 else round(1 - rarer, 15)
 
 
 def _clip(value: float, low: float, high: float) -> float:

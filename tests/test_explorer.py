@@ -45,7 +45,9 @@ def test_sliders_show_what_a_replay_gives(tmp_path, n_gates):
         name = rng.choice(list(explorer.sliders))
         slider = explorer.sliders[name]
         slider.value = rng.uniform(slider.min, slider.max)
-        assert explorer.thresholds[name] == explorer.boxes[name].value == pytest.approx(1 / (1 + np.exp(-slider.value)))
+        assert explorer.thresholds[name] == explorer.boxes[name].value
+        odds = explorer.thresholds[name] / (1 - explorer.thresholds[name])
+        assert np.log(odds) == pytest.approx(slider.value, abs=1e-3)
         replayed = run.replay(explorer.thresholds)
         assert explorer.predictions["predicted"].tolist() == replayed["predicted"].tolist()
         assert explorer.predictions["decided_by"].tolist() == replayed["decided_by"].tolist()
