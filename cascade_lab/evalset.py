@@ -114,6 +114,29 @@ class EvalSet:
                 raise EvalSetError(f"{location}: has no {name}; fill it in or drop the row")
         return [str(value) for value in values]
 
+    def write(self, path: str | Path) -> Path:
+        """Write the set to a file that `read` reads: `.tsv`, `.jsonl` or `.parquet`.
+
+        Raises
+        ------
+        EvalSetError
+            Another kind of file, a tab or a line's end in a cell of a tsv, or a file that cannot be written.
+        """
+        path = Path(path)
+        writer = _WRITERS.get(path.suffix.lower())
+        if writer is None:
+            kinds = ", ".join(_WRITERS)
+            raise EvalSetError(
+                f"{path}: an eval set is not written as '{path.suffix}'; give a file that ends in {kinds}"
+            )
+        single = self.texts_b is None
+        content = writer(self.examples.drop(columns="text_b") if single else self.examples, str(path))
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise EvalSetError(f"{path}: cannot be written ({error.strerror}); choose another output") from error
+        return path
+
     def without(self, labels: Sequence[str], column: str = "label") -> EvalSet:
         """Return the set without the rows that bear one of `labels`."""
         return self._take([i for i, label in enumerate(self.column(column)) if label not in labels])
@@ -223,7 +246,10 @@ def _tsv(content: bytes, path: str, split: str | None) -> Iterator[Row]:
 
 
 def _csv(content: bytes, path: str, split: str | None) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(_decode(content, path), newline=""), strict=True)
+    text = _decode(content, path)
+    # Spreadsheets put a semicolon where the comma is a decimal mark.
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
     def lines() -> Iterator[tuple[int, list[str]]]:
         end = 0
@@ -294,4 +320,37 @@ _READERS: dict[str, Callable[[bytes, str, str | None], Iterator[Row]]] = {
     ".jsonl": _jsonl,
     ".parquet": _parquet,
     ".json": _clinc150,
+}
+
+
+def _to_tsv(examples: pd.DataFrame, path: str) -> bytes:
+    lines = [list(examples.columns), *([_cell(value) for value in row] for row in examples.itertuples(index=False))]
+    for number, cells in enumerate(lines, 1):
+        for name, cell in zip(examples.columns, cells, strict=True):
+            if any(char in cell for char in "\t\r\n"):
+                raise EvalSetError(
+                    f"{path} line {number}: {name} would hold a tab or a line's end, which a tsv cannot; write .jsonl"
+                )
+    return "".join("\t".join(cells) + "\n" for cells in lines).encode()
+
+
+def _to_jsonl(examples: pd.DataFrame, path: str) -> bytes:
+    rows = ({k: v for k, v in row.items() if not _missing(v)} for row in examples.to_dict("records"))
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+
+
+def _to_parquet(examples: pd.DataFrame, path: str) -> bytes:
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_pandas(examples, preserve_index=False), content)
+    return content.getvalue()
+
+
+def _cell(value: Any) -> str:
+    return "" if _missing(value) else str(value)
+
+
+_WRITERS: dict[str, Callable[[pd.DataFrame, str], bytes]] = {
+    ".tsv": _to_tsv,
+    ".jsonl": _to_jsonl,
+    ".parquet": _to_parquet,
 }

@@ -16,10 +16,10 @@ PACKAGE = Path(cascade_lab.__file__).parent
 FLOORS = [
     ["errors", "recorder", "displays.words"],
     ["provenance", "page", "spec", "evalset", "wholly", "bert.reference", "bert.writing"],
-    ["serial", "bert.checkpoint", "bert.tokenization", "bert.vocabulary", "bert.resume"],
-    ["bert.graph"],
+    ["serial", "bert.checkpoint", "bert.tokenization", "bert.vocabulary", "bert.resume", "bert.batching"],
+    ["bert.graph", "bert.fast"],
     ["stage", "run", "bert.finetune", "bert.huggingface", "bert.serving"],
-    ["analysis.bootstrap", "analysis.outcomes", "bert.fast", "bert.attributions"],
+    ["analysis.bootstrap", "analysis.outcomes", "bert.attributions"],
     ["analysis.latency", "analysis.goals", "analysis.quadrants", "export"],
     ["analysis.paired", "analysis.metrics"],
     ["analysis.calibration", "analysis.coverage", "analysis.duplicates", "analysis.temperature", "analysis.live_latency"],

@@ -23,6 +23,7 @@ from sklearn.tree import DecisionTreeClassifier
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from cascade_lab.analysis.outcomes import OUTCOMES, RIGHT, outcomes
+from cascade_lab.analysis.paired import holm
 from cascade_lab.errors import RunError, did_you_mean
 from cascade_lab.provenance import sha256
 from cascade_lab.run import Run
@@ -222,19 +223,8 @@ def _measured(found: list[tuple[str, str, np.ndarray]], wrong: np.ndarray, level
         float(fisher_exact([[k, of - k], [n_wrong - k, (n - of) - (n_wrong - k)]]).pvalue)
         for k, of in zip(errors.tolist(), size.tolist(), strict=True)
     ]
-    table["p_holm"] = _holm(table["p_value"].to_numpy(dtype=float))
+    table["p_holm"] = holm(table["p_value"].to_numpy(dtype=float))
     return table.sort_values(["p_holm", "p_value", "lift"], ascending=[True, True, False], ignore_index=True)
-
-
-def _holm(p_values: np.ndarray) -> np.ndarray:
-    """Return Holm's (1979) p-values: the k-th smallest of n times n - k + 1, none below a smaller one's.
-
-    >>> _holm(np.array([0.01, 0.04, 0.03])).round(2).tolist()
-    [0.03, 0.06, 0.06]
-    """
-    order = np.argsort(p_values)
-    raised = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
-    return np.minimum(raised, 1.0)[np.argsort(order)]
 
 
 def _of_column(table: pd.DataFrame, column: str, min_size: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli import calibrating, checkpoints, comparing, inspecting, reporting, runs, timing, tuning
+from cascade_lab.cli import auditing, calibrating, checkpoints, comparing, inspecting, reporting, runs, timing, tuning
 from cascade_lab.cli.console import Group
 
 app = typer.Typer(
@@ -48,6 +48,8 @@ app.command()(tuning.tune)
 app.command()(calibrating.calibrate)
 app.command()(comparing.compare)
 app.command()(timing.latency)
+app.command()(auditing.audit)
+app.command()(auditing.correct)
 app.command()(checkpoints.finetune)
 app.command()(checkpoints.vocabulary)
 app.command("import-hf")(checkpoints.import_hf)
