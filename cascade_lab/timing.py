@@ -27,7 +27,7 @@ LIMIT = 512
 BATCHES = 128
 WARM = 32  # texts that are served anew before the times of a batch size and threshold are kept
 CHECKED = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""The quantiles of the first gate's probability whose values are the thresholds that are checked."""
+"""The quantiles of the first gate's probability at which thresholds are checked."""
 
 
 def serve_batch(
@@ -219,5 +219,10 @@ def _look(cascade: Cascade, evalset: EvalSet) -> pd.DataFrame:
 
 
 def _spread(probabilities: pd.Series) -> list[float]:
-    """Return the different values at the quantiles `CHECKED`, each the probability of some text."""
-    return [float(t) for t in np.unique(np.quantile(probabilities, CHECKED, method="inverted_cdf"))]
+    """Return thresholds that hold back the fractions `CHECKED` of the texts, each midway between two probabilities.
+
+    A text that stood right at a threshold would pass or not by the rounding of its batch.
+    """
+    values = np.unique(probabilities)
+    at = np.searchsorted(values, np.quantile(probabilities, CHECKED, method="inverted_cdf"))
+    return [float(t) for t in np.unique((values[at] + values[np.minimum(at + 1, len(values) - 1)]) / 2)]

@@ -85,7 +85,7 @@ def incoming_batches(n: int, batch_size: int, repeat: int, *, most: int, seed: i
     A server cannot sort the texts by length before they come, so they are not.
 
     >>> [batch.tolist() for batch in incoming_batches(5, 2, 0, most=9)]
-    [[2, 1], [4, 3], [0]]
+    [[2, 4], [3, 0], [1]]
     """
     order = np.random.default_rng([seed, repeat]).permutation(n)[: batch_size * most]
     return np.split(order, range(batch_size, len(order), batch_size))
@@ -137,7 +137,7 @@ def live_figures(timings: pd.DataFrame, *, level: float = 0.95, n_resamples: int
                 for name, values in figures.items()
             ]
     keys = ["batch_size", "stage", "figure"]
-    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high"]).set_index(keys)
+    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high"]).set_index(keys).sort_index()
 
 
 def by_length(timings: pd.DataFrame, *, bins: int = 8) -> pd.DataFrame:
@@ -166,9 +166,10 @@ def by_length(timings: pd.DataFrame, *, bins: int = 8) -> pd.DataFrame:
 class StageCost:
     """What a batch costs at one stage, interpolated over its number of texts and their length.
 
-    Between two of the `knots` (numbers of texts that were measured) the seconds go linearly; beyond the first and
-    last the seconds a text stay as they are there. At each knot they are linear in the batch's longest text and in
-    its mean length: the first counts where batches are padded, the second where they are not.
+    Between two of the `knots` (numbers of texts that were measured often, at most one from 2^k to 2^(k+1)) the seconds
+    go linearly; beyond the first and last the seconds a text stay as they are there. At each knot they are linear in
+    the batch's longest text and in its mean length: the first counts where batches are padded, the second where they
+    are not.
     """
 
     knots: np.ndarray
@@ -177,9 +178,9 @@ class StageCost:
     @classmethod
     def fit(cls, n_examples: np.ndarray, longest: np.ndarray, n_tokens: np.ndarray, seconds: np.ndarray) -> StageCost:
         """Fit to measured batches by least squares of the seconds a text; more texts or tokens never cost less."""
-        counts = np.unique(n_examples)
-        wanted = np.geomspace(counts[0], counts[-1], 2 + int(np.log2(counts[-1] / counts[0])))
-        knots = counts[np.unique([np.abs(np.log(counts / n)).argmin() for n in wanted])]
+        octave = np.log2(n_examples).astype(int)
+        often = [k for k, n in enumerate(np.bincount(octave)) if n >= 8] or np.unique(octave)
+        knots = np.array([np.quantile(n_examples[octave == k], 0.5, method="inverted_cdf") for k in often])
         basis = cls(knots, np.empty(0))._basis(n_examples, longest, n_tokens)
         return cls(knots, nnls(basis / n_examples[:, None], seconds / n_examples)[0])
 

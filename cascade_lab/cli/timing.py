@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,13 +80,17 @@ def latency(
 
 def print_study(study: LatencyStudy) -> None:
     """Print what a caller waits, what a text costs, and the predicted beside the measured cost."""
-    from cascade_lab.analysis.live_latency import checked_cost, live_figures
+    from cascade_lab.analysis.live_latency import WHOLE, checked_cost, live_figures
 
     figures = live_figures(study.timings[~study.timings["check"]])
     waits = table("batch", "stage", "p50 ms", "p95 ms", "p99 ms")
     costs = table("batch", "stage", "ms a text", "texts a second", "tokenizing", "share")
-    for (batch_size, stage), own in figures.groupby(level=["batch_size", "stage"], sort=False):
-        own = own.droplevel(["batch_size", "stage"])
+    reached = figures.index.droplevel("figure").unique()
+    names = [*(stage.name for stage in study.spec.stages), WHOLE]
+    for batch_size, stage in product(reached.unique("batch_size"), names):
+        if (batch_size, stage) not in reached:
+            continue
+        own = figures.loc[(batch_size, stage)]
         waits.add_row(str(batch_size), stage, *[_between(own.loc[f"batch_p{p}_ms"]) for p in (50, 95, 99)])
         costs.add_row(
             str(batch_size),

@@ -124,6 +124,8 @@ class BatchLatencyDisplay:
     @classmethod
     def from_study(cls, study: LatencyStudy, *, stage: str = WHOLE) -> BatchLatencyDisplay:
         """Compute from a latency study, with `live_figures`; `stage` names one, by default it is the whole cascade."""
+        if stage != WHOLE:
+            study.spec.stage(stage)
         own = study.timings[~study.timings["check"]]
         return cls(live_figures(own), stage=stage, title=f"{study.spec.name}, {stage}: what a caller waits")
 
