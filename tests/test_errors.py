@@ -144,6 +144,10 @@ def test_five_texts_by_hand(tmp_path):
     assert near["example_id"].tolist() == ["t2", "t4"]
     assert near["distance"].tolist() == pytest.approx([-0.1, 0.2])
     assert near["logit_distance"].tolist() == pytest.approx([np.log(4 / 6), np.log(7 / 3)], abs=1e-6)
+    # 0.7 is not quite a float32's probability: the threshold that t4 ties with is its own, and it stays above.
+    tie = near_threshold(run, "gate", 1, thresholds={"gate": float(near["p"][1])})
+    assert tie["example_id"].tolist() == ["t2", "t4"]
+    assert tie["distance"][1] == 0
 
 
 def test_the_last_stages_own_rejects_are_its_fault(tmp_path):

@@ -81,7 +81,7 @@ def blame(run: Run, *, thresholds: Thresholds = None) -> pd.DataFrame:
         fault[here] = k
         stopped = here & (place == k) & stage.is_gate & (should == stage.pass_label)
         if stopped.any():
-            onward = _walk(spec, said | {stage.name: said[stage.name].opened()})
+            onward = _walk(spec, said | {stage.name: said[stage.name]._replace(passes=np.ones_like(wrong))})
             _check_known(run, onward[stopped])
             becomes[stopped] = onward[stopped]
         passed = here & (place > k)
@@ -125,7 +125,7 @@ def flow(run: Run, *, thresholds: Thresholds = None) -> pd.DataFrame:
         next stage), *right*, *right reject* or one of `KINDS`; `fault`, the stage whose fault an error is, missing
         otherwise; `n_examples`; `fraction`, of all texts.
     """
-    _, _, answers = _served(run, thresholds)
+    answers = run.replay(thresholds)
     wrong = blame(run, thresholds=thresholds)[["example_id", "fault", "kind"]]
     table = answers.merge(wrong, on="example_id", how="left", validate="one_to_one")
     right = outcomes(run.spec, table["label"], table["predicted"])
@@ -339,14 +339,12 @@ class _Said(NamedTuple):
     passes: np.ndarray
     predicted: np.ndarray
 
-    def opened(self) -> _Said:
-        return self._replace(known=np.ones_like(self.known), passes=np.ones_like(self.passes))
-
     def saying(self, words: np.ndarray, pass_label: str | None) -> _Said:
         """Say `words`, where they are not None."""
-        has = words != None  # noqa: E711 (elementwise)
-        passes = np.where(has, (words == pass_label) & (pass_label is not None), self.passes)
-        return _Said(self.known | has, passes.astype(bool), np.where(has, words, self.predicted))
+        has = pd.notna(words)
+        return _Said(
+            self.known | has, np.where(has, words == pass_label, self.passes), np.where(has, words, self.predicted)
+        )
 
 
 def _served(run: Run, thresholds: Thresholds) -> tuple[CascadeSpec, dict[str, _Said], pd.DataFrame]:
