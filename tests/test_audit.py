@@ -253,6 +253,15 @@ def test_a_row_that_does_not_fit_is_named(spec, tmp_path, row, says):
     assert "\n" not in str(error.value)
 
 
+def test_a_short_row_has_no_correction(spec, evalset, tmp_path):
+    (tmp_path / "a.csv").write_text("example_id,text,label,corrected_label\na,pay,label0\n")
+    assert read_corrections(tmp_path / "a.csv", evalset, spec).examples["label"].tolist() == [
+        "label0",
+        "oos0",
+        "label1",
+    ]
+
+
 def test_a_csv_that_is_no_audit_is_refused(spec, evalset, tmp_path):
     (tmp_path / "a.csv").write_text("text,label\npay,label0\n")
     with pytest.raises(EvalSetError, match=r"no column 'corrected_label'; give what `cascade-lab audit` wrote"):

@@ -7,7 +7,6 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,6 +34,7 @@ COLUMNS = [
     "duplicate_text",
     "similarity",
 ]
+_READ = ("example_id", "text", "label", "corrected_label")
 
 
 def doubtful_labels(run: Run) -> pd.DataFrame:
@@ -165,7 +165,7 @@ def read_corrections(path: str | Path, evalset: EvalSet, spec: CascadeSpec) -> E
     examples = evalset.examples.copy()
     rows = {key: row for row, key in enumerate(examples["example_id"])}
     for where, cells in zip(table.locations, table.examples.to_dict("records"), strict=True):
-        key, text, label, given = (_as_it_was(cells[k]) for k in ("example_id", "text", "label", "corrected_label"))
+        key, text, label, given = (_as_it_was(_cell(cells[name])) for name in _READ)
         if key not in rows:
             raise EvalSetError(f"{where}: no example has the id '{key}'; give the eval set that was audited")
         known = examples.iloc[rows[key]]
@@ -184,13 +184,8 @@ def read_corrections(path: str | Path, evalset: EvalSet, spec: CascadeSpec) -> E
     return replace(EvalSet.from_frame(examples), locations=evalset.locations)
 
 
-class _Product(NamedTuple):
-    labels: list[str]
-    probabilities: np.ndarray
-
-
-def _product(run: Run) -> _Product:
-    """Return the probability of every final answer that a stage scores, shape (n, n_answers)."""
+def _product(run: Run) -> tuple[list[str], np.ndarray]:
+    """Return the final answers that a stage scores, and the probability of each, shape (n, n_answers)."""
     n = len(run.examples)
     columns: dict[str, np.ndarray] = {}
     reach = np.ones(n)
@@ -201,7 +196,7 @@ def _product(run: Run) -> _Product:
                 columns[label] = columns.get(label, np.zeros(n)) + reach * p[:, k]
         if stage.is_gate:
             reach = reach * p[:, stage.labels.index(stage.pass_label)]
-    return _Product(list(columns), np.column_stack(list(columns.values())))
+    return list(columns), np.column_stack(list(columns.values()))
 
 
 def _of_stage(run: Run, name: str) -> np.ndarray:
