@@ -25,7 +25,7 @@ from cascade_lab.errors import EvalSetError, RunError
 from cascade_lab.evalset import EvalSet
 from cascade_lab.run import Run, Scores, examples_table
 
-FORMULAS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n")
+FORMULAS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 HOSTILE = [
     '=HYPERLINK("http://x";"y")',
     "'=1+1",
@@ -178,10 +178,8 @@ def spec(tmp_path_factory):
 cells = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("=+-@'\t\r\n;,\"＝"), max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    texts=st.lists(cells, min_size=1, max_size=4), ids=st.lists(cells.filter(bool), min_size=4, max_size=4, unique=True)
-)
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(cells, min_size=1, max_size=4), ids=st.lists(cells.filter(bool), min_size=4, max_size=4))
 @example(texts=HOSTILE, ids=[f"'=-{i}" for i in range(len(HOSTILE))])
 def test_the_csv_runs_no_formula_and_comes_back(spec, tmp_path_factory, texts, ids):
     path = tmp_path_factory.getbasetemp() / "audit.csv"
@@ -192,9 +190,12 @@ def test_the_csv_runs_no_formula_and_comes_back(spec, tmp_path_factory, texts, i
     evalset = EvalSet.from_frame(frame)
     write_audit(table_of(evalset, ["label2", *[""] * (len(texts) - 1)]), path)
     content = path.read_bytes().decode("utf-8-sig")
-    for delimiter in ",;\t":
+    for row in csv.reader(io.StringIO(content, newline="")):
+        assert not any(cell.startswith((*FORMULAS, "\t", "\r", "\n")) for cell in row), row
+    # What begins a cell for a spreadsheet with another separator, which may leave out the space before.
+    for delimiter in ";\t":
         for row in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter):
-            assert not any(cell.startswith(FORMULAS) for cell in row), row
+            assert not any(cell.lstrip("\t\r\n").startswith(FORMULAS) for cell in row), row
     corrected = read_corrections(path, evalset, spec)
     assert corrected.examples["label"].tolist() == ["label2", *["label1"] * (len(texts) - 1)]
     assert corrected.texts == texts
@@ -254,12 +255,10 @@ def test_a_row_that_does_not_fit_is_named(spec, tmp_path, row, says):
 
 
 def test_a_short_row_has_no_correction(spec, evalset, tmp_path):
-    (tmp_path / "a.csv").write_text("example_id,text,label,corrected_label\na,pay,label0\n")
-    assert read_corrections(tmp_path / "a.csv", evalset, spec).examples["label"].tolist() == [
-        "label0",
-        "oos0",
-        "label1",
-    ]
+    (tmp_path / "a.csv").write_text("example_id,text,label,corrected_label\na,pay,label0\nb,'tis -5,oos0,label2\n")
+    frame = evalset.examples.assign(text=["pay", "'tis -5", ""])
+    corrected = read_corrections(tmp_path / "a.csv", EvalSet.from_frame(frame), spec)
+    assert corrected.examples["label"].tolist() == ["label0", "label2", "label1"]
 
 
 def test_a_csv_that_is_no_audit_is_refused(spec, evalset, tmp_path):
