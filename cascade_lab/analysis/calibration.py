@@ -162,10 +162,10 @@ def calibration_figures(
         A figure a row: `value`, `low`, `high`.
 
         - `ece`: the expected calibration error (Naeini et al. 2015), the mean over texts of |came true - claimed| of
-          their bin. It is never 0 by chance, so its interval is the bootstrap's turned around the value (Efron and
-          Tibshirani 1993, the basic form), which takes the chance part off, and is cut at 0.
-        - `ece_if_calibrated`: what `ece` would be if every probability were true, by simulation; an `ece` within these
-          is no evidence against calibration.
+          their bin. Chance alone keeps it above 0, and resampling adds chance to chance, so that its interval is the
+          bootstrap's turned around the value (the basic form; Efron and Tibshirani 1993), its low end moved once more
+          by what resampling added, and 0 where the value is no more than `ece_if_calibrated` has it.
+        - `ece_if_calibrated`: what `ece` would be if every probability were true, by simulation.
         - `overclaim`: the mean of claimed less came true; above 0 is overconfident.
         - `brier`, `log_loss`: as in `claims`.
 
@@ -194,9 +194,8 @@ def calibration_figures(
         came = rng.random(counts.shape) < found.p
         by_chance.append(np.abs((found.p - came) @ member).sum(axis=1) / n)
     ece = float(np.abs(gap @ member).sum() / n)
-    turned = interval(ece, 2 * ece - np.concatenate(eces), level=level)
-    result.loc["ece"] = [ece, max(turned.low, 0.0), max(turned.high, 0.0)]
     chance = np.concatenate(by_chance)
+    result.loc["ece"] = _turned(ece, np.concatenate(eces), chance, level)
     result.loc["ece_if_calibrated"] = interval(float(chance.mean()), chance, level=level)
     for name, value, resamples in zip(
         ("overclaim", "brier", "log_loss"), parts.mean(axis=0), np.concatenate(drawn).T, strict=True
@@ -226,3 +225,10 @@ def assign_bins(p: np.ndarray, *, n_bins: int = N_BINS, bins: Bins = "equal_mass
 def _of_event(p: np.ndarray, came: np.ndarray) -> Claims:
     kept = np.clip(p, np.finfo(np.float64).eps, 1 - np.finfo(np.float64).eps)
     return Claims(p, came, (p - came) ** 2, -np.log(np.where(came, kept, 1 - kept)))
+
+
+def _turned(ece: float, drawn: np.ndarray, chance: np.ndarray, level: float) -> Interval:
+    """Return ECE with the interval that `calibration_figures` describes."""
+    _, low, high = interval(ece, 2 * ece - drawn, level=level)
+    is_chance = ece <= interval(0.0, chance, level=level).high
+    return Interval(ece, 0.0 if is_chance else max(low - (drawn.mean() - ece), 0.0), max(high, 0.0))
