@@ -312,6 +312,10 @@ def test_from_a_run_to_a_corrected_eval_set_by_the_commands(tmp_path):
     refused = cascade_lab("audit", made.directory, "--output", path)
     assert refused.exit_code == 2
     assert "exists already" in refused.output
+    against = ("--against", made.directory, "--overwrite")
+    refused = cascade_lab("audit", made.directory, *against, "--split", "train", "--output", path)
+    assert "is a run, which has no splits" in refused.output
+    assert cascade_lab("audit", made.directory, *against, "--output", tmp_path / "same.csv").exit_code == 0
 
     table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     assert table.columns.tolist() == COLUMNS

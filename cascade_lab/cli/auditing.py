@@ -112,4 +112,6 @@ def _set(path: Path, split: str | None) -> Run | EvalSet:
     from cascade_lab.evalset import EvalSet
     from cascade_lab.run import Run
 
+    if path.is_dir() and split is not None:
+        raise CascadeLabError(f"{path}: is a run, which has no splits; leave --split out, or give an eval set")
     return Run.read(path) if path.is_dir() else EvalSet.read(path, split=split)
