@@ -453,6 +453,22 @@ def legible(display):
     plt.close(display.figure_)
 
 
+def title_fits(display):
+    display.figure_.canvas.draw()
+    assert display.ax_._left_title.get_window_extent().x1 <= display.figure_.bbox.x1
+    plt.close(display.figure_)
+
+
+def test_long_names_are_shortened_to_what_fits(tmp_path):
+    name = "a-stage-with-a-name-that-nobody-would-write-but-may"
+    stages = [{**GATE, "name": f"{name}-1"}, {**GATE, "name": f"{name}-2"}, {"name": name, "labels": ["a", "b"]}]
+    rng, gold_labels = np.random.default_rng(0), ["a", "b", "oos"] * 20
+    p = {stage["name"]: rng.dirichlet(np.ones(2), 60) for stage in stages}
+    run = write_run(tmp_path / "run", stages, gold_labels, p, name="a cascade " * 20)
+    legible(OutcomeFlowDisplay.from_run(run).plot())
+    legible(OracleLadderDisplay.from_run(run, n_resamples=10).plot())
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_displays_of_any_cascade_are_legible_and_keep_what_they_draw(tmp_path, seed):
     run = any_run(tmp_path / "run", seed)
@@ -466,8 +482,10 @@ def test_displays_of_any_cascade_are_legible_and_keep_what_they_draw(tmp_path, s
     ladder = OracleLadderDisplay.from_run(run, thresholds=thresholds, n_resamples=50).plot()
     pd.testing.assert_frame_equal(ladder.ladder, oracle_ladder(run, thresholds=thresholds, n_resamples=50))
     legible(ladder)
-    ghost = GhostMatrixDisplay.from_run(run, thresholds=thresholds)
-    np.testing.assert_array_equal(ghost.confusion_matrix, ghost_matrix(run, thresholds=thresholds).ghost)
+    for stage in (None, "gate0"):
+        ghost = GhostMatrixDisplay.from_run(run, stage=stage, thresholds=thresholds)
+        np.testing.assert_array_equal(ghost.confusion_matrix, ghost_matrix(run, stage, thresholds=thresholds).ghost)
+        title_fits(ghost.plot())
 
 
 def test_hostile_texts_and_labels_come_through_unharmed_and_harmless(tmp_path):
@@ -502,3 +520,5 @@ def test_clinc150s_real_errors_add_up(clinc150_run):
     display = GhostMatrixDisplay.from_run(clinc150_run)
     assert display.confusion_matrix.sum() == (predictions["decided_by"] == "gate").sum()
     assert len(display.most_confused().display_labels) <= 15
+    title_fits(display.plot())
+    title_fits(display.most_confused().plot())

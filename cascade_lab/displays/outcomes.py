@@ -14,6 +14,7 @@ from cascade_lab.analysis.bootstrap import N_RESAMPLES
 from cascade_lab.analysis.errors import DOOMED, GOES_ON, RECOVERABLE, flow, ghost_matrix, oracle_ladder
 from cascade_lab.analysis.outcomes import FALSE_ACCEPT, RIGHT, RIGHT_REJECT, WRONG_CLASS, WRONG_REJECT
 from cascade_lab.displays.confusion import CascadeConfusionDisplay
+from cascade_lab.displays.words import words
 from cascade_lab.run import Run
 
 # What is right is pale and plain, what is wrong is darker and hatched: they part in grey too.
@@ -31,6 +32,7 @@ _LOOKS = {
 # The flow is laid out in inches, so that labels of a known size cannot meet.
 _LINE, _BAR, _STREAM, _GAP = 0.22, 0.14, 3.4, 0.12
 _LETTER = 0.082  # the mean width of one in bold type of 9 points
+_NAME = 30  # characters of a stage's name
 _THIN = 0.03  # a ribbon that a hatch would hide
 
 
@@ -73,7 +75,7 @@ class OutcomeFlowDisplay:
             middle = np.average(beyond["middle"], weights=beyond["n_examples"]) if len(beyond) else height
             bars.append((name, middle, int(beyond["n_examples"].sum())))
         bars.insert(0, ("all texts", bars[0][1], n))
-        names = [f"{name}\n{count:,} ({_percent(count / n)})" for name, _, count in bars]
+        names = [f"{words(name, _NAME)}\n{count:,} ({_percent(count / n)})" for name, _, count in bars]
         widths = [_LETTER * max(map(len, name.split("\n"))) for name in names]
         between = [(one + other) / 2 for one, other in zip(widths, [*widths[1:], 0], strict=True)]
         across = np.cumsum([0.0, *(max(1.45, width + 0.2) for width in between)])
@@ -86,12 +88,12 @@ class OutcomeFlowDisplay:
         self.ax_, self.figure_ = ax, ax.get_figure(root=True)
         ax.set(xlim=(left, right), ylim=(0, top))
         ax.set_axis_off()
-        ax.set_title(_plain(self.title), fontsize=11, loc="left")
+        ax.set_title(words(self.title, 75), fontsize=11, loc="left")
 
         for x, (_, middle, count), name in zip(across[:-1], bars, names, strict=True):
             size = _STREAM * count / n
             _bar(ax, x, middle, size, "0.25")
-            ax.text(x + _BAR / 2, middle + size / 2 + 0.06, _plain(name), ha="center", va="bottom", fontsize=9)
+            ax.text(x + _BAR / 2, middle + size / 2 + 0.06, name, ha="center", va="bottom", fontsize=9)
         _ribbon(ax, across[[0, 1, 1]], (bars[0][1], bars[1][1]), _STREAM, GOES_ON)
         for place, (_, middle, count) in enumerate(bars[1:]):
             # An end comes to its height before the next stage, and goes straight from there.
@@ -108,10 +110,9 @@ class OutcomeFlowDisplay:
         for row, label in zip(ends.itertuples(), labels, strict=True):
             color, hatch = _LOOKS[row.outcome]
             _bar(ax, across[-1], row.middle, _STREAM * row.n_examples / n, color)
-            ax.text(x, row.middle, _plain(label), va="center", fontsize=9, weight="bold" if hatch else "normal")
+            ax.text(x, row.middle, label, va="center", fontsize=9, weight="bold" if hatch else "normal")
         for place, y in headings.items():
-            text = _plain(_heading(self.stages[place]))
-            ax.text(x, y, text, va="center", fontsize=9, color="0.35", style="italic")
+            ax.text(x, y, _heading(self.stages[place]), va="center", fontsize=9, color="0.35", style="italic")
         return self
 
     def _slots(self) -> tuple[pd.DataFrame, dict[int, float], float]:
@@ -175,7 +176,7 @@ class OracleLadderDisplay:
     ) -> OracleLadderDisplay:
         """Compute from a run, with `oracle_ladder`."""
         ladder = oracle_ladder(run, thresholds=thresholds, level=level, n_resamples=n_resamples, seed=seed)
-        return cls(ladder, title=f"{run.spec.name}: what perfection would be worth, with {level:.0%} intervals")
+        return cls(ladder, title=f"{run.spec.name}: perfection's worth, {level:.0%} intervals")
 
     def plot(self, ax: Axes | None = None) -> OracleLadderDisplay:
         """Draw a rung a cascade: a dot at its accuracy with the interval, and the points gained as a bar."""
@@ -195,10 +196,10 @@ class OracleLadderDisplay:
         ax.axvline(real, color="0.4", linewidth=0.8, linestyle="--")
         low = np.nanmin([self.ladder["accuracy_low"].min(), real])
         ax.set_xlim(low - 0.05 * (1 - low) - 1e-3, 1 + 0.02 * (1 - low) + 1e-3)
-        ax.set_yticks(range(n), [_plain(name) for name in self.ladder.index])
+        ax.set_yticks(range(n), [words(name, _NAME) for name in self.ladder.index])
         ax.set_ylim(n - 0.5, -0.5)
         ax.set_xlabel("accuracy of the cascade")
-        ax.set_title(_plain(self.title), fontsize=11, loc="left")
+        ax.set_title(words(self.title), fontsize=11, loc="left")
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(axis="y", length=0)
         return self
@@ -213,24 +214,19 @@ class GhostMatrixDisplay(CascadeConfusionDisplay):
     ) -> GhostMatrixDisplay:
         """Compute from a run, with `ghost_matrix`: for the texts of gate `stage` or, without it, of every gate."""
         ghost = ghost_matrix(run, stage, thresholds=thresholds).ghost
-        by = "the gates" if stage is None else stage
-        title = f"the {ghost.to_numpy().sum():,} texts that {by} stopped,\nhad they gone on"
+        title = f"had {ghost.to_numpy().sum():,} rejected {'texts' if stage is None else f'by {stage}'} gone on"
         return cls(ghost.to_numpy(), list(ghost.columns), title=title)
 
 
 def _end_label(row: tuple) -> str:
     """Say how many texts an end has, and whose fault they are where it is not the fault of the stage itself."""
-    by = f", fault of {row.fault}" if isinstance(row.fault, str) and row.fault != row.stage else ""
+    by = f", fault of {words(row.fault, _NAME)}" if isinstance(row.fault, str) and row.fault != row.stage else ""
     return f"{row.outcome}{by}: {row.n_examples:,} ({_percent(row.fraction)})"
 
 
 def _heading(stage: str) -> str:
-    return f"ends at {stage}"
+    return f"ends at {words(stage, _NAME)}"
 
 
 def _percent(fraction: float) -> str:
     return "<0.1%" if 0 < fraction < 0.0005 else f"{fraction:.1%}"
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # no formula is meant
