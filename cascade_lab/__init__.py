@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cascade_lab.cascade import Cascade
     from cascade_lab.displays import (
+        BatchLatencyDisplay,
         CascadeConfusionDisplay,
         ComparisonDisplay,
         GhostMatrixDisplay,
+        LengthLatencyDisplay,
         OracleLadderDisplay,
         OutcomeFlowDisplay,
+        PredictedCostDisplay,
         StageLatencyDisplay,
         ThresholdDisplay,
         ThresholdSurfaceDisplay,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BatchLatencyDisplay": "displays",
     "Cascade": "cascade",
     "CascadeConfusionDisplay": "displays",
     "CascadeLabError": "errors",
@@ -38,8 +42,10 @@ _HOMES = {
     "ComparisonDisplay": "displays",
     "EvalSet": "evalset",
     "GhostMatrixDisplay": "displays",
+    "LengthLatencyDisplay": "displays",
     "OracleLadderDisplay": "displays",
     "OutcomeFlowDisplay": "displays",
+    "PredictedCostDisplay": "displays",
     "Run": "run",
     "Stage": "stage",
     "StageLatencyDisplay": "displays",
@@ -50,6 +56,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BatchLatencyDisplay",
     "Cascade",
     "CascadeConfusionDisplay",
     "CascadeLabError",
@@ -57,8 +64,10 @@ __all__ = [
     "ComparisonDisplay",
     "EvalSet",
     "GhostMatrixDisplay",
+    "LengthLatencyDisplay",
     "OracleLadderDisplay",
     "OutcomeFlowDisplay",
+    "PredictedCostDisplay",
     "Run",
     "Stage",
     "StageLatencyDisplay",

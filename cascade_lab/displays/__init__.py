@@ -2,16 +2,24 @@
 
 from cascade_lab.displays.comparison import ComparisonDisplay
 from cascade_lab.displays.confusion import CascadeConfusionDisplay
-from cascade_lab.displays.latency import StageLatencyDisplay
+from cascade_lab.displays.latency import (
+    BatchLatencyDisplay,
+    LengthLatencyDisplay,
+    PredictedCostDisplay,
+    StageLatencyDisplay,
+)
 from cascade_lab.displays.outcomes import GhostMatrixDisplay, OracleLadderDisplay, OutcomeFlowDisplay
 from cascade_lab.displays.thresholds import ThresholdDisplay, ThresholdSurfaceDisplay
 
 __all__ = [
+    "BatchLatencyDisplay",
     "CascadeConfusionDisplay",
     "ComparisonDisplay",
     "GhostMatrixDisplay",
+    "LengthLatencyDisplay",
     "OracleLadderDisplay",
     "OutcomeFlowDisplay",
+    "PredictedCostDisplay",
     "StageLatencyDisplay",
     "ThresholdDisplay",
     "ThresholdSurfaceDisplay",

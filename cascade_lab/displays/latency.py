@@ -281,7 +281,7 @@ def _finish(ax: Axes, title: str, label: str) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.06 * high)
     ax.set_ylabel(label)
     ax.set_title(words(title, 100), fontsize=11, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
