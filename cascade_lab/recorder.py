@@ -48,7 +48,8 @@ def table(frame: Any) -> dict[str, Any]:
 
 def figure(drawn: Any) -> dict[str, Any]:
     """Return what a matplotlib figure shows: for each of its axes the words, lines, bars, points and images."""
-    return {"kind": "figure", "axes": [dict(_of_axes(ax)) for ax in drawn.axes if ax.get_visible()]}
+    shown = [ax for ax in drawn.axes if ax.get_visible() and ax.get_label() != "<colorbar>"]
+    return {"kind": "figure", "axes": [dict(_of_axes(ax)) for ax in shown]}
 
 
 def plain(value: Any) -> Any:

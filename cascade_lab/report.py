@@ -203,7 +203,7 @@ def _make(run: Run, path: Path, given: Mapping[str, Any], progress: bool) -> tup
     except Exception as error:  # each broken file has a class of its own
         raise RunError(f"{path}: not a notebook ({str(error).splitlines()[0]}); give an .ipynb") from error
     sources = [(cell["cell_type"], cell["source"]) for cell in notebook.cells]
-    runs, others = _sort_parameters(run, path, given)
+    runs, others = _sort_parameters(run, path, _defaults(notebook), given)
     for one in runs.values():
         one.check()
     cells = _execute(notebook, f"{run.directory}", runs, others, progress)
@@ -221,11 +221,19 @@ def _make(run: Run, path: Path, given: Mapping[str, Any], progress: bool) -> tup
     return page(cells, record), record
 
 
-def _sort_parameters(run: Run, path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Return the parameters that are runs, `run` itself first, and the others."""
-    from papermill import inspect_notebook
+def _defaults(notebook: Any) -> dict[str, str]:
+    """Return the parameters of a notebook and their defaults, as its cell tagged `parameters` writes them."""
+    from papermill.translators import papermill_translators
 
-    known = inspect_notebook(str(path))
+    python = papermill_translators.find_translator("python3", "python")
+    cells = [cell for cell in notebook.cells if "parameters" in cell["metadata"].get("tags", [])]
+    return {found.name: found.default for cell in cells[:1] for found in python.inspect(cell)}
+
+
+def _sort_parameters(
+    run: Run, path: Path, known: Mapping[str, str], given: Mapping[str, Any]
+) -> tuple[dict[str, Run], dict[str, Any]]:
+    """Return the parameters that are runs, `run` itself first, and the others."""
     first = "run_dir" if "run_dir" in known else next((name for name in known if name.startswith("run")), None)
     if first is None:
         raise RunError(f"{path}: no parameter takes a run; name one run_dir, in the cell tagged parameters")
@@ -238,10 +246,13 @@ def _sort_parameters(run: Run, path: Path, given: Mapping[str, Any]) -> tuple[di
             runs[name] = Run.read(value)
         else:
             others[name] = value
-    for name, parameter in known.items():
-        default = parameter["default"].strip("'\"")
-        # A run that a newcomer's own make demo has left says nothing about this one.
-        if default.startswith("../runs/") and not name.startswith("output") and name not in {**runs, **others}:
+    for name, default in known.items():
+        # A run that `make demo` has left says nothing about this one.
+        if (
+            default.strip("'\"").startswith("../runs/")
+            and not name.startswith("output")
+            and name not in {**runs, **others}
+        ):
             raise RunError(f"{path.stem}: {name} is another run that it reads; give it: -p {name}=RUN")
     return runs, others
 

@@ -1,20 +1,96 @@
-"""The notebook, opened both ways, and the HTML made of it."""
+"""The notebooks, run as they stand, and the reports made of them: whole, harmless, and the same whoever makes them."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from html import unescape
+from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
-from cascade_lab import Run
+import cascade_lab.report as report_module
+from cascade_lab import Cascade, CascadeSpec, EvalSet, Run
+from cascade_lab.analysis.goals import Goal
+from cascade_lab.analysis.thresholds import choose
+from cascade_lab.analysis.tuning import figures_at, optimism, write_tuned
+from cascade_lab.cli import app
 from cascade_lab.errors import RunError
-from cascade_lab.report import NOTEBOOK, notebook_path, write_figures, write_report
+from cascade_lab.provenance import sha256
+from cascade_lab.report import NOTEBOOK, notebook_path, verify_report, write_figures, write_report
+
+DATA = Path(__file__).parents[1] / "data"
+FOLDER = notebook_path(NOTEBOOK).parent
+
+
+def cascade_lab(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def outputs(notebook):
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What `make demo` leaves in runs/, and the tuned cascade on the very set that it was tuned on."""
+    folder = tmp_path_factory.mktemp("demo")
+    dev, test = (EvalSet.read(DATA / f"{name}.tsv") for name in ("dev", "test"))
+    with Cascade.load(DATA / "cascade.toml") as cascade:
+        run = cascade.run(dev, output=folder / "demo-dev")
+        cascade.run(test, output=folder / "demo")
+    goal = Goal(maximize="accuracy")
+    chosen = choose(run, goal)
+    intervals = {name: [found.low, found.high] for name, found in figures_at(run, chosen.thresholds, goal).items()}
+    more = {"intervals": intervals, "optimism": optimism(run, goal, n_repeats=1)["optimism"].to_dict()}
+    write_tuned(run, chosen, goal, folder / "demo-tuned.toml", more=more)
+    with Cascade.load(CascadeSpec.read(folder / "demo-tuned.toml")) as cascade:
+        cascade.run(test, output=folder / "demo-tuned")
+        cascade.run(dev, output=folder / "same-texts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(demo):
+    """The tuned run, with its report in it."""
+    run = Run.read(demo / "demo-tuned")
+    write_report(run)
+    return run
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A notebook that shows a number in each of the ways there are; quicker than the real ones."""
+    cells = [
+        nbformat.v4.new_markdown_cell("# Why\n\nBecause of [this](#figures)."),
+        nbformat.v4.new_code_cell('run_dir = None\nfactor = 1\nother = "../runs/x"', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(
+            "import warnings\n"
+            "import pandas as pd\n"
+            "from cascade_lab import Run\n"
+            "run = Run.read(run_dir)\n"
+            "p = run.predictions['probability']\n"
+            "warnings.warn('not for the reader')\n"
+            "print(f'mean {p.mean():.6f}', set('abcdefgh'))"
+        ),
+        nbformat.v4.new_markdown_cell("## Figures\n\n### Below"),
+        nbformat.v4.new_code_cell("pd.DataFrame({'p': [p.min(), p.max() * factor]}, index=['least', 'most'])"),
+        nbformat.v4.new_code_cell("pd.DataFrame({'p': [p.max()]}).style.background_gradient(vmin=0, vmax=1)"),
+        nbformat.v4.new_code_cell(
+            "import matplotlib.pyplot as plt\nax = plt.figure().add_subplot(title='a $x$')\nax.plot(sorted(p)[::20]);"
+        ),
+        nbformat.v4.new_code_cell("run, ax, run.spec.stages[0].__class__.__init__"),
+    ]
+    path = tmp_path / "small.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
 
 
 def test_the_notebook_drives_the_package_on_checkpoints(tiny, tiny_evalset, tmp_path):
@@ -31,10 +107,12 @@ def test_the_notebook_drives_the_package_on_checkpoints(tiny, tiny_evalset, tmp_
     nbformat.validate(executed)
 
 
-@pytest.mark.parametrize("path", sorted(notebook_path(NOTEBOOK).parent.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_every_notebook_runs_as_it_stands(path, tmp_path, monkeypatch):
-    """As a newcomer runs it: from notebooks/, its parameters untouched but for where a run goes."""
-    parameters = {"output_dir": str(tmp_path / "run")} if path.stem == NOTEBOOK else {}
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_notebook_runs_as_it_stands(path, demo, tmp_path):
+    """As a newcomer runs it after `make demo`: the runs that its parameters name, and nothing else changed."""
+    defaults = {name: known["default"].strip("'\"") for name, known in papermill.inspect_notebook(str(path)).items()}
+    parameters = {name: str(demo / Path(value).name) for name, value in defaults.items() if "../runs/" in value}
+    parameters |= {"output_dir": str(tmp_path / "run")} if "output_dir" in defaults else {}
     executed = papermill.execute_notebook(
         path, tmp_path / path.name, parameters=parameters, cwd=path.parent, kernel_name="python3", progress_bar=False
     )
@@ -45,14 +123,145 @@ def test_every_notebook_runs_as_it_stands(path, tmp_path, monkeypatch):
 def test_a_report_is_one_file_that_asks_the_network_for_nothing(clinc150_run):
     html = (clinc150_run.directory / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)\s*=\s*["\'](?!data:|#)[^"\']', html)
-    assert "@import" not in html
+    assert not re.findall(r"<script|<link|<iframe|@import|url\(|<[^>]* on\w+=", html)
+    assert "default-src 'none'" in html
     assert (
         len(re.findall(r'<img[^>]*src="data:image/png;base64', html)) == 6
     )  # gate, intent twice, end to end twice, latency
     accuracy = clinc150_run.metrics["end_to_end"]["accuracy"]
-    assert f"{accuracy:.1%} of all texts" in html
+    assert re.search(rf"answers {accuracy:.1%} \([\d.]+% to [\d.]+%\) of all texts", html)
     assert "Traceback" not in html
-    assert "stderr" not in re.findall(r'data-mime-type="application/vnd.jupyter.(\w+)"', html)
+
+
+def test_a_report_has_a_table_of_contents_its_numbers_and_its_origin(tuned):
+    html = (tuned.directory / "report.html").read_text(encoding="utf-8")
+    record = json.loads((tuned.directory / "report.json").read_text(encoding="utf-8"))
+    headings = re.findall(r'<h[1-6] id="([^"]+)"', html)
+    assert len(headings) == len(set(headings)) == 9
+    assert re.findall(r'<a href="#([^"]+)"', html) == headings
+    words = re.sub(r"(?<=\d),(?=\d{3})", "", unescape(html))
+    shown = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", words)}
+    tables = [one for one in record["shown"] if one["kind"] == "table"]
+    numbers = [value for one in tables for row in one["rows"] for value in row if value is not None]
+    assert len(numbers) > 90
+    assert {round(value, 4) for value in numbers} <= shown
+    pictures = [one for one in record["shown"] if one["kind"] == "figure"]
+    assert len(pictures) == html.count("<img ") == 4
+    assert np.nansum(np.array(pictures[2]["axes"][0]["images"][0], dtype=float)) == len(tuned.examples)
+    manifest = tuned.manifest
+    for digest in (*manifest["contents"].values(), *manifest["inputs"].values(), manifest["evalset"]["sha256"]):
+        assert digest in html
+    assert record["runs"]["run_dir"]["contents"] == manifest["contents"]
+    assert sha256(tuned.directory / "manifest.json") in html
+    assert f"pandas {record['packages']['pandas']}" in html
+
+
+def test_the_report_of_a_tuned_cascade_shows_both_sets_with_intervals(tuned, demo):
+    record = json.loads((tuned.directory / "report.json").read_text(encoding="utf-8"))
+    (table,) = [one for one in record["shown"] if "on the tuning set / optimism" in one.get("columns", [])]
+    row = dict(zip(table["columns"], table["rows"][table["index"].index("reject_recall")], strict=True))
+    said = tuned.manifest["tuned_on"]
+    low, high = said["intervals"]["reject_recall"]
+    expected = [said["figures"]["reject_recall"], low, high, said["optimism"]["reject_recall"]]
+    assert list(row.values())[:4] == pytest.approx(expected)
+    assert row["on this set / value"] == pytest.approx(tuned.metrics["end_to_end"]["reject_recall"])
+    assert row["on this set / low"] < row["on this set / value"] < row["on this set / high"]
+    loud = "This set is the tuning set"
+    assert loud not in (tuned.directory / "report.html").read_text(encoding="utf-8")
+    assert loud in write_report(Run.read(demo / "same-texts")).read_text(encoding="utf-8")
+
+
+def test_a_report_is_the_same_bytes_wherever_whenever_and_whoever(tuned, tmp_path, monkeypatch):
+    shutil.copytree(tuned.directory, tmp_path / "elsewhere")
+    (tmp_path / "matplotlibrc").write_text("font.size: 30\n")
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "IPYTHONDIR": str(tmp_path / "mine")}.items():
+        monkeypatch.setenv(name, value)
+    startup = tmp_path / "mine" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00-mine.py").write_text("import pandas as pd\npd.set_option('display.precision', 1)\nprint('mine')\n")
+    made = write_report(Run.read("elsewhere"), "there/mine.html")
+    assert made.read_bytes() == (tuned.directory / "report.html").read_bytes()
+    assert made.with_suffix(".json").read_bytes() == (tuned.directory / "report.json").read_bytes()
+
+
+def test_verify_says_identical_or_what_differs(tuned, small, tmp_path, monkeypatch):
+    run = shutil.copytree(tuned.directory, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(report_module, "environment", lambda: {"packages": {"pandas": "1.0"}})
+        report = write_report(Run.read(run), notebook=small, parameters={"other": None})
+    html = report.read_text(encoding="utf-8")
+    assert report.name == "small.html"
+    assert "<title>Why – service-desk</title>" in html
+    assert "not for the reader" not in html
+    assert [one["kind"] for one in json.loads(report.with_suffix(".json").read_text())["shown"]] == [
+        "text", "table", "table", "figure", "text",
+    ]  # fmt: skip
+    said = cascade_lab("verify", report, "--notebook", small)
+    assert said.exit_code == 0, said.output
+    assert "identical but for the versions of packages (pandas was 1.0, is " in said.stdout
+
+    report = write_report(Run.read(run), notebook=small, parameters={"other": None})
+    said = cascade_lab("verify", report, "--notebook", small)
+    assert said.exit_code == 0
+    assert said.stdout == f"{report}: identical\n"
+    report.write_text(report.read_text(encoding="utf-8").replace("Because of", "Because off"), encoding="utf-8")
+    said = cascade_lab("verify", report, "--notebook", small)
+    assert said.exit_code == 1
+    assert "every number is the same, and the page is not" in said.stdout
+
+
+def test_a_changed_logit_is_caught_both_ways(tuned, tmp_path):
+    run = shutil.copytree(tuned.directory, tmp_path / "run")
+    path = run / "scores" / "gate.parquet"
+    table = pq.read_table(path)
+    logits = table["logits"].to_pylist()
+    logits[0] = logits[0][::-1]
+    kind = table.schema.field("logits").type
+    pq.write_table(table.set_column(1, "logits", pa.array(logits, kind)), path)
+    for command in ("report", "verify"):
+        said = cascade_lab(command, run / "report.html" if command == "verify" else run)
+        assert said.exit_code == 2
+        assert said.stderr.startswith(f"error: {path}: changed since the run")
+        assert said.stderr.count("\n") == 1
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    manifest["contents"]["scores/gate.parquet"] = sha256(path)
+    (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    moved = verify_report(tuned.directory / "report.html", Run.read(run)).moved
+    names = {name for name, *_ in moved}
+    assert "runs › run_dir › contents › scores/gate.parquet" in names
+    assert "How good each stage is › table 2 › accuracy › gate / value" in names
+    # One text is decided the other way: a cell of the gate's matrix has one fewer, another one more.
+    cells = [name for name in names if name.startswith("What each stage confuses › figure 1 ") and name.count("›") == 4]
+    assert sorted(new - old for name, old, new in moved if name in cells) == [-1, 1]
+
+
+def test_what_cannot_be_reported_is_one_line(tuned, demo, small, tmp_path):
+    def refused(message, *arguments):
+        said = cascade_lab(*arguments)
+        assert said.exit_code == 2, said.output
+        assert said.stderr.startswith("error: ")
+        assert message in said.stderr
+        assert said.stderr.count("\n") == 1
+
+    run = tuned.directory
+    refused("no notebook is named '01_run'; did you mean '01_run_cascade'?", "report", run, "--notebook", "01_run")
+    refused("no such notebook", "report", run, "--notebook", tmp_path / "no.ipynb")
+    refused("no parameter takes a run", "report", run, "--notebook", FOLDER / "02_study_clinc150.ipynb")
+    refused("has no parameter 'faktor'; did you mean 'factor'?", "report", run, "--notebook", small, "-p", "faktor=2")
+    refused("other is another run that it reads; give it: -p other=RUN", "report", run, "--notebook", small)
+    refused("'factor' is not NAME=VALUE", "report", run, "--notebook", small, "-p", "factor")
+    refused("name it something.html", "report", run, "--output", tmp_path / "report.pdf")
+    refused("exists, and is no report's", "report", run, "--output", run / "manifest.html")
+    refused("TypeError", "report", run, "--notebook", small, "-p", "factor=null", "-p", "other=x")
+    refused(f"is of run {tuned.manifest['run_id']}", "verify", run / "report.html", "--run", demo / "demo")
+    refused("not the JSON of a report", "verify", run / "metrics.json")
+    refused("cannot be read", "verify", tmp_path / "no.html")
+    (run / "timings.parquet").rename(tmp_path / "timings.parquet")
+    try:
+        refused("timings.parquet: cannot be read", "report", run, "--notebook", small, "-p", "other=x")
+    finally:
+        (tmp_path / "timings.parquet").rename(run / "timings.parquet")
 
 
 def test_figures_are_beside_the_report(clinc150_run):
@@ -62,9 +271,10 @@ def test_figures_are_beside_the_report(clinc150_run):
     ]  # fmt: skip
 
 
-def test_a_report_goes_where_it_is_told_and_says_where_it_cannot(tiny_run, tmp_path):
-    assert write_report(tiny_run, tmp_path / "here.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+def test_a_report_says_where_it_cannot_go(tiny_run, small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot be written \(.*; choose another place"):
         write_figures(tiny_run, tmp_path / "file" / "figures")
+    with pytest.raises(RunError, match=r"cannot be written \(.*; choose another place"):
+        write_report(tiny_run, tmp_path / "file" / "report.html", notebook=small, parameters={"other": None})
     assert not list(tmp_path.glob(".*"))

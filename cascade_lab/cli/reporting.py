@@ -94,6 +94,7 @@ def make_report(run: Run, output: Path | None = None, **more: Any) -> Path:
     """Draw a run's figures and write its report, with progress on a terminal."""
     from cascade_lab.report import NOTEBOOK, write_figures, write_report
 
+    run.check()
     if more.get("notebook", NOTEBOOK) == NOTEBOOK:
         with Console(stderr=True).status("drawing figures"):
             write_figures(run)
