@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lab format lock demo-checkpoints study clean
+.PHONY: demo test lint lab format lock demo-checkpoints study bench clean
 
 # The demo's run on the test split; then thresholds tuned on dev, and the tuned cascade on test.
 demo: .venv/ready
@@ -56,9 +56,21 @@ study: runs/minilm/bert_config.json
 	$(BIN)/cascade-lab study data/clinc150/study.toml --data $(CLINC150) --init runs/minilm --output runs/study
 	cp runs/study/results.json data/clinc150/results.json
 
+# The package against its peers, in an environment of its own: some 25 minutes on two quiet cores.
+bench: .venv-bench/ready
+	.venv-bench/bin/python tests/benchmarks/run.py --clinc150 $(CLINC150) --folder runs/benchmarks
+	cp runs/benchmarks/results.json tests/benchmarks/results.json
+
+.venv-bench/ready: requirements.lock pyproject.toml tests/benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --requirement requirements.lock \
+		--requirement tests/benchmarks/requirements.txt
+	.venv-bench/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 lock: # the newest versions that agree, for every Python and platform we support (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev \
 		--no-header --no-annotate pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-bench

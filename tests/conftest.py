@@ -18,6 +18,8 @@ import pytest
 
 matplotlib.use("Agg")
 
+collect_ignore = ["benchmarks"]  # scripts of an environment of their own
+
 CLINC150 = Path(__file__).parents[2] / "shared" / "clinc150"
 WORDS = [
     "pay",

@@ -1,0 +1,150 @@
+"""What the contenders load, made once: the same weights in every format, and the texts.
+
+    python tests/benchmarks/prepare.py CLINC150 FOLDER
+
+makes `FOLDER/clinc150` (both stages of the CLINC150 cascade) and `FOLDER/base` (one stage of BERT-base's shape with
+random weights), each with `cascade-float32.toml`, `cascade-bfloat16.toml`, `hf/`, `onnx/` and `texts.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+from tokenizers import BertWordPieceTokenizer
+
+from cascade_lab.bert.checkpoint import variable_shapes
+from cascade_lab.bert.writing import save_checkpoint
+from cascade_lab.evalset import EvalSet
+from cascade_lab.export import export_cascade
+from cascade_lab.spec import CascadeSpec
+
+BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+}
+BASE_LENGTHS = {"length_16": 16, "length_64": 64, "length_128": 128}
+N_LABELS = 150
+N_GROWN = 220_000  # texts for the measurement of how time grows with their number
+
+
+def main(clinc150: Path, folder: Path) -> None:
+    spec = CascadeSpec.read(clinc150 / "cascade.toml")
+    texts = EvalSet.read(clinc150 / "data_full.json", split="test").texts
+    # A fixed order that is not the file's, so that any first n of them are a fair sample.
+    texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+    vocab = spec.stages[0].vocab_file
+    _formats(spec, folder / "clinc150")
+    _write_texts(folder / "clinc150", {"test": texts, "grown": _grown(texts)}, vocab)
+    base = _base(folder / "base", vocab)
+    _formats(base, folder / "base")
+    _write_texts(folder / "base", {name: _of_length(length, vocab) for name, length in BASE_LENGTHS.items()}, vocab)
+
+
+def _formats(spec: CascadeSpec, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for precision in ("float32", "bfloat16"):
+        content = {**spec.to_dict(), "engine": "fast", "precision": precision}
+        (folder / f"cascade-{precision}.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+    export_cascade(spec, folder / "hf", format="hf", overwrite=True)
+    (folder / "onnx").mkdir(exist_ok=True)
+    for stage in spec.stages:
+        _onnx(folder / "hf" / stage.name, folder / "onnx" / f"{stage.name}.onnx")
+
+
+def _onnx(source: Path, path: Path) -> None:
+    """Export a Hugging Face directory to ONNX, and what ONNX Runtime's BERT optimizer makes of that beside it."""
+    import torch
+    from onnxruntime.transformers.optimizer import optimize_model
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification.from_pretrained(source, attn_implementation="eager").eval()
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    example = torch.ones((2, 16), dtype=torch.int64)
+    torch.onnx.export(
+        model,
+        (example, example, torch.zeros_like(example)),
+        path,
+        input_names=names,
+        output_names=["logits"],
+        dynamic_axes={name: {0: "n", 1: "length"} for name in names} | {"logits": {0: "n"}},
+        opset_version=17,
+        dynamo=False,
+    )
+    optimized = optimize_model(
+        str(path),
+        model_type="bert",
+        num_heads=model.config.num_attention_heads,
+        hidden_size=model.config.hidden_size,
+        opt_level=0,
+    )
+    print(path.stem, optimized.get_fused_operator_statistics())
+    optimized.save_model_to_file(str(path.with_name(f"{path.stem}-optimized.onnx")))
+
+
+def _base(folder: Path, vocab: Path) -> CascadeSpec:
+    """Write a checkpoint of BERT-base's shape with random weights; return the cascade of that one stage."""
+    made = folder / "checkpoint"
+    made.mkdir(parents=True)
+    config = {**BASE, "vocab_size": len(vocab.read_text(encoding="utf-8").splitlines())}
+    (made / "bert_config.json").write_text(json.dumps(config))
+    shutil.copyfile(vocab, made / "vocab.txt")
+    rng = np.random.default_rng(0)
+    weights = {
+        name: np.float32(1 + 0.02 * rng.standard_normal(shape))
+        if name.endswith("gamma")
+        else 0.02 * rng.standard_normal(shape, dtype=np.float32)
+        for name, shape in variable_shapes(config, N_LABELS).items()
+    }
+    save_checkpoint(weights, made / "model.ckpt")
+    stage = {
+        "name": "base",
+        "init_checkpoint": "checkpoint",
+        "bert_config_file": "checkpoint/bert_config.json",
+        "vocab_file": "checkpoint/vocab.txt",
+        "labels": [f"label_{number}" for number in range(N_LABELS)],
+        "max_seq_length": 128,
+    }
+    return CascadeSpec.from_dict({"name": "base", "stage": [stage]}, folder=folder)
+
+
+def _of_length(length: int, vocab: Path, n: int = 256) -> list[str]:
+    """Return texts of exactly so many tokens, [CLS] and [SEP] included."""
+    words = [word for word in vocab.read_text(encoding="utf-8").splitlines() if word.isascii() and word.isalpha()]
+    rng = np.random.default_rng(length)
+    return [" ".join(rng.choice(words, length - 2)) for _ in range(n)]
+
+
+def _grown(texts: list[str]) -> list[str]:
+    """Return many distinct texts with the words and the lengths of `texts`."""
+    rng = np.random.default_rng(1)
+    lengths = [len(text.split()) for text in texts]
+    words = np.array(" ".join(texts).split())
+    made: dict[str, None] = {}
+    while len(made) < N_GROWN:
+        made[" ".join(rng.choice(words, rng.choice(lengths)))] = None
+    return list(made)
+
+
+def _write_texts(folder: Path, sets: dict[str, list[str]], vocab: Path) -> None:
+    """Write the sets of texts, and each text's count of tokens."""
+    tokenizer = BertWordPieceTokenizer(str(vocab), lowercase=True)
+    tokenizer.enable_truncation(128)
+    counted = {
+        name: {"texts": texts, "n_tokens": [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]}
+        for name, texts in sets.items()
+    }
+    (folder / "texts.json").write_text(json.dumps(counted), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
