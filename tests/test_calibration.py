@@ -157,7 +157,7 @@ def test_the_true_temperature_is_recovered_and_is_the_one_of_least_log_loss(tmp_
 
 def test_the_temperatures_interval_is_that_of_refits_and_covers(tmp_path):
     spec, hits = spec_of(5), []
-    for seed in range(60):
+    for seed in range(40):
         run = simulated(tmp_path / f"{seed}", spec, n=200, seed=seed, temperature=1.5)
         row = fit_temperatures(run, ["last"], on="all", level=0.9, n_resamples=200, n_folds=2).loc["last"]
         hits.append(row["low"] <= 1.5 <= row["high"])
@@ -178,22 +178,22 @@ def test_the_temperatures_interval_is_that_of_refits_and_covers(tmp_path):
 def test_intervals_of_ece_brier_and_log_loss_cover_at_their_nominal_rate(tmp_path):
     """Overconfident by design; the truth is that of many texts, whose ECE has next to no part of chance in it."""
     spec, hits = spec_of(3), []
-    many = simulated(tmp_path / "many", spec, n=25_000, seed=99, temperature=2.5)
+    many = simulated(tmp_path / "many", spec, n=15_000, seed=99, temperature=2.5)
     names = ["ece", "overclaim", "brier", "log_loss"]
     truth = {stage: calibration_figures(many, stage, on="all", n_resamples=2)["value"] for stage in ("gate", None)}
-    for seed in range(45):
+    for seed in range(24):
         run = simulated(tmp_path / f"{seed}", spec, n=400, seed=seed, temperature=2.5)
         for stage, true in truth.items():
-            table = calibration_figures(run, stage, on="all", level=0.9, n_resamples=200).loc[names]
+            table = calibration_figures(run, stage, on="all", level=0.9, n_resamples=150).loc[names]
             hits.append((table["low"] <= true[names]) & (true[names] <= table["high"]))
-    assert np.mean(hits, axis=0) == pytest.approx([0.9] * 4, abs=0.09)
+    assert np.mean(hits, axis=0) == pytest.approx([0.9] * 4, abs=0.11)
 
 
 def test_a_gate_of_two_labels_keeps_every_decision_whatever_its_threshold(run):
     gate = run.spec.stages[0].name
     p = np.sort(1 / (1 + np.exp(-np.diff(run.scores(gate).logits.astype(np.float64))[:, 0])))
     fitted = fit_temperatures(run, **FEW)
-    for threshold in (0.0, 1.0, 0.3, *p[::40]):  # also probabilities that occur, where the last digit counts
+    for threshold in (0.0, 1.0, 0.3, *p[20::90]):  # also probabilities that occur, where the last digit counts
         before = rescored(run, run.spec.with_thresholds({gate: float(threshold)}))
         found = calibrated(before, fitted)
         assert found.n_changed == 0
@@ -239,10 +239,11 @@ def test_the_command_writes_the_cascade_with_its_provenance_and_the_same_set_is_
     assert "no answer of this run changes" in said.output
     written = CascadeSpec.read(output)
     provenance = written.tuned_on["temperatures"]
-    assert provenance["run_id"] == val.manifest["run_id"]
-    assert provenance["evalset"]["sha256"] == val.manifest["evalset"]["sha256"]
     for stage in written.stages:
-        assert provenance["stages"][stage.name]["value"] == stage.temperature != 1.0
+        found = provenance[stage.name]
+        assert found["value"] == stage.temperature != 1.0
+        assert found["run_id"] == val.manifest["run_id"]
+        assert found["evalset"]["sha256"] == val.manifest["evalset"]["sha256"]
     calibration_figures(rescored(test, written), "gate", **FEW)
     for stage in ("gate", None):
         with pytest.raises(CalibrationError, match="was fitted on this eval set"):
@@ -251,6 +252,11 @@ def test_the_command_writes_the_cascade_with_its_provenance_and_the_same_set_is_
     again = CliRunner().invoke(app, ["calibrate", str(val.directory), "--output", str(output)])
     assert again.exit_code == 2
     assert "exists already" in again.output
+    # A stage that is fitted again, on another set, leaves what was said of the other.
+    other = calibrated(rescored(test, written), fit_temperatures(test, ["gate"])).spec
+    with pytest.raises(CalibrationError, match="the temperature of gate was"):
+        calibration_figures(rescored(test, other), **FEW)
+    assert other.tuned_on["temperatures"]["last"] == provenance["last"]
     # Thresholds that are tuned afterwards leave the temperatures, and what was said of them, as they are.
     view, goal = rescored(test, written), Goal("accuracy")
     write_tuned(view, choose(view, goal), goal, tmp_path / "tuned.toml")

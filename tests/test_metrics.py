@@ -206,7 +206,7 @@ def test_intervals_cover_at_their_nominal_rate(tmp_path):
     f1 = class_figures(population).set_index(["label", "figure"])["value"]
     rng = np.random.default_rng(0)
     held: dict[str, list[bool]] = {}
-    for _ in range(80):
+    for _ in range(50):
         rows = np.sort(rng.choice(20000, 250, replace=False))
         run = Run(population.directory)
         run.examples = population.examples.iloc[rows].reset_index(drop=True)
@@ -221,4 +221,4 @@ def test_intervals_cover_at_their_nominal_rate(tmp_path):
             held.setdefault(f"labels' {row.figure}", []).append(row.low <= f1[row.label, row.figure] <= row.high)
     rates = {name: np.mean(hits) for name, hits in held.items()}
     assert all(0.8 <= rate <= 0.98 for rate in rates.values()), rates
-    assert np.mean(list(rates.values())) == pytest.approx(0.9, abs=0.04)
+    assert np.mean(list(rates.values())) == pytest.approx(0.9, abs=0.05)

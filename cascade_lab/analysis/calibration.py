@@ -87,11 +87,15 @@ def claims(run: Run, stage: str | None = None, *, on: On = "reached", fitted_her
 def check_unfitted(run: Run, stage: str | None = None) -> None:
     """Raise CalibrationError if a temperature, of `stage` or of any, was fitted on the eval set of `run`."""
     fitted = (run.spec.tuned_on or {}).get("temperatures", {})
-    names = [name for name in fitted.get("stages", {}) if stage in (None, name)]
-    own, theirs = run.manifest["evalset"], fitted.get("evalset", {})
-    if names and all(own.get(key) == theirs.get(key) for key in ("sha256", "split")):
+    own = run.manifest["evalset"]
+    same = [
+        name
+        for name, said in fitted.items()
+        if stage in (None, name) and all(own.get(key) == said["evalset"].get(key) for key in ("sha256", "split"))
+    ]
+    if same:
         raise CalibrationError(
-            f"{run.directory}: the temperature of {', '.join(names)} was fitted on this eval set, and calibration "
+            f"{run.directory}: the temperature of {', '.join(same)} was fitted on this eval set, and calibration "
             "looks better there than it is; report on a run of another set, or say fitted_here=True"
         )
 

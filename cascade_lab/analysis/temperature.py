@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,15 +133,19 @@ def calibrated(run: Run, fitted: pd.DataFrame) -> Calibrated:
     n_changed = int((before["predicted"] != after["predicted"]).sum())
     kept = [stage.name for stage in spec.stages if stage.name not in fitted.index or _keeps(stage)]
     previous: Mapping[str, Any] = run.spec.tuned_on or {}
-    provenance = {
-        "run_id": run.manifest["run_id"],
-        "evalset": {key: value for key, value in run.manifest["evalset"].items() if value is not None},
-        "stages": {
-            name: {"on": row["on"], **{key: float(row[key]) for key in Interval._fields}}
-            for name, row in fitted.iterrows()
-        },
+    temperatures = {
+        name: {
+            **{key: float(row[key]) for key in Interval._fields},
+            "on": row["on"],
+            "run_id": run.manifest["run_id"],
+            "evalset": {key: value for key, value in run.manifest["evalset"].items() if value is not None},
+        }
+        for name, row in fitted.iterrows()
     }
-    tuned_on = {**({} if n_changed else previous), "temperatures": provenance}
+    tuned_on = {
+        **({} if n_changed else previous),
+        "temperatures": {**previous.get("temperatures", {}), **temperatures},
+    }
     return Calibrated(replace(spec, tuned_on=tuned_on), tuple(kept), n_changed)
 
 
@@ -154,7 +159,7 @@ def rescored(run: Run, spec: CascadeSpec) -> Run:
     RunError
         A text would reach a stage that never scored it.
     """
-    made = Run(run.directory)
+    made = _Rescored(run.directory)
     made.manifest = {
         **run.manifest,
         "cascade": spec.to_dict(),
@@ -171,8 +176,13 @@ def rescored(run: Run, spec: CascadeSpec) -> Run:
     for place, name in enumerate(names):
         found = scores[name]
         made._scores[name] = Scores(found.rows, found.logits, stopped_at[found.rows] < place)
-    made.metrics = summarize(made)
     return made
+
+
+class _Rescored(Run):
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        return summarize(self)
 
 
 def _fit(logits: np.ndarray, codes: np.ndarray, where: str) -> float:
