@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cascade_lab.cascade import Cascade
     from cascade_lab.displays import (
         BatchLatencyDisplay,
+        CascadeCalibrationDisplay,
         CascadeConfusionDisplay,
         ComparisonDisplay,
         GhostMatrixDisplay,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         OracleLadderDisplay,
         OutcomeFlowDisplay,
         PredictedCostDisplay,
+        RiskCoverageDisplay,
         StageLatencyDisplay,
         ThresholdDisplay,
         ThresholdSurfaceDisplay,
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BatchLatencyDisplay": "displays",
     "Cascade": "cascade",
+    "CascadeCalibrationDisplay": "displays",
     "CascadeConfusionDisplay": "displays",
     "CascadeLabError": "errors",
     "CascadeSpec": "spec",
@@ -46,6 +49,7 @@ _HOMES = {
     "OracleLadderDisplay": "displays",
     "OutcomeFlowDisplay": "displays",
     "PredictedCostDisplay": "displays",
+    "RiskCoverageDisplay": "displays",
     "Run": "run",
     "Stage": "stage",
     "StageLatencyDisplay": "displays",
@@ -58,6 +62,7 @@ _HOMES = {
 __all__ = [
     "BatchLatencyDisplay",
     "Cascade",
+    "CascadeCalibrationDisplay",
     "CascadeConfusionDisplay",
     "CascadeLabError",
     "CascadeSpec",
@@ -68,6 +73,7 @@ __all__ = [
     "OracleLadderDisplay",
     "OutcomeFlowDisplay",
     "PredictedCostDisplay",
+    "RiskCoverageDisplay",
     "Run",
     "Stage",
     "StageLatencyDisplay",

@@ -91,7 +91,8 @@ def check_unfitted(run: Run, stage: str | None = None) -> None:
     same = [
         name
         for name, said in fitted.items()
-        if stage in (None, name) and all(own.get(key) == said["evalset"].get(key) for key in ("sha256", "split"))
+        if stage in (None, name)
+        and all(own.get(key) == said.get("evalset", {}).get(key) for key in ("sha256", "split"))
     ]
     if same:
         raise CalibrationError(

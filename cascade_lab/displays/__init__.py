@@ -1,7 +1,9 @@
 """Figures of a run, in the manner of scikit-learn's displays; the only room that imports matplotlib."""
 
+from cascade_lab.displays.calibration import CascadeCalibrationDisplay
 from cascade_lab.displays.comparison import ComparisonDisplay
 from cascade_lab.displays.confusion import CascadeConfusionDisplay
+from cascade_lab.displays.coverage import RiskCoverageDisplay
 from cascade_lab.displays.latency import (
     BatchLatencyDisplay,
     LengthLatencyDisplay,
@@ -13,6 +15,7 @@ from cascade_lab.displays.thresholds import ThresholdDisplay, ThresholdSurfaceDi
 
 __all__ = [
     "BatchLatencyDisplay",
+    "CascadeCalibrationDisplay",
     "CascadeConfusionDisplay",
     "ComparisonDisplay",
     "GhostMatrixDisplay",
@@ -20,6 +23,7 @@ __all__ = [
     "OracleLadderDisplay",
     "OutcomeFlowDisplay",
     "PredictedCostDisplay",
+    "RiskCoverageDisplay",
     "StageLatencyDisplay",
     "ThresholdDisplay",
     "ThresholdSurfaceDisplay",
