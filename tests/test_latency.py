@@ -222,7 +222,7 @@ def test_a_stage_that_nothing_reached_leaves_the_cost_unknown(study):
 
 
 def test_lengths_are_grouped_by_like_number(study):
-    own = study.timings[~study.timings["check"]]
+    own = study.own
     found = by_length(own, bins=4)
     assert found.groupby(["batch_size", "stage"])["n_batches"].sum().to_dict() == (
         own.groupby(["batch_size", "stage"]).size().to_dict()

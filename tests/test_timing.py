@@ -63,7 +63,7 @@ def test_every_text_is_counted_once_a_repeat_and_what_goes_on_is_what_passes(cas
     assert study.texts["intent_probability"][reached].to_numpy() == pytest.approx(
         said["intent_probability"][reached], abs=1e-5
     )
-    own = study.timings[~study.timings["check"]]
+    own = study.own
     n_texts = own.groupby(["batch_size", "stage", "repeat"])["n_examples"].sum()
     for repeat in range(2):
         assert n_texts[1, "gate", repeat] == 25  # as many as the batches allow
@@ -74,7 +74,7 @@ def test_every_text_is_counted_once_a_repeat_and_what_goes_on_is_what_passes(cas
 
 
 def test_thresholds_are_checked_over_all_repeats_at_quantiles_of_the_gates_probability(study):
-    checks = study.timings[study.timings["check"]]
+    checks = study.checks
     probabilities = study.texts["gate_probability"]
     assert sorted(set(checks["threshold"])) == study.settings["checked"]
     fractions = [(probabilities >= threshold).mean() for threshold in study.settings["checked"]]

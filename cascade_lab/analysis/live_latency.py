@@ -58,8 +58,6 @@ class LatencyStudy:
             tables = [pd.read_parquet(directory / f"{name}.parquet") for name in ("texts", "timings")]
         except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
             raise RunError(f"{directory}: no latency directory; make one with `cascade-lab latency`") from error
-        if directory.name.endswith(UNFINISHED):
-            raise RunError(f"{directory}: an unfinished latency study, left by a crash; delete it, measure again")
         return cls(settings, *tables)
 
     def write(self, output: str | Path, *, overwrite: bool = False) -> None:
@@ -72,6 +70,16 @@ class LatencyStudy:
     @cached_property
     def spec(self) -> CascadeSpec:
         return CascadeSpec.from_dict(self.settings["cascade"], where="latency.json")
+
+    @property
+    def own(self) -> pd.DataFrame:
+        """The timings at the cascade's own thresholds."""
+        return self.timings[~self.timings["check"]]
+
+    @property
+    def checks(self) -> pd.DataFrame:
+        """The timings at other thresholds, which check predictions."""
+        return self.timings[self.timings["check"]]
 
     def batches(self, batch_size: int, repeat: int) -> list[np.ndarray]:
         """Return the rows of `texts` in each batch that came in."""
@@ -197,13 +205,12 @@ class StageCost:
 
 def stage_costs(study: LatencyStudy) -> dict[str, StageCost]:
     """Fit the cost of each stage that something reached to what was measured at the cascade's own thresholds."""
-    own = study.timings[~study.timings["check"]]
     return {
         str(stage): StageCost.fit(
             *(rows[column].to_numpy() for column in ("n_examples", "sequence_length", "n_tokens")),
             _seconds(rows).to_numpy(),
         )
-        for stage, rows in own.groupby("stage")
+        for stage, rows in study.own.groupby("stage")
     }
 
 
@@ -243,8 +250,7 @@ def checked_cost(study: LatencyStudy) -> pd.DataFrame:
     """
     costs = stage_costs(study)
     rows = []
-    checks = study.timings[study.timings["check"]]
-    for (threshold, batch_size), own in checks.groupby(["threshold", "batch_size"]):
+    for (threshold, batch_size), own in study.checks.groupby(["threshold", "batch_size"]):
         served = own[["repeat", "batch"]].drop_duplicates().itertuples(index=False)
         batches = [study.batches(batch_size, repeat)[batch] for repeat, batch in served]
         measured = live_figures(own).loc[(batch_size, WHOLE, "text_ms")]

@@ -82,7 +82,7 @@ def print_study(study: LatencyStudy) -> None:
     """Print what a caller waits, what a text costs, and the predicted beside the measured cost."""
     from cascade_lab.analysis.live_latency import WHOLE, checked_cost, live_figures
 
-    figures = live_figures(study.timings[~study.timings["check"]])
+    figures = live_figures(study.own)
     waits = table("batch", "stage", "p50 ms", "p95 ms", "p99 ms")
     costs = table("batch", "stage", "ms a text", "texts a second", "tokenizing", "share")
     reached = figures.index.droplevel("figure").unique()

@@ -126,8 +126,7 @@ class BatchLatencyDisplay:
         """Compute from a latency study, with `live_figures`; `stage` names one, by default it is the whole cascade."""
         if stage != WHOLE:
             study.spec.stage(stage)
-        own = study.timings[~study.timings["check"]]
-        return cls(live_figures(own), stage=stage, title=f"{study.spec.name}, {stage}: what a caller waits")
+        return cls(live_figures(study.own), stage=stage, title=f"{study.spec.name}, {stage}: what a caller waits")
 
     def plot(self, ax: Axes | None = None) -> BatchLatencyDisplay:
         """Draw a point with its interval for each percentile above each batch size."""
@@ -166,7 +165,7 @@ class LengthLatencyDisplay:
     def from_study(cls, study: LatencyStudy, *, stage: str) -> LengthLatencyDisplay:
         """Compute from a latency study, with `by_length`."""
         study.spec.stage(stage)
-        lengths = by_length(study.timings[~study.timings["check"]])
+        lengths = by_length(study.own)
         return cls(lengths[lengths["stage"] == stage], title=f"{study.spec.name}, {stage}: time a text by length")
 
     def plot(self, ax: Axes | None = None) -> LengthLatencyDisplay:
@@ -251,7 +250,7 @@ class PredictedCostDisplay:
         ax.axvline(own, color="0.6", linewidth=0.8, linestyle=":", label="as it is")
         reach = self.checks.groupby("threshold")["reach"].mean()
         top = ax.secondary_xaxis("top")
-        top.set_xticks(reach, [f"{threshold:.4g}" for threshold in reach.index], fontsize=8)
+        top.set_xticks(reach, [f"{threshold:.6g}" for threshold in reach.index], fontsize=8)
         top.set_xlabel(f"threshold of {self.gate}", fontsize=9)
         top.spines["top"].set_visible(False)
         _finish(ax, self.title, "milliseconds a text")
