@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +10,10 @@ from random_runs import random_run, write_run
 from scipy.optimize import minimize_scalar
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
+from test_displays import drawn_inside
 from typer.testing import CliRunner
 
+from cascade_lab import CascadeCalibrationDisplay
 from cascade_lab.analysis.calibration import assign_bins, calibration_figures, claims, reliability
 from cascade_lab.analysis.goals import Goal
 from cascade_lab.analysis.metrics import in_scope_answers, judged
@@ -261,6 +264,31 @@ def test_the_command_writes_the_cascade_with_its_provenance_and_the_same_set_is_
     view, goal = rescored(test, written), Goal("accuracy")
     write_tuned(view, choose(view, goal), goal, tmp_path / "tuned.toml")
     assert CascadeSpec.read(tmp_path / "tuned.toml").tuned_on["temperatures"] == provenance
+
+
+@pytest.mark.parametrize("n_labels", [2, 41, 151])
+def test_the_diagram_keeps_what_it_draws_and_fits_its_figure(tmp_path, n_labels):
+    run = random_run(tmp_path / "run", n=300, n_labels=n_labels, skill=3.0)
+    asked = [("gate0", "reached", "equal_mass"), ("last", "all", "equal_width"), (None, "all", "equal_mass")]
+    for stage, on, bins in asked:
+        display = CascadeCalibrationDisplay.from_run(run, stage=stage, on=on, bins=bins).plot()
+        drawn_inside(display.figure_)
+        pd.testing.assert_frame_equal(display.curve, reliability(run, stage, on=on, bins=bins))
+        assert f"{len(display.curve)} bins of {bins.replace('_', ' ')}" in display.ax_.get_title("left")
+        plt.close(display.figure_)
+
+
+def test_labels_of_a_diagram_are_never_read_as_formulas_and_no_texts_can_be_drawn(tmp_path):
+    spec = spec_of(gate_labels=(r"$\\frac", "in"), reject_label="oos")
+    run = simulated(tmp_path / "run", spec, n=40, seed=0)
+    display = CascadeCalibrationDisplay.from_run(run, stage="gate")
+    display.title, display.event = "$x_1$ $", r"$\\frac"
+    display.plot().figure_.canvas.draw()
+    never = rescored(run, run.spec.with_thresholds({"gate": 1.0}))
+    empty = CascadeCalibrationDisplay.from_run(never, stage="last").plot()
+    drawn_inside(empty.figure_)
+    assert "no texts" in empty.ax_.get_title("left")
+    plt.close("all")
 
 
 def test_what_cannot_be_fitted_is_refused(tmp_path):

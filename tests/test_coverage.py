@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from random_runs import random_run
 from sklearn.metrics import roc_auc_score
+from test_displays import drawn_inside
 
+from cascade_lab import RiskCoverageDisplay
 from cascade_lab.analysis.coverage import areas, confidences, coverage_figures, operating_point, risk_coverage
 from cascade_lab.analysis.metrics import figures
 from cascade_lab.errors import RunError
@@ -132,6 +135,24 @@ def test_what_has_no_confidence_is_refused(run, tmp_path):
     assert set(coverage_figures(alone, n_resamples=10)["confidence"]) == {"last"}
     with pytest.raises(RunError, match="no gate"):
         confidences(alone, "gate")
+
+
+@pytest.mark.parametrize("n_labels", [2, 41, 151])
+def test_the_display_keeps_what_it_draws_and_marks_where_the_cascade_stands(tmp_path, n_labels):
+    run = random_run(tmp_path / "run", n=300, n_labels=n_labels, skill=3.0)
+    display = RiskCoverageDisplay.from_run(run)
+    display.title = "$x_1$ $"
+    display.plot()
+    drawn_inside(display.figure_)
+    assert list(display.curves) == ["product", "last", "gate"]
+    legend = display.ax_.get_legend()
+    for text in legend.get_texts():
+        box = text.get_window_extent()
+        assert 0 <= box.x0 <= box.x1 <= display.figure_.bbox.x1
+        assert box.y0 >= 0
+    assert f"risk {display.operating_point['risk'].value:.1%}" in legend.get_texts()[-1].get_text()
+    assert list(RiskCoverageDisplay.from_run(run, confidences=["last"]).plot().curves) == ["last"]
+    plt.close("all")
 
 
 def test_areas_intervals_cover_at_their_nominal_rate():

@@ -11,7 +11,8 @@ A stage is judged where it has a gold label: on what the gates before it let pas
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -88,12 +89,11 @@ def check_unfitted(run: Run, stage: str | None = None) -> None:
     """Raise CalibrationError if a temperature, of `stage` or of any, was fitted on the eval set of `run`."""
     fitted = (run.spec.tuned_on or {}).get("temperatures", {})
     own = run.manifest["evalset"]
-    same = [
-        name
-        for name, said in fitted.items()
-        if stage in (None, name)
-        and all(own.get(key) == said.get("evalset", {}).get(key) for key in ("sha256", "split"))
-    ]
+
+    def is_own(evalset: Mapping[str, Any]) -> bool:
+        return all(own.get(key) == evalset.get(key) for key in ("sha256", "split"))
+
+    same = [name for name, said in fitted.items() if stage in (None, name) and is_own(said.get("evalset", {}))]
     if same:
         raise CalibrationError(
             f"{run.directory}: the temperature of {', '.join(same)} was fitted on this eval set, and calibration "
