@@ -12,7 +12,7 @@ demo: .venv/ready
 	$(BIN)/cascade-lab run data/cascade.toml data/test.tsv --output runs/demo --overwrite
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check .

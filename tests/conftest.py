@@ -53,6 +53,13 @@ CONFIG = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where processes share the tests, keep a file's in one, and those of the one costly fixture in one."""
+    for item in items:
+        group = "clinc150_run" if "clinc150_run" in getattr(item, "fixturenames", ()) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def clinc150() -> Path:
     """The folder with CLINC150's files and the two checkpoints that were trained on them."""
