@@ -64,12 +64,14 @@ class StageSpec:
 class CascadeSpec:
     """A cascade: stages in series, each but the last a gate.
 
-    `tuned_on` says where its thresholds come from, if they were tuned: the `[tuned_on]` table of the file.
+    `tuned_on` says where its thresholds come from, if they were tuned, and `calibrated_on` where the temperatures of
+    which stages do: the `[tuned_on]` and `[calibrated_on.<stage>]` tables of the file.
     """
 
     name: str
     stages: tuple[StageSpec, ...]
     tuned_on: Mapping[str, Any] | None = None
+    calibrated_on: Mapping[str, Mapping[str, Any]] | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> CascadeSpec:
@@ -100,9 +102,13 @@ class CascadeSpec:
         name = content.get("name", folder.resolve().name)
         if not isinstance(name, str):
             raise SpecError(f"{where}: name must be a string, not {name!r}")
-        tuned_on = content.get("tuned_on")
+        tuned_on, calibrated_on = content.get("tuned_on"), content.get("calibrated_on")
         if not isinstance(tuned_on, Mapping | None):
             raise SpecError(f"{where}: tuned_on must be a table, not {tuned_on!r}")
+        if not isinstance(calibrated_on, Mapping | None) or not all(
+            isinstance(said, Mapping) for said in (calibrated_on or {}).values()
+        ):
+            raise SpecError(f"{where}: calibrated_on must have a table for each stage, not {calibrated_on!r}")
         tables = content.get("stage", [])
         if not isinstance(tables, list) or not tables or not all(isinstance(t, Mapping) for t in tables):
             raise SpecError(f"{where}: has no stage; add one [[stage]] table for each")
@@ -114,7 +120,7 @@ class CascadeSpec:
             shared = {key: value for key, value in common.items() if _fits(key, number == len(tables))}
             stages.append(_stage({**shared, **table}, here, folder))
         _check_order(stages, where)
-        return cls(name=name, stages=tuple(stages), tuned_on=tuned_on)
+        return cls(name=name, stages=tuple(stages), tuned_on=tuned_on, calibrated_on=calibrated_on)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, with absolute paths, that `from_dict` and a manifest take."""
@@ -128,8 +134,9 @@ class CascadeSpec:
         ]
         for stage in stages:
             stage["labels"] = list(stage["labels"])
-        tuned_on = {} if self.tuned_on is None else {"tuned_on": dict(self.tuned_on)}
-        return {"name": self.name, **tuned_on, "stage": stages}
+        sources = {"tuned_on": self.tuned_on, "calibrated_on": self.calibrated_on}
+        kept = {key: dict(said) for key, said in sources.items() if said is not None}
+        return {"name": self.name, **kept, "stage": stages}
 
     def write(self, path: str | Path) -> None:
         """Write a `cascade.toml` that `read` takes, wholly or not at all; paths in it are relative to its folder."""
@@ -200,7 +207,7 @@ class CascadeSpec:
         return replace(self, stages=tuple(stages))
 
 
-_TOP = ("name", "tuned_on", "stage")
+_TOP = ("name", "tuned_on", "calibrated_on", "stage")
 _PATHS = ("init_checkpoint", "bert_config_file", "vocab_file")
 _OF_LAST = ("min_probability", "min_probabilities", "reject_label")
 _TYPES = {"do_lower_case": bool, "max_seq_length": int}

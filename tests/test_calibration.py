@@ -215,7 +215,8 @@ def test_thresholds_that_cannot_move_exactly_stay_and_it_is_said(tmp_path):
     assert found.spec.thresholds == run.spec.thresholds
     changed = rescored(run, found.spec).predictions["predicted"] != run.predictions["predicted"]
     assert found.n_changed == changed.sum() > 0
-    assert list(found.spec.tuned_on) == ["temperatures"]
+    assert list(found.spec.calibrated_on) == ["gate", "last"]
+    assert found.spec.tuned_on is None
     said = CliRunner().invoke(app, ["calibrate", str(run.directory), "--output", str(tmp_path / "c.toml")])
     assert "last: 0.6 stays its threshold" in said.output
     assert f"{found.n_changed} answers of this run change; tune thresholds again" in said.output
@@ -241,7 +242,7 @@ def test_the_command_writes_the_cascade_with_its_provenance_and_the_same_set_is_
     assert said.exit_code == 0, said.output
     assert "no answer of this run changes" in said.output
     written = CascadeSpec.read(output)
-    provenance = written.tuned_on["temperatures"]
+    provenance = written.calibrated_on
     for stage in written.stages:
         found = provenance[stage.name]
         assert found["value"] == stage.temperature != 1.0
@@ -259,11 +260,11 @@ def test_the_command_writes_the_cascade_with_its_provenance_and_the_same_set_is_
     other = calibrated(rescored(test, written), fit_temperatures(test, ["gate"])).spec
     with pytest.raises(CalibrationError, match="the temperature of gate was"):
         calibration_figures(rescored(test, other), **FEW)
-    assert other.tuned_on["temperatures"]["last"] == provenance["last"]
+    assert other.calibrated_on["last"] == provenance["last"]
     # Thresholds that are tuned afterwards leave the temperatures, and what was said of them, as they are.
     view, goal = rescored(test, written), Goal("accuracy")
     write_tuned(view, choose(view, goal), goal, tmp_path / "tuned.toml")
-    assert CascadeSpec.read(tmp_path / "tuned.toml").tuned_on["temperatures"] == provenance
+    assert CascadeSpec.read(tmp_path / "tuned.toml").calibrated_on == provenance
 
 
 @pytest.mark.parametrize("n_labels", [2, 41, 151])

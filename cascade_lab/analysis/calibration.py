@@ -87,7 +87,7 @@ def claims(run: Run, stage: str | None = None, *, on: On = "reached", fitted_her
 
 def check_unfitted(run: Run, stage: str | None = None) -> None:
     """Raise CalibrationError if a temperature, of `stage` or of any, was fitted on the eval set of `run`."""
-    fitted = (run.spec.tuned_on or {}).get("temperatures", {})
+    fitted = run.spec.calibrated_on or {}
     own = run.manifest["evalset"]
 
     def is_own(evalset: Mapping[str, Any]) -> bool:

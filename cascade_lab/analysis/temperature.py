@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -105,13 +105,13 @@ class Calibrated(NamedTuple):
 
 
 def calibrated(run: Run, fitted: pd.DataFrame) -> Calibrated:
-    """Return the run's cascade at the temperatures of `fit_temperatures`, their provenance in its `tuned_on`.
+    """Return the run's cascade at the temperatures of `fit_temperatures`, their provenance in its `calibrated_on`.
 
     Thresholds are probabilities, and a temperature moves probabilities. A gate of two labels keeps its decisions: its
     threshold t, at temperature T, becomes the logistic function of logit(t) · T / T', at T'. For a gate of more labels
     and a last stage with a `min_probability` no threshold does the same on every text: theirs stay as they are, and
-    `n_changed` says what that does here; tune such a cascade again. What `tuned_on` said before is left out of it where
-    an answer changes.
+    `n_changed` says what that does here; tune such a cascade again. Where an answer changes, the new cascade no longer
+    says what its thresholds were tuned on.
 
     Raises
     ------
@@ -132,8 +132,7 @@ def calibrated(run: Run, fitted: pd.DataFrame) -> Calibrated:
     before, after = run.predictions, rescored(run, spec).predictions
     n_changed = int((before["predicted"] != after["predicted"]).sum())
     kept = [stage.name for stage in spec.stages if stage.name not in fitted.index or _keeps(stage)]
-    previous: Mapping[str, Any] = run.spec.tuned_on or {}
-    temperatures = {
+    calibrated_on = {
         name: {
             **{key: float(row[key]) for key in Interval._fields},
             "on": row["on"],
@@ -142,11 +141,12 @@ def calibrated(run: Run, fitted: pd.DataFrame) -> Calibrated:
         }
         for name, row in fitted.iterrows()
     }
-    tuned_on = {
-        **({} if n_changed else previous),
-        "temperatures": {**previous.get("temperatures", {}), **temperatures},
-    }
-    return Calibrated(replace(spec, tuned_on=tuned_on), tuple(kept), n_changed)
+    spec = replace(
+        spec,
+        tuned_on=None if n_changed else spec.tuned_on,
+        calibrated_on={**(spec.calibrated_on or {}), **calibrated_on},
+    )
+    return Calibrated(spec, tuple(kept), n_changed)
 
 
 def rescored(run: Run, spec: CascadeSpec) -> Run:

@@ -325,14 +325,12 @@ def write_tuned(
 ) -> None:
     """Write the run's cascade at the chosen thresholds as a `cascade.toml`, with their provenance in `[tuned_on]`.
 
-    Paths in it are relative to `output`'s folder. `goal` may be said in words; `more` goes into `[tuned_on]` too. What
-    it said of temperatures, which stay, is kept.
+    Paths in it are relative to `output`'s folder. `goal` may be said in words; `more` goes into `[tuned_on]` too.
     """
     spec = run.spec.with_thresholds(choice.thresholds)
     if min_probabilities:
         last = replace(spec.last, min_probabilities=dict(min_probabilities))
         spec = replace(spec, stages=(*spec.stages[:-1], last))
-    previous = run.spec.tuned_on or {}
     tuned_on = {
         "run_id": run.manifest["run_id"],
         "evalset": {key: value for key, value in run.manifest["evalset"].items() if value is not None},
@@ -340,7 +338,6 @@ def write_tuned(
         **({"costs": dict(goal.costs)} if isinstance(goal, Goal) and goal.costs else {}),
         **({"prevalence": goal.prevalence} if isinstance(goal, Goal) and goal.prevalence else {}),
         "figures": {name: value for name, value in choice.figures.items() if not np.isnan(value)},
-        **({"temperatures": previous["temperatures"]} if "temperatures" in previous else {}),
         **(more or {}),
     }
     replace(spec, tuned_on=tuned_on).write(output)
