@@ -155,6 +155,12 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert (np.mean(hits, axis=0) < 0.995).all()
 
 
+def test_one_batch_has_no_interval(study):
+    figures = live_figures(study.own[(study.own["repeat"] == 0) & (study.own["batch"] == 0)]).loc[64]
+    assert figures["value"].notna().all()
+    assert figures[["low", "high"]].isna().all(axis=None)
+
+
 def test_a_repeat_serves_every_text_once_in_an_order_of_its_own():
     one, other = (np.concatenate(incoming_batches(50, 8, repeat, most=99)) for repeat in (0, 1))
     assert sorted(one) == sorted(other) == list(range(50))

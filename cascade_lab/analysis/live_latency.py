@@ -113,7 +113,8 @@ def live_figures(timings: pd.DataFrame, *, level: float = 0.95, n_resamples: int
     Returns
     -------
     DataFrame
-        Indexed by `batch_size`, `stage` ("end to end" for the whole) and `figure`; columns `value`, `low`, `high`.
+        Indexed by `batch_size`, `stage` ("end to end" for the whole) and `figure`; columns `value`, `low`, `high` (NaN
+        where only one batch came in).
         The figures: `batch_p50_ms`, `batch_p95_ms`, `batch_p99_ms` (over the texts that were there, each with its
         batch's time: the smallest time within which that fraction had its answer), `text_ms`, `texts_per_second`,
         `tokenize_share` (of the stage's time), `share` (the stage's, of the whole's time).
@@ -140,8 +141,9 @@ def live_figures(timings: pd.DataFrame, *, level: float = 0.95, n_resamples: int
                 figures["texts_per_second"] = counts @ n / spent
                 figures["tokenize_share"] = counts @ tokenize[stage].to_numpy() / spent
                 figures["share"] = spent / whole
+            kept = slice(1, None if len(incoming) > 1 else 1)  # one batch alone says nothing of others
             rows += [
-                (batch_size, stage, name, *interval(values[0], values[1:], level=level))
+                (batch_size, stage, name, *interval(values[0], values[kept], level=level))
                 for name, values in figures.items()
             ]
     keys = ["batch_size", "stage", "figure"]

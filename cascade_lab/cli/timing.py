@@ -91,12 +91,12 @@ def print_study(study: LatencyStudy) -> None:
         if (batch_size, stage) not in reached:
             continue
         own = figures.loc[(batch_size, stage)]
-        waits.add_row(str(batch_size), stage, *[_between(own.loc[f"batch_p{p}_ms"]) for p in (50, 95, 99)])
+        waits.add_row(str(batch_size), stage, *[_between(*own.loc[f"batch_p{p}_ms"]) for p in (50, 95, 99)])
         costs.add_row(
             str(batch_size),
             stage,
-            _between(own.loc["text_ms"]),
-            _between(own.loc["texts_per_second"]),
+            _between(*own.loc["text_ms"]),
+            _between(*own.loc["texts_per_second"]),
             *[percent(own.loc[name, "value"]) for name in ("tokenize_share", "share")],
         )
     console = Console()
@@ -118,14 +118,14 @@ def _checks(checks: pd.DataFrame) -> object:
             str(row.batch_size),
             figure(row.surviving, 1),
             _short(row.predicted_ms),
-            f"{_short(row.measured_ms)} ({_short(row.measured_low_ms)}–{_short(row.measured_high_ms)})",
-            f"{row.error:+.1%}",
+            _between(row.measured_ms, row.measured_low_ms, row.measured_high_ms),
+            "–" if row.error != row.error else f"{row.error:+.1%}",
         )
     return shown
 
 
-def _between(found: pd.Series) -> str:
-    return f"{_short(found['value'])} ({_short(found['low'])}–{_short(found['high'])})"
+def _between(value: float, low: float, high: float) -> str:
+    return _short(value) + ("" if low != low else f" ({_short(low)}–{_short(high)})")
 
 
 def _short(value: float) -> str:
