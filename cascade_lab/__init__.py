@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PredictedCostDisplay,
         RiskCoverageDisplay,
         StageLatencyDisplay,
+        TextAttributionDisplay,
         ThresholdDisplay,
         ThresholdSurfaceDisplay,
     )
@@ -54,6 +55,7 @@ _HOMES = {
     "Stage": "stage",
     "StageLatencyDisplay": "displays",
     "StageSpec": "spec",
+    "TextAttributionDisplay": "displays",
     "ThresholdDisplay": "displays",
     "ThresholdSurfaceDisplay": "displays",
     "explore": "explorer",
@@ -78,6 +80,7 @@ __all__ = [
     "Stage",
     "StageLatencyDisplay",
     "StageSpec",
+    "TextAttributionDisplay",
     "ThresholdDisplay",
     "ThresholdSurfaceDisplay",
     "explore",

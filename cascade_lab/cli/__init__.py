@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli import auditing, calibrating, checkpoints, comparing, inspecting, reporting, runs, timing, tuning
+from cascade_lab.cli import (
+    attributing,
+    auditing,
+    calibrating,
+    checkpoints,
+    comparing,
+    inspecting,
+    reporting,
+    runs,
+    timing,
+    tuning,
+)
 from cascade_lab.cli.console import Group
 
 app = typer.Typer(
@@ -45,6 +56,7 @@ app.command()(inspecting.inspect)
 app.command()(reporting.report)
 app.command()(reporting.verify)
 app.command()(tuning.tune)
+app.command()(attributing.attribute)
 app.command()(calibrating.calibrate)
 app.command()(comparing.compare)
 app.command()(timing.latency)

@@ -11,6 +11,7 @@ from cascade_lab.displays.latency import (
     StageLatencyDisplay,
 )
 from cascade_lab.displays.outcomes import GhostMatrixDisplay, OracleLadderDisplay, OutcomeFlowDisplay
+from cascade_lab.displays.text import TextAttributionDisplay
 from cascade_lab.displays.thresholds import ThresholdDisplay, ThresholdSurfaceDisplay
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PredictedCostDisplay",
     "RiskCoverageDisplay",
     "StageLatencyDisplay",
+    "TextAttributionDisplay",
     "ThresholdDisplay",
     "ThresholdSurfaceDisplay",
 ]

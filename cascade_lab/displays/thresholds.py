@@ -16,6 +16,7 @@ from cascade_lab.analysis.goals import Goal
 from cascade_lab.analysis.quadrants import counts_at, points, swept_stages
 from cascade_lab.analysis.thresholds import Choice, Surface, choose, sweep
 from cascade_lab.analysis.tuning import Certainty, certainty
+from cascade_lab.displays.words import words
 from cascade_lab.errors import RunError
 from cascade_lab.run import Run
 
@@ -145,7 +146,7 @@ class ThresholdDisplay:
         ax.grid(axis="y", color="0.9", linewidth=0.6)
         ax.set_axisbelow(True)
         ax.set_xlabel(f"threshold of stage {self.stage} (log-odds scale)")
-        ax.set_title(_plain(self.title), fontsize=11, loc="left")
+        ax.set_title("\n".join(words(line, 110) for line in self.title.split("\n")), fontsize=11, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(
             handles=handles, fontsize=8, frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(-0.02, -0.13),
@@ -295,7 +296,7 @@ class ThresholdSurfaceDisplay:
             )  # fmt: skip
         for axis, stage in zip("xy", self.surface.stages, strict=True):
             ax.set(**{f"{axis}label": f"threshold of stage {stage} (log-odds scale)"})
-        ax.set_title(_plain(self.title), fontsize=11, loc="left")
+        ax.set_title("\n".join(words(line, 110) for line in self.title.split("\n")), fontsize=11, loc="left")
         ax.legend(
             handles=handles, fontsize=8, frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(-0.02, -0.12),
             borderaxespad=0.0,
@@ -336,7 +337,3 @@ def _logit(p: np.ndarray | float) -> np.ndarray:
 
 def _expit(x: np.ndarray | float) -> np.ndarray:
     return 1 / (1 + np.exp(-np.asarray(x)))
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")
