@@ -24,8 +24,8 @@ def test_logits_equal_pytorchs_on_clinc150_in_whatever_batches(clinc150, batch_s
     expected = np.load(clinc150 / "expected_val.npz")
     batch = EvalSet.read(clinc150 / "data_full.json", split="val").examples["text"].tolist()
     assert batch == expected["text"].tolist()
-    # One at a time is slow and adds nothing on all of them.
-    rows = np.arange(len(batch))[:: 25 if batch_size == 1 else 1]
+    # Small batches are slow and add nothing on all of them.
+    rows = np.arange(len(batch))[:: {1: 25, 7: 5, 64: 1}[batch_size]]
     rows = np.random.default_rng(batch_size).permutation(rows)
     for spec in CascadeSpec.read(clinc150 / "cascade.toml").stages:
         with Stage(spec) as stage:
