@@ -61,7 +61,7 @@ def calls(predict: contenders.Predict, sets: dict[str, list[str]], *, texts: str
 
 def growth(folder: Path, *, precision: str, counts: list[int]) -> dict[str, Any]:
     """How time and memory grow with the number of texts, in one process: seconds and peak after each count."""
-    texts = json.loads((folder / "texts.json").read_text())["grown"]["texts"]
+    texts = json.loads((folder / "grown.json").read_text())
     predict = contenders.cascade_lab(folder, precision=precision)
     predict(texts[: counts[0] // 10], batch=128)
     rows, first = [], 0
