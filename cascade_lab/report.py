@@ -7,10 +7,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256 as sha256_of
-from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 from tqdm import tqdm
@@ -74,7 +73,7 @@ def write_report(
     notebook : str or path
         The name of one that comes with the package, or an `.ipynb` of one's own.
     parameters : mapping, optional
-        The notebook's other parameters. One that names a run directory is treated as the run is.
+        The notebook's other parameters. One that names a run, or another file or folder, is treated as the run is.
     progress : bool
         Count cells on stderr.
 
@@ -92,85 +91,9 @@ def write_report(
     name = "report.html" if path.stem == NOTEBOOK else f"{path.stem}.html"
     output = run.directory / name if output is None else Path(output)
     _check_json_place(output)
-    html, record = _make(run, path, parameters or {}, progress)
+    html, record = make(run, path, parameters or {}, progress=progress)
     _write(output.with_suffix(".json"), lambda place: place.write_text(_json(record), encoding="utf-8"))
     return _write(output, lambda place: place.write_text(html, encoding="utf-8"))
-
-
-class Verdict(NamedTuple):
-    """What came of making a report again.
-
-    Attributes
-    ----------
-    moved : list of tuple
-        Numbers and words that are not as they were: name, was, is.
-    page : str
-        "" where the HTML is the same; else what differs in it, though no number did: "pictures" or "words".
-    packages : dict of str to tuple
-        Versions that differ: was, is.
-    """
-
-    moved: list[tuple[str, Any, Any]]
-    page: str
-    packages: dict[str, tuple[str | None, str | None]]
-
-    @property
-    def holds(self) -> bool:
-        """No number and no word moved; pictures may, with another version of a package."""
-        return not self.moved and (not self.page or (self.page == "pictures" and bool(self.packages)))
-
-
-def verify_report(
-    report: str | Path,
-    run: Run | None = None,
-    *,
-    notebook: str | Path | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    progress: bool = False,
-) -> Verdict:
-    """Make a report again and compare it with what it was, number by number and byte by byte.
-
-    Parameters
-    ----------
-    report : path
-        Its HTML or its JSON.
-    run : Run, optional
-        By default the run directory that the report lies in.
-    notebook : path, optional
-        Where the report was made of a notebook of one's own.
-    parameters : mapping, optional
-        The other runs of a report of several; the rest it knows.
-
-    Raises
-    ------
-    RunError
-        It is no report, or of another run or notebook; or as `write_report` does.
-    """
-    html_path, json_path = (Path(report).with_suffix(suffix) for suffix in (".html", ".json"))
-    was = _read_record(json_path)
-    try:
-        html = html_path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{html_path}: cannot be read ({error}); give a report, with its JSON beside it") from error
-    run = run or Run.read(html_path.resolve().parent)
-    first = next(iter(was["runs"].values()))
-    if run.manifest["run_id"] != first["run_id"]:
-        raise RunError(f"{report}: is of run {first['run_id']}, and {run.directory} is run {run.manifest['run_id']}")
-    again, record = _make(
-        run, notebook_path(notebook or was["notebook"]), {**was["parameters"], **(parameters or {})}, progress
-    )
-    before, after = _named(was), _named(record)
-    moved = [(name, before.get(name), after.get(name)) for name in {**before, **after}]
-    moved = [(name, old, new) for name, old, new in moved if old != new or (name in before) != (name in after)]
-    versions = {
-        name: (was["packages"].get(name), record["packages"].get(name))
-        for name in {**was["packages"], **record["packages"]}
-        if was["packages"].get(name) != record["packages"].get(name)
-    }
-    # The page says the versions: make it say the old ones, to see what else differs.
-    again = again.replace(_versions_html(record), _versions_html(was))
-    words = [re.sub(r'"data:image/[^"]*"( width="\d+")?', '""', text) for text in (html, again)]
-    return Verdict(moved, "" if html == again else "words" if words[0] != words[1] else "pictures", versions)
 
 
 def notebook_path(name: str | Path) -> Path:
@@ -194,8 +117,8 @@ def notebook_path(name: str | Path) -> Path:
     raise RunError(f"no notebook is named '{name}'{did_you_mean(str(name), known)}")
 
 
-def _make(run: Run, path: Path, given: Mapping[str, Any], progress: bool) -> tuple[str, dict[str, Any]]:
-    """Execute the notebook; return the page and the record."""
+def make(run: Run, path: Path, given: Mapping[str, Any], *, progress: bool = False) -> tuple[str, dict[str, Any]]:
+    """Execute the notebook at `path`; return the page and the record, which is its JSON; raises as `write_report`."""
     from papermill.iorw import load_notebook_node
 
     try:
@@ -203,10 +126,14 @@ def _make(run: Run, path: Path, given: Mapping[str, Any], progress: bool) -> tup
     except Exception as error:  # each broken file has a class of its own
         raise RunError(f"{path}: not a notebook ({str(error).splitlines()[0]}); give an .ipynb") from error
     sources = [(cell["cell_type"], cell["source"]) for cell in notebook.cells]
-    runs, others = _sort_parameters(run, path, _defaults(notebook), given)
+    runs, files, others = _sort_parameters(run, path, _defaults(notebook), given)
     for one in runs.values():
         one.check()
-    cells = _execute(notebook, f"{run.directory}", runs, others, progress)
+    links = {f"runs/{name}": one.directory for name, one in runs.items()}
+    links |= {f"files/{name}{file.suffix}": file for name, file in files.items()}
+    parameters = others | {PurePath(link).stem: f"../{link}" for link in links}
+    data = path.resolve().parents[1] / "data"  # what the notebooks' defaults name
+    cells = _execute(notebook, run, links | ({"data": data} if data.is_dir() else {}), parameters, progress)
     packages = environment()["packages"] | {name: _version(name) for name in ("scipy", "matplotlib")}
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -214,6 +141,7 @@ def _make(run: Run, path: Path, given: Mapping[str, Any], progress: bool) -> tup
         "notebook_sha256": sha256_of(json.dumps(sources).encode()).hexdigest(),
         "parameters": plain(others),
         "runs": {parameter: _origin_of(one) for parameter, one in runs.items()},
+        "files": {parameter: _digests(file) for parameter, file in files.items()},
         "packages": packages,
         "shown": list(_shown(cells)),
     }
@@ -232,18 +160,21 @@ def _defaults(notebook: Any) -> dict[str, str]:
 
 def _sort_parameters(
     run: Run, path: Path, known: Mapping[str, str], given: Mapping[str, Any]
-) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Return the parameters that are runs, `run` itself first, and the others."""
+) -> tuple[dict[str, Run], dict[str, Path], dict[str, Any]]:
+    """Return the parameters that are runs, `run` itself first, those that are other files or folders, and the rest."""
     first = "run_dir" if "run_dir" in known else next((name for name in known if name.startswith("run")), None)
     if first is None:
         raise RunError(f"{path}: no parameter takes a run; name one run_dir, in the cell tagged parameters")
     for name in given:
         if name not in known:
             raise RunError(f"{path}: has no parameter '{name}'{did_you_mean(name, list(known))}")
-    runs, others = {first: run}, {}
+    runs, files, others = {first: run}, {}, {}
     for name, value in given.items():
-        if isinstance(value, str | os.PathLike) and (Path(value) / "manifest.json").is_file():
+        is_path = isinstance(value, os.PathLike) or (isinstance(value, str) and len(value) < 1000)
+        if is_path and (Path(value) / "manifest.json").is_file():
             runs[name] = Run.read(value)
+        elif is_path and Path(value).exists():
+            files[name] = Path(value)
         else:
             others[name] = value
     for name, default in known.items():
@@ -251,33 +182,32 @@ def _sort_parameters(
         if (
             default.strip("'\"").startswith("../runs/")
             and not name.startswith("output")
-            and name not in {**runs, **others}
+            and name not in {**runs, **files, **others}
         ):
             raise RunError(f"{path.stem}: {name} is another run that it reads; give it: -p {name}=RUN")
-    return runs, others
+    return runs, files, others
 
 
 def _execute(
-    notebook: Any, where: str, runs: Mapping[str, Run], others: Mapping[str, Any], progress: bool
+    notebook: Any, run: Run, links: Mapping[str, Path], parameters: Mapping[str, Any], progress: bool
 ) -> list[Mapping[str, Any]]:
-    """Execute the notebook in a kernel that knows neither the day's folder nor the user's settings."""
+    """Execute the notebook in a kernel that knows neither where files are, but for links, nor the user's settings."""
     from jupyter_client.kernelspec import KernelSpecManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     from nbformat.v4 import new_code_cell
     from papermill.parameterize import parameterize_notebook
 
-    parameters = {**others, **{name: f"../runs/{name}" for name in runs}}
     notebook = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
     notebook.cells.insert(0, new_code_cell(_SETUP))
     with (
         TemporaryDirectory() as folder,
         tqdm(total=len(notebook.cells), desc="report", unit="cell", disable=not progress, leave=False) as bar,
     ):
-        for name in ("notebooks", "runs", "settings"):
+        for name in ("notebooks", "runs", "files", "settings"):
             (Path(folder) / name).mkdir()
-        for name, run in runs.items():
-            (Path(folder) / "runs" / name).symlink_to(run.directory.resolve(), target_is_directory=True)
+        for name, target in links.items():
+            (Path(folder) / name).symlink_to(target.resolve(), target_is_directory=target.is_dir())
         client = NotebookClient(
             notebook,
             timeout=None,
@@ -296,7 +226,7 @@ def _execute(
             client.execute(env={**os.environ, **settings})
         except CellExecutionError as error:
             said = str(error.evalue).strip().splitlines() or [""]
-            raise RunError(f"{where}: the report's notebook failed: {error.ename}: {said[0]}") from error
+            raise RunError(f"{run.directory}: the report's notebook failed: {error.ename}: {said[0]}") from error
     return notebook.cells[1:]
 
 
@@ -331,13 +261,21 @@ def _origin_of(run: Run) -> dict[str, Any]:
     }
 
 
+def _digests(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of a file, or of all in a folder, by name."""
+    if path.is_file():
+        return {path.name: sha256(path)}
+    return {str(one.relative_to(path)): sha256(one) for one in sorted(path.rglob("*")) if one.is_file()}
+
+
 def _version(name: str) -> str:
     from importlib.metadata import version
 
     return version(name)
 
 
-def _versions_html(record: Mapping[str, Any]) -> str:
+def versions(record: Mapping[str, Any]) -> str:
+    """Return the versions of packages in a record, as the page says them."""
     return ", ".join(f"{name} {version}" for name, version in record["packages"].items())
 
 
@@ -348,7 +286,8 @@ def _json(record: Mapping[str, Any]) -> str:
     return head.removesuffix("[]\n}") + f"[\n{lines}\n ]\n}}\n"
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Read the JSON of a report; raises RunError."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -369,55 +308,9 @@ def _check_json_place(output: Path) -> None:
         raise RunError(f"{output}: a report is HTML with a JSON beside it; name it something.html")
     if path.exists():
         try:
-            _read_record(path)
+            read_record(path)
         except RunError as error:
             raise RunError(f"{path}: exists, and is no report's; choose another name for the report") from error
-
-
-def _named(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every value of a record by a name of its own; the packages' versions are left out."""
-    named: dict[str, Any] = {}
-    for name, value in _flat({key: value for key, value in record.items() if key != "packages"}):
-        unique = name
-        for number in count(2):
-            if unique not in named:
-                break
-            unique = f"{name} ({number})"
-        named[unique] = value
-    return named
-
-
-def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Give each value in a record by a name for people: section, kind, and labels or places counted from 1."""
-    if isinstance(content, Mapping) and content.get("kind") == "table":
-        for label, row in zip(content["index"], content["rows"], strict=True):
-            yield from ((f"{name} › {label} › {key}", v) for key, v in zip(content["columns"], row, strict=True))
-    elif isinstance(content, Mapping) and "images" in content:
-        rest = {key: value for key, value in content.items() if key != "images"}
-        rows, columns = content.get("y_labels", []), content.get("x_labels", [])
-        for image in content["images"]:
-            for i, row in enumerate(image):
-                for j, value in enumerate(row if isinstance(row, list) else [row]):
-                    at = f"{rows[i] if len(rows) == len(image) else f'row {i + 1}'} › "
-                    yield f"{name} › {at}{columns[j] if len(columns) == len(row) else f'column {j + 1}'}", value
-        yield from _flat(rest, name)
-    elif isinstance(content, Mapping) and "shown" in content:
-        yield from _flat({key: value for key, value in content.items() if key != "shown"}, name)
-        counts: dict[tuple[str, str], int] = {}
-        for one in content["shown"]:
-            place = (one["section"], one["kind"])
-            counts[place] = counts.get(place, 0) + 1
-            rest = {key: value for key, value in one.items() if key not in ("section", "kind")}
-            kept = one if one["kind"] == "table" else rest
-            yield from _flat(kept, f"{one['section']} › {one['kind']} {counts[place]}")
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _flat(value, f"{name} › {key}".removeprefix(" › "))
-    elif isinstance(content, list):
-        for number, value in enumerate(content, 1):
-            yield from _flat(value, f"{name} {number}")
-    else:
-        yield name, content
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> Path:

@@ -24,7 +24,8 @@ from cascade_lab.analysis.tuning import figures_at, optimism, write_tuned
 from cascade_lab.cli import app
 from cascade_lab.errors import RunError
 from cascade_lab.provenance import sha256
-from cascade_lab.report import NOTEBOOK, notebook_path, verify_report, write_figures, write_report
+from cascade_lab.report import NOTEBOOK, notebook_path, write_figures, write_report
+from cascade_lab.verification import verify_report
 
 DATA = Path(__file__).parents[1] / "data"
 FOLDER = notebook_path(NOTEBOOK).parent
@@ -201,12 +202,22 @@ def test_verify_says_identical_or_what_differs(tuned, small, tmp_path, monkeypat
     assert said.exit_code == 0, said.output
     assert "identical but for the versions of packages (pandas was 1.0, is " in said.stdout
 
-    report = write_report(Run.read(run), notebook=small, parameters={"other": None})
+    (tmp_path / "file.txt").write_text("a")
+    other = ("--notebook", small, "-p", f"other={tmp_path / 'file.txt'}")
+    assert cascade_lab("report", run, *other).exit_code == 0
     said = cascade_lab("verify", report, "--notebook", small)
+    assert said.exit_code == 2
+    assert "its notebook read another run or file as other; give it: -p other=PATH" in said.stderr
+    said = cascade_lab("verify", report, *other)
     assert said.exit_code == 0
     assert said.stdout == f"{report}: identical\n"
     report.write_text(report.read_text(encoding="utf-8").replace("Because of", "Because off"), encoding="utf-8")
-    said = cascade_lab("verify", report, "--notebook", small)
+    (tmp_path / "file.txt").write_text("b")
+    said = cascade_lab("verify", report, *other)
+    assert said.exit_code == 1
+    assert said.stdout.startswith("files › other › file.txt: was ca978112ca1b")
+    (tmp_path / "file.txt").write_text("a")
+    said = cascade_lab("verify", report, *other)
     assert said.exit_code == 1
     assert "every number is the same, and the page is not" in said.stdout
 

@@ -62,8 +62,8 @@ def verify(
 
     Example: cascade-lab verify runs/clinc150/report.html
     """
-    from cascade_lab.report import verify_report
     from cascade_lab.run import Run
+    from cascade_lab.verification import verify_report
 
     verdict = verify_report(
         report,
@@ -91,14 +91,14 @@ def verify(
 
 
 def make_report(run: Run, output: Path | None = None, **more: Any) -> Path:
-    """Draw a run's figures and write its report, with progress on a terminal."""
+    """Write a run's report and draw its figures, with progress on a terminal."""
     from cascade_lab.report import NOTEBOOK, write_figures, write_report
 
-    run.check()
+    path = write_report(run, output, progress=sys.stderr.isatty(), **more)
     if more.get("notebook", NOTEBOOK) == NOTEBOOK:
         with Console(stderr=True).status("drawing figures"):
             write_figures(run)
-    return write_report(run, output, progress=sys.stderr.isatty(), **more)
+    return path
 
 
 def _values(given: list[str]) -> dict[str, Any]:

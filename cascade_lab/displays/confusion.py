@@ -8,12 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from cascade_lab.analysis.metrics import Normalize, confusion
+from cascade_lab.analysis.metrics import Normalize, On, confusion
 from cascade_lab.displays.words import words
 from cascade_lab.run import Run
 
 MAX_NUMBERED = 12  # classes up to which every cell bears its number in type of the usual size
 MAX_LABELLED = 50  # classes up to which every row and column bears its label
+_LONGEST = 40  # characters of a label that are drawn
 
 
 class CascadeConfusionDisplay:
@@ -52,20 +53,21 @@ class CascadeConfusionDisplay:
 
     @classmethod
     def from_run(
-        cls, run: Run, *, stage: str | None = None, normalize: Normalize | None = None
+        cls, run: Run, *, stage: str | None = None, on: On = "reached", normalize: Normalize | None = None
     ) -> CascadeConfusionDisplay:
-        """Compute the matrix of one stage on what reached it or, without `stage`, end to end.
+        """Compute the matrix of one stage, on what reached it or on all, or, without `stage`, end to end.
 
         End to end, the labels that reject stand last. A stage's matrix has its own labels, and leaves out
         examples without a gold label there (which an earlier gate should have stopped).
 
         Raises
         ------
-        SpecError
-            No such stage.
+        SpecError, RunError
+            No such stage; no shadow scores.
         """
-        matrix = confusion(run, stage, normalize=normalize)
-        title = f"{run.spec.name}, end to end" if stage is None else f"stage {stage}, on what reached it"
+        matrix = confusion(run, stage, on=on, normalize=normalize)
+        asked = "what reached it" if on == "reached" else "everything"
+        title = f"{run.spec.name}, end to end" if stage is None else f"stage {stage}, on {asked}"
         return cls(matrix.to_numpy(), list(matrix.index), title=title, normalize=normalize)
 
     def most_confused(self, n_labels: int = 15) -> CascadeConfusionDisplay:
@@ -98,7 +100,9 @@ class CascadeConfusionDisplay:
         n = len(self.display_labels)
         if ax is None:
             side = float(np.clip(1.6 + 0.3 * n, 3.4, 13 if n <= MAX_LABELLED else 8.5))
-            _, ax = plt.subplots(figsize=(side + 1.4, side), layout="constrained")
+            longest = min(max(map(len, self.display_labels), default=0), _LONGEST) if n <= MAX_LABELLED else 0
+            room = 0.08 * max(0, longest - 10)  # inches beyond what a short label takes
+            _, ax = plt.subplots(figsize=(side + 1.4 + room, side + room), layout="constrained")
         self.ax_, self.figure_ = ax, ax.get_figure(root=True)
         # Zeros are left white and the rest is on a log scale: one confusion shows beside a full diagonal.
         values = np.ma.masked_where(~(self.confusion_matrix > 0), self.confusion_matrix)
@@ -115,7 +119,7 @@ class CascadeConfusionDisplay:
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
         if n <= MAX_LABELLED:
             size = 10 if n <= MAX_NUMBERED else 8
-            labels = [words(label, 40) for label in self.display_labels]
+            labels = [words(label, _LONGEST) for label in self.display_labels]
             fits = n * max(map(len, labels), default=0) <= 24  # characters side by side
             ax.set_xticks(range(n), labels, fontsize=size, rotation=0 if fits else 90)
             ax.set_yticks(range(n), labels, fontsize=size)
