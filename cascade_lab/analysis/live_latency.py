@@ -223,7 +223,8 @@ def predicted_cost(
 
     Of each batch that came in, the texts whose probability is at least the threshold go on, in a smaller batch, whose
     cost is interpolated over its number of texts and their length: stage 1 + reach × stage 2 at the batch size that
-    survives.
+    survives. What it does not know: a first stage that runs many times on end, since nothing goes on, finds its weights
+    in the processor's cache, and so costs less than predicted; a number of texts that a stage never had costs more.
 
     Returns
     -------
