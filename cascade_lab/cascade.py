@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from cascade_lab.analysis.metrics import summarize
+from cascade_lab.bert.tokenization import Encoding
 from cascade_lab.evalset import EvalSet
 from cascade_lab.provenance import environment, sha256
 from cascade_lab.run import SCHEMA_VERSION, Run, Scores, unfinished, write_json, write_tables
@@ -22,11 +24,27 @@ from cascade_lab.serial import answer, blank_answers, check_labels, settle
 from cascade_lab.spec import CascadeSpec
 from cascade_lab.stage import Stage
 
-BATCH_SIZE = 32
-CHUNK = 16_384  # texts that `predict` holds as token ids at one time: a million texts fit in little memory
+CHUNK = 4096  # texts that are held as token ids at one time, while the next are tokenized
 
 Scored = dict[str, tuple[np.ndarray, np.ndarray]]
 """Stage name to the rows that it scored, and their logits."""
+
+
+class Served(NamedTuple):
+    """What the serial path made of some texts; rows count from the first of them.
+
+    Attributes
+    ----------
+    answers : dict of str to ndarray
+        The columns `predicted`, `decided_by`, `probability`.
+    scored : Scored
+    timings : list of tuple
+        A row of `timings.parquet` for each batch, but for its number.
+    """
+
+    answers: dict[str, np.ndarray]
+    scored: Scored
+    timings: list[tuple[Any, ...]]
 
 
 class Cascade:
@@ -76,7 +94,7 @@ class Cascade:
         texts: Sequence[str],
         texts_b: Sequence[str | None] | None = None,
         *,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         progress: bool = False,
     ) -> pd.DataFrame:
         """Answer any number of texts.
@@ -86,8 +104,8 @@ class Cascade:
         texts : sequence of str
         texts_b : sequence of str or None, optional
             The second text of each pair.
-        batch_size : int
-            The most texts in one batch of a stage.
+        batch_size : int, optional
+            The most texts in one batch of a stage; by default as many as are scored fastest.
         progress : bool
             Show a progress bar.
 
@@ -102,19 +120,19 @@ class Cascade:
             raise TypeError("texts must be a sequence of texts, not one str; put it in a list")
         texts = list(texts)
         texts_b = None if texts_b is None else list(texts_b)
-        parts = []
+        names = ["predicted", "decided_by", "probability"]
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        parts |= {f"{stage.name}_probability": [] for stage in self.spec.stages}
         with _bar(len(texts) * len(self.stages), progress) as bar:
-            for start in range(0, max(len(texts), 1), CHUNK):
-                part = slice(start, start + CHUNK)
-                pairs = None if texts_b is None else texts_b[part]
-                answers, scored, _ = self._serve(texts[part], pairs, batch_size, bar, shadow=False)
+            for served in self._serve(texts, texts_b, batch_size, bar, shadow=False):
+                for name in names:
+                    parts[name].append(served.answers[name])
                 for stage in self.spec.stages:
-                    rows, logits = scored[stage.name]
-                    column = np.full(len(answers), np.nan)
+                    rows, logits = served.scored[stage.name]
+                    column = np.full(len(served.answers["predicted"]), np.nan)
                     column[rows] = answer(stage, logits).decisive
-                    answers[f"{stage.name}_probability"] = column
-                parts.append(answers)
-        return pd.concat(parts, ignore_index=True)
+                    parts[f"{stage.name}_probability"].append(column)
+        return pd.DataFrame({name: np.concatenate(columns) for name, columns in parts.items()})
 
     def run(
         self,
@@ -122,7 +140,7 @@ class Cascade:
         *,
         output: str | Path,
         shadow: bool = True,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         overwrite: bool = False,
         progress: bool = False,
     ) -> Run:
@@ -135,8 +153,8 @@ class Cascade:
             The run directory; it appears when the run is whole.
         shadow : bool
             Afterwards let the later stages score what a gate stopped, so that lower thresholds can be replayed.
-        batch_size : int
-            The most texts in one batch of a stage.
+        batch_size : int, optional
+            The most texts in one batch of a stage; by default as many as are scored fastest.
         overwrite : bool
             Replace a run that is at `output` already, once this one is whole.
         progress : bool
@@ -155,7 +173,8 @@ class Cascade:
         with unfinished(output, overwrite=overwrite) as directory:
             started, clock = datetime.now(timezone.utc), perf_counter()
             with _bar(len(texts) * len(self.stages), progress) as bar:
-                answers, scored, timings = self._serve(texts, texts_b, batch_size, bar, shadow=shadow)
+                served = list(self._serve(texts, texts_b, batch_size, bar, shadow=shadow))
+                answers, scored, timings = _join(served)
                 serial_seconds = perf_counter() - clock
                 shadowed = self._shadow(texts, texts_b, scored, batch_size, bar) if shadow else {}
             contents = write_tables(directory, examples, _merge(scored, shadowed), answers, timings)
@@ -187,34 +206,77 @@ class Cascade:
         self,
         texts: Sequence[str],
         texts_b: Sequence[str | None] | None,
-        batch_size: int,
+        batch_size: int | None,
         bar: tqdm,
         *,
         shadow: bool,
-    ) -> tuple[pd.DataFrame, Scored, pd.DataFrame]:
-        """Send texts down the serial path: each stage scores, in full batches, what the one before passed."""
-        table = blank_answers(len(texts))
+    ) -> Iterator[Served]:
+        """Send texts down the serial path, chunk by chunk; while one is scored, the next is tokenized."""
+        chunks = [slice(start, start + CHUNK) for start in range(0, max(len(texts), 1), CHUNK)]
+
+        def encode(chunk: slice) -> tuple[list[Encoding], float]:
+            start = perf_counter()
+            found = self.stages[0].encode(texts[chunk], None if texts_b is None else texts_b[chunk])
+            return found, perf_counter() - start
+
+        with ThreadPoolExecutor(1) as ahead:
+            encoded, seconds = encode(chunks[0])
+            for number, chunk in enumerate(chunks):
+                following = ahead.submit(encode, chunks[number + 1]) if number + 1 < len(chunks) else None
+                part = texts[chunk], None if texts_b is None else texts_b[chunk]
+                yield self._serve_chunk(*part, encoded, seconds, batch_size, bar, shadow=shadow)
+                if following is not None:
+                    encoded, seconds = following.result()
+
+    def _serve_chunk(
+        self,
+        texts: Sequence[str],
+        texts_b: Sequence[str | None] | None,
+        encoded: list[Encoding],
+        seconds: float,
+        batch_size: int | None,
+        bar: tqdm,
+        *,
+        shadow: bool,
+    ) -> Served:
+        """Let each stage score, in full batches, what the one before passed.
+
+        `encoded` are the texts as the first stage tokenized them, in `seconds`; a later stage that would tokenize
+        alike takes them as they are.
+        """
+        answers = blank_answers(len(texts))
         scored: Scored = {}
-        timings = []
+        timings: list[tuple[Any, ...]] = []
         arrived = np.arange(len(texts))
         for place, stage in enumerate(self.stages, 1):
             bar.set_description(stage.spec.name)
-            logits, batches = _score(stage, arrived, texts, texts_b, batch_size, bar)
+            if stage.tokenizer.settings == self.stages[0].tokenizer.settings:
+                encodings, encode_seconds = [encoded[row] for row in arrived], seconds if place == 1 else 0.0
+            else:
+                start = perf_counter()
+                encodings = stage.encode(*_taken(arrived, texts, texts_b))
+                encode_seconds = perf_counter() - start
+            logits, ran = stage.score(encodings, batch_size=batch_size, done=bar.update)
             scored[stage.spec.name] = arrived, logits
-            timings += batches
+            # All texts are tokenized at once, before they can be sorted; a batch's share is its share of the tokens.
+            n_tokens = max(sum(batch.n_tokens for batch in ran), 1)
+            timings += [
+                (stage.spec.name, *batch[:3], encode_seconds * batch.n_tokens / n_tokens, batch.run_seconds)
+                for batch in ran
+            ]
             said = answer(stage.spec, logits)
-            settle(table, stage.spec, arrived, said)
+            settle(answers, stage.spec, arrived, said)
             arrived = arrived[said.passes]
             if not shadow:  # the later stages will not see those that stopped here
                 bar.total -= int((~said.passes).sum()) * (len(self.stages) - place)
-        return pd.DataFrame(table), scored, pd.DataFrame(timings, columns=_TIMING_COLUMNS)
+        return Served(answers, scored, timings)
 
     def _shadow(
         self,
         texts: Sequence[str],
         texts_b: Sequence[str | None] | None,
         scored: Scored,
-        batch_size: int,
+        batch_size: int | None,
         bar: tqdm,
     ) -> Scored:
         """Score what no earlier stage let through; nobody waits for these, so they are not timed."""
@@ -222,67 +284,35 @@ class Cascade:
         for stage in self.stages:
             rows = np.setdiff1d(np.arange(len(texts)), scored[stage.spec.name][0])
             bar.set_description(f"{stage.spec.name} (shadow)")
-            shadowed[stage.spec.name] = rows, _score(stage, rows, texts, texts_b, batch_size, bar)[0]
+            encodings = stage.encode(*_taken(rows, texts, texts_b))
+            shadowed[stage.spec.name] = rows, stage.score(encodings, batch_size=batch_size, done=bar.update)[0]
         return shadowed
 
 
-_TIMING_COLUMNS = [
-    "stage",
-    "batch",
-    "n_examples",
-    "sequence_length",
-    "n_tokens",
-    "tokenize_seconds",
-    "run_seconds",
-]
+_TIMING_COLUMNS = ["stage", "n_examples", "sequence_length", "n_tokens", "tokenize_seconds", "run_seconds"]
 
 
-def _score(
-    stage: Stage,
-    rows: np.ndarray,
-    texts: Sequence[str],
-    texts_b: Sequence[str | None] | None,
-    batch_size: int,
-    bar: tqdm,
-) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
-    """Score `texts[rows]` in batches of like length.
+def _taken(
+    rows: np.ndarray, texts: Sequence[str], texts_b: Sequence[str | None] | None
+) -> tuple[list[str], list[str | None] | None]:
+    return [texts[row] for row in rows], None if texts_b is None else [texts_b[row] for row in rows]
 
-    Returns
-    -------
-    logits : ndarray of float32, shape (len(rows), n_labels)
-        In the order of `rows`.
-    timings : list of tuple
-        A row of `timings.parquet` for each batch. All texts are tokenized at once, before they can be sorted;
-        a batch's share of that time is its share of the tokens.
-    """
-    start = perf_counter()
-    encodings = stage.encode([texts[row] for row in rows], None if texts_b is None else [texts_b[row] for row in rows])
-    tokenize_seconds = perf_counter() - start
-    lengths = np.array([len(encoding.input_ids) for encoding in encodings], dtype=int)
-    # Longest first: the batch that needs most memory is the first to ask for it.
-    order = np.argsort(-lengths, kind="stable")
-    logits = np.empty((len(rows), len(stage.spec.labels)), dtype=np.float32)
-    timings = []
-    for number, first in enumerate(range(0, len(order), batch_size)):
-        batch = order[first : first + batch_size]
-        start = perf_counter()
-        logits[batch] = stage.logits([encodings[i] for i in batch])
-        run_seconds = perf_counter() - start
-        n_tokens = int(lengths[batch].sum())
-        share = n_tokens / lengths.sum()
-        timings.append(
-            (
-                stage.spec.name,
-                number,
-                len(batch),
-                int(lengths[batch].max()),
-                n_tokens,
-                tokenize_seconds * share,
-                run_seconds,
-            )
+
+def _join(served: Sequence[Served]) -> tuple[pd.DataFrame, Scored, pd.DataFrame]:
+    """Put the chunks of a run together: answers, scores, and the table of timings, each stage's batches numbered."""
+    sizes = [len(part.answers["predicted"]) for part in served]
+    starts = np.cumsum(sizes) - sizes
+    scored = {
+        name: (
+            np.concatenate([part.scored[name][0] + start for part, start in zip(served, starts, strict=True)]),
+            np.concatenate([part.scored[name][1] for part in served]),
         )
-        bar.update(len(batch))
-    return logits, timings
+        for name in served[0].scored
+    }
+    answers = {name: np.concatenate([part.answers[name] for part in served]) for name in served[0].answers}
+    timings = pd.DataFrame([row for part in served for row in part.timings], columns=_TIMING_COLUMNS)
+    timings.insert(1, "batch", timings.groupby("stage").cumcount())
+    return pd.DataFrame(answers), scored, timings
 
 
 def _merge(scored: Scored, shadowed: Scored) -> dict[str, Scores]:

@@ -29,7 +29,8 @@ class StageSpec:
     `probability(pass_label) >= threshold`; otherwise the gate's most probable other label is the answer.
     The last stage has no `pass_label`. It answers with its most probable label or, where that label's
     probability is below `min_probability`, with `reject_label`; a label in `min_probabilities` has a least
-    probability of its own. Probabilities are the softmax of the logits divided by `temperature`.
+    probability of its own. Probabilities are the softmax of the logits divided by `temperature`. `engine` is "fast", or
+    "reference" for bert-tensorflow's own graph; `precision` is "float32" or, for the fast engine, "bfloat16".
     """
 
     name: str
@@ -45,6 +46,8 @@ class StageSpec:
     min_probabilities: Mapping[str, float] = field(default_factory=dict)
     reject_label: str | None = None
     temperature: float = 1.0
+    engine: str = "fast"
+    precision: str = "float32"
     output_weights: str = "output_weights"
     output_bias: str = "output_bias"
 
@@ -211,6 +214,7 @@ _TOP = ("name", "tuned_on", "calibrated_on", "stage")
 _PATHS = ("init_checkpoint", "bert_config_file", "vocab_file")
 _OF_LAST = ("min_probability", "min_probabilities", "reject_label")
 _TYPES = {"do_lower_case": bool, "max_seq_length": int}
+_CHOICES = {"engine": ("fast", "reference"), "precision": ("float32", "bfloat16")}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -247,7 +251,11 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
             raise SpecError(f"{where}: {key} must be {expected}, not {value!r}")
         else:
             values[key] = folder / Path(value).expanduser() if key in _PATHS else value
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise SpecError(f"{where}: {key} is {value!r}; it is one of {', '.join(_CHOICES[key])}")
     stage = StageSpec(**values)
+    if stage.engine == "reference" and stage.precision != "float32":
+        raise SpecError(f'{where}: precision is "{stage.precision}", and the reference engine has float32 alone')
     if not _NAME.fullmatch(stage.name):
         raise SpecError(f"{where}: name must be letters, digits, - and _ (it names files), not {stage.name!r}")
     if stage.max_seq_length < 3:

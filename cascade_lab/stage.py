@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from cascade_lab.bert.checkpoint import checkpoint_files, read_checkpoint
-from cascade_lab.bert.graph import classifier_graph, feed
+from cascade_lab.bert import fast, graph
+from cascade_lab.bert.batching import batches
+from cascade_lab.bert.checkpoint import Checkpoint, checkpoint_files, read_checkpoint
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
+from cascade_lab.errors import CheckpointError
 from cascade_lab.spec import StageSpec
+
+tf1 = tf.compat.v1
+
+
+class Batch(NamedTuple):
+    """What was scored in one run of a session: `n_examples` texts, equal ones scored once, and how long it took.
+
+    `n_tokens` are those that were computed, `sequence_length` is that of the longest text.
+    """
+
+    n_examples: int
+    sequence_length: int
+    n_tokens: int
+    run_seconds: float
 
 
 class Stage:
@@ -22,51 +42,134 @@ class Stage:
     Raises
     ------
     CheckpointError
-        Before a session exists, if the stage's files are not usable.
+        Before a session exists, if the stage's files are not usable, or its precision is not to be had here.
     """
 
     def __init__(self, spec: StageSpec):
+        fused = fast.has_fused_nodes()
+        if spec.precision == "bfloat16" and not fast.has_bfloat16():
+            raise CheckpointError(
+                f"stage '{spec.name}': precision bfloat16 needs a processor that multiplies it (avx512_bf16 or "
+                'amx_bf16, under Linux); set precision = "float32"'
+            )
         checkpoint = read_checkpoint(spec)
         self.spec = spec
         self.files = [spec.bert_config_file, spec.vocab_file, *checkpoint_files(checkpoint.prefix)]
         self.tokenizer = Tokenizer(
             spec.vocab_file, do_lower_case=spec.do_lower_case, max_seq_length=spec.max_seq_length
         )
-        self._ends = classifier_graph(
-            checkpoint.config,
-            len(spec.labels),
-            output_weights=spec.output_weights,
-            output_bias=spec.output_bias,
-        )
-        config = tf.compat.v1.ConfigProto()
-        config.gpu_options.allow_growth = True  # two sessions share one card
-        self.session = tf.compat.v1.Session(graph=self._ends.graph, config=config)
-        with self.graph.as_default():  # outside a graph, the Saver would take itself for an eager one
-            self._ends.saver.restore(self.session, checkpoint.prefix)
+        self._is_fast = spec.engine == "fast"
+        self._nodes = ("oneDNN" if fused else "portable") if self._is_fast else "bert-tensorflow"
+        # A thread a processor, each with batches of its own: small products do not divide well. A GPU wants one caller.
+        on_processor = self._is_fast and not tf.config.list_physical_devices("GPU")
+        self.callers = _n_processors() if on_processor else 1
+        self._threads = {
+            "intra_op_parallelism_threads": 1 if on_processor else 0,
+            "inter_op_parallelism_threads": -1 if on_processor else 0,  # -1: in the caller's own thread
+        }
+        self._load(checkpoint, fused)
         self.logits(self.encode([""]))  # the first run optimizes the graph: not at the first text's cost
+
+    def _load(self, checkpoint: Checkpoint, fused: bool) -> None:
+        names = {"output_weights": self.spec.output_weights, "output_bias": self.spec.output_bias}
+        if self._is_fast:
+            made = fast.fast_graph(
+                checkpoint.config, checkpoint.weights, precision=self.spec.precision, fused=fused, **names
+            )
+            self._n_segments = checkpoint.config["type_vocab_size"]
+        else:
+            made = graph.classifier_graph(checkpoint.config, len(self.spec.labels), **names)
+        self.graph = made.graph
+        config = tf1.ConfigProto(**self._threads)
+        config.gpu_options.allow_growth = True  # two sessions share one card
+        with _own_threads():
+            self.session = tf1.Session(graph=self.graph, config=config)
+        if self._is_fast:
+            made.load(self.session)
+            self._even, self._uneven = (
+                self.session.make_callable(ends.logits_t, ends.inputs) for ends in (made.even, made.uneven)
+            )
+        else:
+            with self.graph.as_default():  # outside a graph, the Saver would take itself for an eager one
+                made.saver.restore(self.session, checkpoint.prefix)
+            self._ends = made
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What ran, for a manifest: the graph, its precision, TensorFlow's threads (0: TensorFlow chooses)."""
+        """What ran, for a manifest: the graph, its precision, its callers, TensorFlow's threads (0: its own choice)."""
         return {
-            "engine": "reference",
-            "precision": "float32",
-            "intra_op_parallelism_threads": 0,
-            "inter_op_parallelism_threads": 0,
+            "engine": self.spec.engine,
+            "nodes": self._nodes,
+            "precision": self.spec.precision,
+            "callers": self.callers,
+            **self._threads,
             "devices": [device.name for device in self.session.list_devices()],
         }
 
-    @property
-    def graph(self) -> tf.Graph:
-        return self._ends.graph
-
     def encode(self, texts: Sequence[str], texts_b: Sequence[str | None] | None = None) -> list[Encoding]:
-        """Return the token ids of each text (or pair), for `logits`."""
+        """Return the token ids of each text (or pair), for `logits` and `score`."""
         return self.tokenizer.encode(texts, texts_b)
 
     def logits(self, batch: Sequence[Encoding]) -> np.ndarray:
-        """Run one batch, padded to its own longest; float32, shape (len(batch), n_labels)."""
-        return self.session.run(self._ends.logits_t, feed(self._ends.inputs, batch))
+        """Run one batch; float32, shape (len(batch), n_labels)."""
+        if not self._is_fast:
+            return self.session.run(self._ends.logits_t, graph.feed(self._ends.inputs, batch))
+        even, arrays = fast.feed(batch, self._n_segments)
+        return (self._even if even else self._uneven)(*arrays)
+
+    def score(
+        self,
+        encodings: Sequence[Encoding],
+        *,
+        batch_size: int | None = None,
+        done: Callable[[int], object] = lambda n: None,
+    ) -> tuple[np.ndarray, list[Batch]]:
+        """Score any number of texts, in batches of like length, equal ones once.
+
+        Parameters
+        ----------
+        encodings : sequence of Encoding
+        batch_size : int, optional
+            The most texts in a batch; otherwise only its tokens are bounded.
+        done : callable
+            Is told, batch by batch, how many texts more are scored.
+
+        Returns
+        -------
+        logits : ndarray of float32, shape (len(encodings), n_labels)
+        batches : list of Batch
+        """
+        place: dict[tuple[Any, ...], int] = {}
+        which = np.array([place.setdefault((tuple(ids), n), len(place)) for ids, n in encodings], dtype=int)
+        distinct = [Encoding(list(ids), n) for ids, n in place]
+        lengths = np.array([len(encoding.input_ids) for encoding in distinct], dtype=int)
+        times = np.bincount(which, minlength=len(distinct))
+        logits = np.empty((len(distinct), len(self.spec.labels)), dtype=np.float32)
+
+        def run(rows: np.ndarray) -> Batch:
+            start = perf_counter()
+            logits[rows] = self.logits([distinct[row] for row in rows])
+            seconds = perf_counter() - start
+            return Batch(int(times[rows].sum()), int(lengths[rows].max()), int(lengths[rows].sum()), seconds)
+
+        plan = batches(lengths, max_texts=batch_size)
+        ran = []
+        for batch in self._each(run, plan):
+            ran.append(batch)
+            done(batch.n_examples)
+        return logits[which], ran
+
+    def _each(self, run: Callable[[np.ndarray], Batch], plan: list[np.ndarray]) -> Iterator[Batch]:
+        """Run every batch, as many side by side as there are callers; `Session.run` lets go of Python's lock."""
+        if self.callers == 1 or len(plan) < 2:
+            yield from map(run, plan)
+            return
+        with ThreadPoolExecutor(self.callers) as pool:
+            try:
+                yield from pool.map(run, plan)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def close(self) -> None:
         """Close the session and let its weights go."""
@@ -77,3 +180,25 @@ class Stage:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _n_processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Give a session threads of its own, so that its one thread is not all that others in this process get.
+
+    TensorFlow reads this once, at the first session of a process; where that was somebody else's, all share its pool.
+    """
+    name = "TF_OVERRIDE_GLOBAL_THREADPOOL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]

@@ -46,11 +46,17 @@ class Tokenizer:
         Lower the case and strip accents, as uncased models want.
     max_seq_length : int
         The most tokens of a text, `[CLS]` and `[SEP]` included.
+
+    Attributes
+    ----------
+    settings : tuple
+        All that its encodings depend on: tokenizers of equal settings encode alike.
     """
 
     def __init__(self, vocab_file: str | Path, *, do_lower_case: bool, max_seq_length: int):
         self._full = reference.load("tokenization").FullTokenizer(str(vocab_file), do_lower_case)
         self._vocab = dict(self._full.vocab)
+        self.settings = (tuple(self._vocab), do_lower_case, max_seq_length)
         self._max_seq_length = max_seq_length
         self._fast = RustTokenizer(
             models.WordPiece(self._vocab, unk_token="[UNK]", max_input_chars_per_word=MAX_CHARS_PER_WORD)

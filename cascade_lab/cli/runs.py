@@ -21,11 +21,10 @@ if TYPE_CHECKING:
     from cascade_lab.run import Run
     from cascade_lab.spec import CascadeSpec
 
-BATCH_SIZE = 32
-
-
 CascadeFile = Annotated[Path, typer.Argument(metavar="CASCADE", help="A cascade.toml.", show_default=False)]
-BatchSize = Annotated[int, typer.Option(min=1, help="The most texts in one batch of a stage.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="The most texts in one batch of a stage [default: what is fastest].")
+]
 
 
 def run(
@@ -53,7 +52,7 @@ def run(
             help="Afterwards let the later stages score what a gate stopped, so that other thresholds can be replayed.",
         ),
     ] = True,
-    batch_size: BatchSize = BATCH_SIZE,
+    batch_size: BatchSize = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run at the output.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Draw figures and write report.html.")] = True,
 ) -> None:
@@ -95,7 +94,7 @@ def predict(
         typer.Argument(metavar="TEXT...", help="Texts, or - for one a line on standard input.", show_default=False),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")] = False,
-    batch_size: BatchSize = BATCH_SIZE,
+    batch_size: BatchSize = None,
 ) -> None:
     """Answer texts that have no label.
 

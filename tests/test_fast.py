@@ -1,0 +1,244 @@
+"""The fast graph against float64 arithmetic, against bert-tensorflow's graph, and by what really runs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import texts, write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import erf, softmax
+
+from cascade_lab import Cascade, CascadeSpec, EvalSet, Stage
+from cascade_lab.bert import fast
+from cascade_lab.bert.batching import batches
+from cascade_lab.bert.checkpoint import read_checkpoint
+from cascade_lab.errors import CheckpointError, SpecError
+from cascade_lab.serial import serve
+
+tf1 = tf.compat.v1
+FUSED = pytest.mark.skipif(not fast.has_fused_nodes(), reason="oneDNN's fused nodes are not on this machine")
+BFLOAT16 = pytest.mark.skipif(not fast.has_bfloat16(), reason="this processor does not multiply bfloat16")
+ACTIVATIONS = {
+    "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "gelu_erf": lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
+    "relu": lambda x: np.maximum(x, 0),
+    "tanh": np.tanh,
+    "linear": lambda x: x,
+}
+
+
+def logits_in_float64(config, w, encoding):
+    """Compute BERT's logits for one text, as Devlin et al. (2018) describe it, in numpy's float64 throughout."""
+    assert {value.dtype for value in w.values()} == {np.dtype(np.float64)}
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+
+    def norm(x, scope):
+        mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+        normal = (x - mean) / np.sqrt(variance + config.get("layer_norm_eps", 1e-12))
+        return normal * w[f"{scope}/LayerNorm/gamma"] + w[f"{scope}/LayerNorm/beta"]
+
+    def dense(x, scope):
+        return x @ w[f"{scope}/kernel"] + w[f"{scope}/bias"]
+
+    def split(x):
+        return x.reshape(len(x), heads, hidden // heads).transpose(1, 0, 2)
+
+    n = len(encoding.input_ids)
+    segments = (np.arange(n) >= encoding.n_first).astype(int)
+    table = "bert/embeddings"
+    x = w[f"{table}/word_embeddings"][encoding.input_ids] + w[f"{table}/position_embeddings"][:n]
+    x = norm(x + w[f"{table}/token_type_embeddings"][segments], table)
+    for number in range(config["num_hidden_layers"]):
+        layer = f"bert/encoder/layer_{number}"
+        query, key, value = (split(dense(x, f"{layer}/attention/self/{part}")) for part in ("query", "key", "value"))
+        weights_ = softmax(query @ key.transpose(0, 2, 1) / np.sqrt(hidden // heads), axis=-1)
+        context = (weights_ @ value).transpose(1, 0, 2).reshape(n, hidden)
+        x = norm(x + dense(context, f"{layer}/attention/output/dense"), f"{layer}/attention/output")
+        inner = ACTIVATIONS[config["hidden_act"]](dense(x, f"{layer}/intermediate/dense"))
+        x = norm(x + dense(inner, f"{layer}/output/dense"), f"{layer}/output")
+    pooled = np.tanh(dense(x[0], "bert/pooler/dense"))
+    return pooled @ w["output_weights"].T + w["output_bias"]
+
+
+def in_float64(weights):
+    return {name: value.astype(np.float64) for name, value in weights.items()}
+
+
+def run_graph(spec, encodings, *, fused):
+    """Score a batch with one kind of nodes, whichever this machine would take."""
+    checkpoint = read_checkpoint(spec)
+    made = fast.fast_graph(checkpoint.config, checkpoint.weights, fused=fused)
+    assert not checkpoint.weights, "every weight is taken, and none is held twice"
+    even, arrays = fast.feed(encodings, checkpoint.config["type_vocab_size"])
+    ends = made.even if even else made.uneven
+    with tf1.Session(graph=made.graph) as session:
+        made.load(session)
+        return session.run(ends.logits_t, dict(zip(ends.inputs, arrays, strict=True)))
+
+
+def test_logits_are_within_2e_5_of_float64_arithmetic_on_200_texts_of_clinc150(clinc150):
+    batch = EvalSet.read(clinc150 / "data_full.json", split="test").limit(200).texts
+    batch[:2] = ["", " ".join(batch[:20])]
+    for spec in CascadeSpec.read(clinc150 / "cascade.toml").stages:
+        checkpoint = read_checkpoint(spec)
+        weights = in_float64(checkpoint.weights)
+        with Stage(spec) as stage:
+            encodings = stage.encode(batch)
+            got, _ = stage.score(encodings)
+        lengths = {len(encoding.input_ids) for encoding in encodings}
+        assert len(lengths) > 15
+        assert max(lengths) == 64
+        expected = [logits_in_float64(checkpoint.config, weights, encoding) for encoding in encodings]
+        np.testing.assert_allclose(got, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=FUSED), False])
+@pytest.mark.parametrize(
+    ("hidden_act", "scale"), [("gelu", 0.3), ("gelu", 1e-4), ("gelu_erf", 0.3), ("relu", 0.3), ("tanh", 0.3)]
+)
+def test_both_kinds_of_nodes_agree_with_float64_also_where_embeddings_hardly_vary(tmp_path, hidden_act, scale, fused):
+    """A LayerNorm with another epsilon than the config's is seen where the variance is as small as 1e-8."""
+    rng = np.random.default_rng(5)
+    small = {
+        "bert__embeddings__position_embeddings": rng.normal(0, scale, (48, 32)),
+        "bert__embeddings__token_type_embeddings": rng.normal(0, scale, (2, 32)),
+    }
+    write_checkpoint(tmp_path / "model", 4, seed=3)
+    vocab_size = json.loads((tmp_path / "model/bert_config.json").read_text())["vocab_size"]
+    small["bert__embeddings__word_embeddings"] = rng.normal(0, scale, (vocab_size, 32))
+    write_checkpoint(tmp_path / "model", 4, seed=3, **small)
+    config = json.loads((tmp_path / "model/bert_config.json").read_text()) | {"hidden_act": hidden_act}
+    (tmp_path / "model/bert_config.json").write_text(json.dumps(config))
+    content = {"name": "only", "init_checkpoint": "model", "bert_config_file": "model/bert_config.json"}
+    content |= {"vocab_file": "model/vocab.txt", "labels": list("abcd"), "max_seq_length": 24}
+    spec = CascadeSpec.from_dict({"stage": [content]}, folder=tmp_path).last
+    weights = in_float64(read_checkpoint(spec).weights)
+    with Stage(replace(spec, engine="reference")) as stage:
+        encodings = stage.encode(texts(12), [None, "what is my bill"] * 6)
+        reference = stage.logits(encodings)
+    expected = [logits_in_float64(config, weights, encoding) for encoding in encodings]
+    for batch in (slice(None), slice(0, 1)):
+        got = run_graph(spec, encodings[batch], fused=fused)
+        np.testing.assert_allclose(got, expected[batch], atol=2e-5, rtol=0)
+        np.testing.assert_allclose(got, reference[batch], atol=5e-5, rtol=0)
+
+
+@FUSED
+def test_the_fused_nodes_run_where_they_should_and_layer_norm_has_the_configs_epsilon(tiny):
+    spec = CascadeSpec.read(tiny).last
+    with Stage(spec) as stage:
+        for batch in (["pay my bill"] * 3, ["pay", "pay my bill now"]):
+            even, arrays = fast.feed(stage.encode(batch), 2)
+            checkpoint = read_checkpoint(spec)
+            made = fast.fast_graph(checkpoint.config, checkpoint.weights)
+            ends = made.even if even else made.uneven
+            with tf1.Session(graph=made.graph) as session:
+                made.load(session)
+                options, found = tf1.RunOptions(output_partition_graphs=True), tf1.RunMetadata()
+                session.run(ends.logits_t, dict(zip(ends.inputs, arrays, strict=True)), options, found)
+            nodes = [node for graph in found.partition_graphs for node in graph.node]
+            ran = Counter(node.op for node in nodes)
+            # Two layers: query-key-value (in the last layer each for itself), attention, intermediate, output; the
+            # pooler and the head.
+            assert ran["_MklNativeFusedMatMul"] == 4 + 6 + 2
+            assert ran["_MklLayerNorm"] == 1 + 2 * 2
+            assert not {"MatMul", "BiasAdd", "Tanh", "Erf", "FusedBatchNormV3", "Mean"} & set(ran)
+            fused = Counter(
+                tuple(op.decode() for op in node.attr["fused_ops"].list.s)
+                for node in nodes
+                if node.op == "_MklNativeFusedMatMul"
+            )
+            assert fused == {
+                ("BiasAdd",): 5, ("BiasAdd", "Add"): 4, ("BiasAdd", "GeluApproximate"): 2, ("BiasAdd", "Tanh"): 1,
+            }  # fmt: skip
+            epsilons = {node.attr["epsilon"].f for node in nodes if node.op == "_MklLayerNorm"}
+            assert epsilons == {np.float32(1e-12)}
+
+
+def test_no_answer_on_clinc150_differs_from_the_reference_engines(clinc150, clinc150_run):
+    """Ties within 1e-4 of a threshold aside; the run of the fixture was made by the fast engine."""
+    examples = clinc150_run.examples
+    spec = clinc150_run.spec
+    assert {stage["engine"] for stage in clinc150_run.manifest["stages"].values()} == {"fast"}
+    with Cascade.load(replace(spec, stages=tuple(replace(stage, engine="reference") for stage in spec.stages))) as slow:
+        expected = slow.predict(examples["text"].tolist())
+    clear = (expected["gate_probability"] - spec.stages[0].threshold).abs() > 1e-4
+    assert clear.mean() > 0.999
+    got = clinc150_run.predictions
+    assert (got["predicted"] == expected["predicted"])[clear].all()
+
+
+@BFLOAT16
+def test_bfloat16_changes_at_most_one_answer_in_a_thousand(clinc150, clinc150_run):
+    spec = clinc150_run.spec
+    half = replace(spec, stages=tuple(replace(stage, precision="bfloat16") for stage in spec.stages))
+    with Cascade.load(half) as cascade:
+        encoded = cascade.stages[0].encode(clinc150_run.examples["text"].tolist())
+        logits = {stage.spec.name: stage.score(encoded)[0] for stage in cascade.stages}
+    for stage in spec.stages:
+        difference = np.abs(logits[stage.name] - clinc150_run.scores(stage.name).logits)
+        assert 1e-4 < difference.max() < 0.5, "another precision, and not another network"
+    changed = (serve(spec, logits)["predicted"] != clinc150_run.predictions["predicted"]).mean()
+    assert changed <= 0.001
+
+
+def test_bfloat16_that_is_not_to_be_had_is_one_line(tiny, monkeypatch):
+    spec = replace(CascadeSpec.read(tiny).last, precision="bfloat16")
+    monkeypatch.setattr(fast, "has_bfloat16", lambda: False)
+    with pytest.raises(CheckpointError, match=r"stage 'intent': precision bfloat16 needs .*; set precision = "):
+        Stage(spec)
+
+
+def test_engine_and_precision_are_checked(tiny):
+    content = CascadeSpec.read(tiny).to_dict()
+    for key, value, said in (
+        ("engine", "quick", "engine is 'quick'; it is one of fast, reference"),
+        ("precision", "int8", "precision is 'int8'; it is one of float32, bfloat16"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            CascadeSpec.from_dict({**content, "stage": [{**stage, key: value} for stage in content["stage"]]})
+    reference = {"engine": "reference", "precision": "bfloat16"}
+    with pytest.raises(SpecError, match="the reference engine has float32 alone"):
+        CascadeSpec.from_dict({**content, "stage": [{**stage, **reference} for stage in content["stage"]]})
+
+
+def test_equal_texts_are_scored_once_and_every_text_is_answered(tiny):
+    with Stage(CascadeSpec.read(tiny).last) as stage:
+        encodings = stage.encode([*texts(40), *texts(40), "pay", "pay"])
+        told = []
+        logits, ran = stage.score(encodings, done=told.append)
+        assert sum(told) == sum(batch.n_examples for batch in ran) == 82
+        assert sum(batch.n_tokens for batch in ran) <= sum(len(e.input_ids) for e in encodings[:41])
+        np.testing.assert_array_equal(logits[:40], logits[40:80])
+        alone = [stage.logits([encoding])[0] for encoding in encodings]
+        np.testing.assert_allclose(logits, alone, atol=1e-5)
+
+
+def test_the_same_run_twice_gives_the_same_bytes(tiny, tiny_evalset, tmp_path):
+    for name in ("one", "two"):
+        with Cascade.load(tiny) as cascade:
+            cascade.run(EvalSet.read(tiny_evalset), output=tmp_path / name)
+    for stage in ("gate", "intent"):
+        one, two = ((tmp_path / name / "scores" / f"{stage}.parquet").read_bytes() for name in ("one", "two"))
+        assert one == two
+
+
+@given(
+    st.lists(st.integers(1, 40), max_size=200),
+    st.one_of(st.none(), st.integers(1, 50)),
+    st.integers(1, 200),
+)
+def test_batches_hold_every_text_once_and_keep_their_bounds(lengths, max_texts, max_tokens):
+    found = batches(lengths, max_texts=max_texts, max_tokens=max_tokens)
+    assert sorted(np.concatenate([np.zeros(0, int), *found]).tolist()) == list(range(len(lengths)))
+    sizes = [sum(lengths[row] for row in batch) for batch in found]
+    assert sizes == sorted(sizes, reverse=True)
+    for batch, size in zip(found, sizes, strict=True):
+        assert size <= max_tokens or len(batch) == 1
+        assert max_texts is None or len(batch) <= max_texts
