@@ -152,6 +152,18 @@ def test_the_true_temperature_is_recovered_and_is_the_one_of_least_log_loss(tmp_
             assert row["value"] == pytest.approx(best.x, rel=1e-4)
             assert (row["before"], row["after"]) == pytest.approx((loss(1.0), best.fun))
         assert row["after"] <= row["held_out"] < row["before"]
+        places = np.random.default_rng(0).permutation(len(said.rows)) % 5  # the folds of seed 0
+        folds = [np.flatnonzero(places == fold) for fold in range(5)]
+        codes, losses = pd.Index(spec.labels).get_indexer(said.y_true), []
+
+        def part(t, texts, z=said.logits, codes=codes):
+            return -np.log(probabilities(z[texts], t)[np.arange(len(texts)), codes[texts]])
+
+        for fold in folds:
+            train = np.setdiff1d(np.arange(len(codes)), fold)
+            again = minimize_scalar(lambda t, train=train, part=part: part(t, train).mean(), bounds=(0.5, 4)).x
+            losses.append(part(again, fold).mean())
+        assert row["held_out"] == pytest.approx(np.average(losses, weights=[len(f) for f in folds]), abs=2e-5)
     cooler = rescored(run, calibrated(run, fitted).spec)
     again = fit_temperatures(cooler, on="all")
     np.testing.assert_allclose(again["value"], fitted["value"], rtol=1e-6)

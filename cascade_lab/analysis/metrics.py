@@ -21,7 +21,7 @@ from cascade_lab.analysis.outcomes import OUTCOMES, outcome_codes
 from cascade_lab.errors import RunError
 from cascade_lab.run import Run
 from cascade_lab.serial import answer, probabilities
-from cascade_lab.spec import CascadeSpec
+from cascade_lab.spec import CascadeSpec, StageSpec
 
 On = Literal["reached", "all"]
 Normalize = Literal["true", "pred", "all"]
@@ -264,7 +264,7 @@ def figures(
     on : {"reached", "all"}
         Of a stage: what arrived there, or everything, through shadow scores.
     top_k : sequence of int
-        Of the last stage: how often the gold label is among so many of the most probable.
+        Of the last stage: how often the gold label is among so many of the most probable, fewer than it has labels.
 
     Returns
     -------
@@ -294,22 +294,8 @@ def figures(
     rows = {name: interval(float(values[name][0]), resampled[name], level=level) for name in values}
     if stage is not None:
         spec, found = run.spec.stage(stage), judged(run, stage, on=on)
-        if spec.is_gate:
-            passing = found.y_true == spec.pass_label
-            weights = resample_counts(len(passing), n_resamples=n_resamples, seed=seed)
-            ones = np.ones((1, len(passing)), dtype=np.int32)
-            both = (ranking_figures(passing, found.decisive, weights=w) for w in (ones, weights))
-            for name, value, resamples in zip(("auroc", "average_precision"), *both, strict=True):
-                rows[name] = interval(float(value[0]), resamples, level=level)
-        else:
-            codes = pd.Index(spec.labels).get_indexer(found.y_true)
-            own = found.logits[np.arange(len(codes)), codes]
-            place = 1 + (found.logits > own[:, None]).sum(axis=1)
-            is_judged = np.arange(n) < len(codes)
-            for k in top_k:
-                hits = np.append(place <= k, np.zeros(n - len(codes), dtype=bool))
-                how = {"level": level, "n_resamples": n_resamples, "seed": seed}
-                rows[f"top_{k}_accuracy"] = fraction_interval(hits, is_judged, **how)
+        how = {"level": level, "n_resamples": n_resamples, "seed": seed}
+        rows |= _of_ranks(spec, found, **how) if spec.is_gate else _of_places(spec, found, n, top_k, **how)
     return pd.DataFrame.from_dict(rows, orient="index", columns=Interval._fields).rename_axis("figure")
 
 
@@ -429,6 +415,27 @@ def cell_figures(gold: np.ndarray, said: np.ndarray, n_labels: int, weights: np.
             "macro_recall": macro(hits, support),
             "macro_f1": macro(2 * hits, support + answered),
         }
+
+
+def _of_ranks(gate: StageSpec, found: Judged, *, level: float, n_resamples: int, seed: int) -> dict[str, Interval]:
+    """Return `auroc` and `average_precision` of a gate."""
+    passing, n = found.y_true == gate.pass_label, len(found.y_true)
+    weights = np.ones((1, n), dtype=np.int32), resample_counts(n, n_resamples=n_resamples, seed=seed)
+    values, drawn = (ranking_figures(passing, found.decisive, weights=w) for w in weights)
+    return {
+        name: interval(float(value[0]), resamples, level=level)
+        for name, value, resamples in zip(("auroc", "average_precision"), values, drawn, strict=True)
+    }
+
+
+def _of_places(last: StageSpec, found: Judged, n: int, top_k: Sequence[int], **how: Any) -> dict[str, Interval]:
+    """Return `top_<k>_accuracy` of the last stage, for each k below its number of labels, in a run of `n` examples."""
+    codes = pd.Index(last.labels).get_indexer(found.y_true)
+    own = found.logits[np.arange(len(codes)), codes]
+    place = np.full(n, len(last.labels) + 1)
+    place[: len(codes)] = 1 + (found.logits > own[:, None]).sum(axis=1)
+    is_judged = np.arange(n) < len(codes)
+    return {f"top_{k}_accuracy": fraction_interval(place <= k, is_judged, **how) for k in top_k if k < len(last.labels)}
 
 
 def _asked(run: Run, stage: str, on: On) -> np.ndarray:

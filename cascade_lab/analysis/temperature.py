@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import expit, log_softmax, logit, softmax
-from sklearn.model_selection import KFold
 
 from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, interval, resample_counts
 from cascade_lab.analysis.metrics import On, judged, summarize
@@ -47,10 +46,10 @@ def fit_temperatures(
     Returns
     -------
     DataFrame
-        A stage a row: `on`, `n_examples`; the temperature as `value`, `low`, `high` (bootstrap over texts, a Newton
-        step from the fit in place of each refit); the log loss on these texts `before`, at the temperature that the
-        run had, and `after`; and `held_out`, what it is by cross-validation on texts that the temperature was not
-        fitted on.
+        A stage a row: `on`, `n_examples`; the temperature as `value`, `low`, `high` (bootstrap over texts); the log
+        loss on these texts `before`, at the temperature that the run had, and `after`; and `held_out`, what it is by
+        cross-validation on texts that the temperature was not fitted on. A resample or a fold is not fitted anew, but
+        takes one Newton step from the fit.
 
     Raises
     ------
@@ -70,18 +69,20 @@ def fit_temperatures(
         codes = pd.Index(spec.labels).get_indexer(found.y_true)
         inverse = _fit(logits, codes, f"{run.directory}: stage '{name}'")
         slopes, curvatures = _derivatives(logits, codes, inverse)
-        drawn = resample_counts(len(codes), n_resamples=n_resamples, seed=seed).astype(np.float64)
-        resampled = 1 / np.clip(inverse - (drawn @ slopes) / (drawn @ curvatures), *_RANGE)
-        left_out = np.empty(len(codes))
-        for train, test in KFold(n_folds, shuffle=True, random_state=seed).split(logits):
-            again = _fit(logits[train], codes[train], f"{run.directory}: stage '{name}', a fold of it")
-            left_out[test] = _log_losses(logits[test], codes[test], again)
+
+        def refitted(weights: np.ndarray, at=inverse, slopes=slopes, curvatures=curvatures) -> np.ndarray:
+            return np.clip(at - (weights @ slopes) / (weights @ curvatures), *_RANGE)
+
+        resampled = refitted(resample_counts(len(codes), n_resamples=n_resamples, seed=seed).astype(np.float64))
+        fold = np.random.default_rng(seed).permutation(len(codes)) % n_folds
+        others = refitted(1.0 - np.eye(n_folds)[fold].T)
+        left_out = _log_losses(logits * others[fold][:, None], codes)
         rows[name] = {
             "on": on,
             "n_examples": len(codes),
-            **interval(1 / inverse, resampled, level=level)._asdict(),
-            "before": _log_losses(logits, codes, 1 / spec.temperature).mean(),
-            "after": _log_losses(logits, codes, inverse).mean(),
+            **interval(1 / inverse, 1 / resampled, level=level)._asdict(),
+            "before": _log_losses(logits / spec.temperature, codes).mean(),
+            "after": _log_losses(logits * inverse, codes).mean(),
             "held_out": left_out.mean(),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
@@ -206,8 +207,8 @@ def _derivatives(logits: np.ndarray, codes: np.ndarray, inverse: float) -> tuple
     return mean - logits[np.arange(len(codes)), codes], (p * (logits - mean[:, None]) ** 2).sum(axis=1)
 
 
-def _log_losses(logits: np.ndarray, codes: np.ndarray, inverse: float) -> np.ndarray:
-    return -log_softmax(logits * inverse, axis=1)[np.arange(len(codes)), codes]
+def _log_losses(logits: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    return -log_softmax(logits, axis=1)[np.arange(len(codes)), codes]
 
 
 def _same_threshold(run: Run, before: StageSpec, after: StageSpec) -> float:
