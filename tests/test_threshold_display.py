@@ -14,6 +14,7 @@ from cascade_lab.analysis.quadrants import counts_at, points, spread
 from cascade_lab.analysis.tuning import certainty, other_worlds
 from cascade_lab.displays.thresholds import ThresholdDisplay, ThresholdSurfaceDisplay
 from cascade_lab.errors import InfeasibleError, RunError
+from cascade_lab.explorer import explore
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,11 @@ def test_a_surface_takes_two_stages_and_a_goal_that_can_be_met(run, tmp_path):
         ThresholdSurfaceDisplay.from_run(run, Goal("accuracy"), ["last"])
     with pytest.raises(InfeasibleError, match="infeasible"):
         ThresholdDisplay.from_run(run, goal=Goal("accuracy", at_least={"in_scope_accuracy": 0.999}))
+    gateless = random_run(tmp_path / "run", n=20, n_gates=0)
+    del gateless.manifest["cascade"]["stage"][-1]["reject_label"]
+    with pytest.raises(RunError, match="has no reject_label"):
+        ThresholdDisplay.from_run(gateless)
+    assert explore(gateless).sliders == {}
 
 
 def test_spread_places_serve_both_kinds_of_text(run):

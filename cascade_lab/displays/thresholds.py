@@ -92,7 +92,7 @@ class ThresholdDisplay:
             The stage cannot reject, or the run lacks the shadow scores that it takes.
         """
         stages = swept_stages(run.spec)
-        stage = stage or stages[0]
+        stage = stage or (*stages, run.spec.last.name)[0]  # a last stage that cannot reject is refused below
         together = stages if stage in stages and len(stages) <= 2 else (stage,)
         title = f"{run.spec.name}: the threshold of stage {stage}, on {len(run.examples):,} texts"
         own = run.spec.thresholds.get(stage)
