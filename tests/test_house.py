@@ -19,7 +19,7 @@ FLOORS = [
     ["serial", "bert.checkpoint", "bert.tokenization", "bert.vocabulary", "bert.resume", "bert.batching"],
     ["bert.graph", "bert.fast"],
     ["stage", "run", "bert.finetune", "bert.huggingface", "bert.serving"],
-    ["analysis.bootstrap", "analysis.outcomes", "bert.attributions"],
+    ["analysis.bootstrap", "analysis.resamples", "analysis.outcomes", "bert.attributions"],
     ["analysis.latency", "analysis.goals", "analysis.quadrants", "export"],
     ["analysis.paired", "analysis.metrics", "analysis.duplicates"],
     ["analysis.calibration", "analysis.coverage", "analysis.temperature", "analysis.live_latency"],

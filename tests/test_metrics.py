@@ -20,7 +20,6 @@ from sklearn.metrics import (
 )
 
 from cascade_lab.analysis.metrics import (
-    cell_figures,
     class_figures,
     confused_pairs,
     confusion,
@@ -28,9 +27,9 @@ from cascade_lab.analysis.metrics import (
     figures_of,
     in_scope_answers,
     judged,
-    ranking_figures,
     wilson,
 )
+from cascade_lab.analysis.resamples import cell_figures, ranking_figures
 from cascade_lab.errors import RunError, SpecError
 from cascade_lab.run import Run, Scores
 

@@ -19,7 +19,8 @@ import pandas as pd
 from scipy.special import log_softmax
 
 from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, interval, resample_counts
-from cascade_lab.analysis.metrics import On, blocks, in_scope_answers, judged, wilson
+from cascade_lab.analysis.metrics import On, in_scope_answers, judged, wilson
+from cascade_lab.analysis.resamples import blocks
 from cascade_lab.errors import CalibrationError
 from cascade_lab.run import Run
 

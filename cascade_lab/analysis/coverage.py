@@ -16,8 +16,9 @@ import pandas as pd
 
 from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, interval, resample_counts
 from cascade_lab.analysis.goals import figure_of
-from cascade_lab.analysis.metrics import blocks, in_scope_answers
+from cascade_lab.analysis.metrics import in_scope_answers
 from cascade_lab.analysis.outcomes import outcome_counts
+from cascade_lab.analysis.resamples import blocks
 from cascade_lab.errors import RunError, did_you_mean
 from cascade_lab.run import Run
 

@@ -69,13 +69,13 @@ def fit_temperatures(
         codes = pd.Index(spec.labels).get_indexer(found.y_true)
         inverse = _fit(logits, codes, f"{run.directory}: stage '{name}'")
         slopes, curvatures = _derivatives(logits, codes, inverse)
-
-        def refitted(weights: np.ndarray, at=inverse, slopes=slopes, curvatures=curvatures) -> np.ndarray:
-            return np.clip(at - (weights @ slopes) / (weights @ curvatures), *_RANGE)
-
-        resampled = refitted(resample_counts(len(codes), n_resamples=n_resamples, seed=seed).astype(np.float64))
+        drawn = resample_counts(len(codes), n_resamples=n_resamples, seed=seed).astype(np.float64)
         fold = np.random.default_rng(seed).permutation(len(codes)) % n_folds
-        others = refitted(1.0 - np.eye(n_folds)[fold].T)
+        # A Newton step from the fit, for each weighting of the texts.
+        resampled, others = (
+            np.clip(inverse - (weights @ slopes) / (weights @ curvatures), *_RANGE)
+            for weights in (drawn, 1.0 - np.eye(n_folds)[fold].T)
+        )
         left_out = _log_losses(logits * others[fold][:, None], codes)
         rows[name] = {
             "on": on,

@@ -66,6 +66,6 @@ def calibrate(
 
 def _say_thresholds(name: str, before: float | None, after: float | None, is_kept: bool) -> None:
     if not is_kept:
-        line(f"{name}: {before or 0:g} stays its threshold, and means something else now: none does exactly the same")
+        line(f"{name}: its threshold stays as it is and means something else now, for none does exactly the same")
     elif before is not None and after != before:
         line(f"{name}: threshold {before:.6g} becomes {after:.6g}, which decides the same")
