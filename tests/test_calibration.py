@@ -296,7 +296,9 @@ def test_labels_of_a_diagram_are_never_read_as_formulas_and_no_texts_can_be_draw
     run = simulated(tmp_path / "run", spec, n=40, seed=0)
     display = CascadeCalibrationDisplay.from_run(run, stage="gate")
     display.title, display.event = "$x_1$ $", r"$\\frac"
-    display.plot().figure_.canvas.draw()
+    drawn_inside(display.plot().figure_)
+    display.title, display.event = "long\n" * 30_000, "<b>" * 30_000
+    drawn_inside(display.plot().figure_)
     never = rescored(run, run.spec.with_thresholds({"gate": 1.0}))
     empty = CascadeCalibrationDisplay.from_run(never, stage="last").plot()
     drawn_inside(empty.figure_)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from cascade_lab.analysis.calibration import N_BINS, Bins, calibration_figures, claims, reliability
 from cascade_lab.analysis.metrics import On
+from cascade_lab.displays.words import words
 from cascade_lab.run import Run
 
 
@@ -104,10 +105,10 @@ class CascadeCalibrationDisplay:
         ax.set(xlim=(-0.02, 1.02), ylim=(-foot, 1.03), aspect="equal")
         ax.set_yticks([-foot / 2, *np.linspace(0, 1, 6)], ["texts", *(f"{v:.1f}" for v in np.linspace(0, 1, 6))])
         ax.tick_params(axis="y", length=0)
-        event = self.event.replace("$", r"\$")
+        event = words(self.event, 24)
         ax.set_xlabel(f"probability of {event}")
         ax.set_ylabel(f"fraction {event}")
-        ax.set_title(self.title.replace("$", r"\$") + f"\n{self._said()}", fontsize=9.5, loc="left", linespacing=1.5)
+        ax.set_title(words(self.title) + f"\n{self._said()}", fontsize=9.5, loc="left", linespacing=1.5)
         ax.spines[["top", "right"]].set_visible(False)
         return self
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from cascade_lab.analysis.bootstrap import Interval
 from cascade_lab.analysis.coverage import CONFIDENCES, Confidence, coverage_figures, operating_point, risk_coverage
+from cascade_lab.displays.words import words
 from cascade_lab.run import Run
 
 
@@ -99,7 +100,7 @@ class RiskCoverageDisplay:
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if top > 0.05 else 1))
         ax.set(xlabel="coverage: texts answered", ylabel="risk: errors among them")
-        ax.set_title(self.title.replace("$", r"\$"), fontsize=11, loc="left")
+        ax.set_title(words(self.title), fontsize=11, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
         # Below the axes, where no curve can run through it.
         ax.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.13), fontsize=9, frameon=False)
