@@ -11,6 +11,7 @@ from sklearn.metrics import accuracy_score
 from cascade_lab.analysis.goals import Goal, figure_of
 from cascade_lab.analysis.outcomes import outcome_counts
 from cascade_lab.analysis.quadrants import counts_at, points, spread
+from cascade_lab.analysis.thresholds import choose
 from cascade_lab.analysis.tuning import certainty, other_worlds
 from cascade_lab.displays.thresholds import ThresholdDisplay, ThresholdSurfaceDisplay
 from cascade_lab.errors import InfeasibleError, RunError
@@ -81,6 +82,15 @@ def test_any_size_is_drawn_and_no_dollar_is_a_formula(tmp_path, n, n_labels):
         assert display.plot(axes).ax_ is axes
 
 
+def test_of_three_stages_that_reject_two_are_chosen_together(tmp_path):
+    run, goal = random_run(tmp_path / "run", n=80, n_gates=2), Goal("accuracy")
+    sure = certainty(run, goal, ["gate0", "last"], n_resamples=5)
+    display = ThresholdDisplay.from_run(run, "gate0", goal=goal, sure=sure)
+    assert display.chosen == choose(run, goal, ["gate0", "last"]).thresholds["gate0"]
+    alone = ThresholdDisplay.from_run(run, "gate1", goal=goal)
+    assert alone.chosen == choose(run, goal, ["gate1"]).thresholds["gate1"]
+
+
 def test_a_surface_takes_two_stages_and_a_goal_that_can_be_met(run, tmp_path):
     with pytest.raises(RunError, match="takes two stages that can reject"):
         ThresholdSurfaceDisplay.from_run(run, Goal("accuracy"), ["last"])
@@ -109,7 +119,7 @@ def test_spread_places_serve_both_kinds_of_text(run):
 
 
 def test_other_worlds_are_what_weighted_texts_give(run):
-    """The best of 300 replays on texts weighted by hand is no better, and the figure there is scikit-learn's."""
+    """The best of 120 replays on texts weighted by hand is no better, and the figure there is scikit-learn's."""
     worlds = other_worlds(run, Goal("accuracy"), [0.01, 0.5], ["gate0"])
     out = run.examples["label"].str.startswith("oos").to_numpy()
     for prevalence, row in worlds.iterrows():
@@ -120,7 +130,7 @@ def test_other_worlds_are_what_weighted_texts_give(run):
             return accuracy_score(answers["label"], answers["predicted"], sample_weight=weight)
 
         assert accuracy(row["gate0"]) == pytest.approx(row["accuracy"])
-        assert row["accuracy"] >= max(map(accuracy, np.linspace(0, 1, 300))) - 1e-9
+        assert row["accuracy"] >= max(map(accuracy, np.linspace(0, 1, 120))) - 1e-9
     assert worlds.loc[0.01, "gate0"] < worlds.loc[0.5, "gate0"]
     bounded = other_worlds(run, Goal("accuracy", at_least={"in_scope_accuracy": 0.999}), [0.5, 0.9], ["gate0"])
     assert bounded.isna().all(axis=1).tolist() == [True, True]

@@ -82,7 +82,8 @@ class ThresholdDisplay:
         """Sweep the threshold of `stage`, by default the first that can reject.
 
         With a `goal`, the thresholds of up to two stages that can reject are chosen together, again on each resample,
-        and the sweep has the other stage at its chosen one. `sure` is what `certainty` says, where it is known already.
+        and the sweep has the other stage at its chosen one. `sure` is what `certainty` says, where it is known
+        already; its stages are then those that are chosen together.
 
         Raises
         ------
@@ -94,6 +95,8 @@ class ThresholdDisplay:
         stages = swept_stages(run.spec)
         stage = stage or (*stages, run.spec.last.name)[0]  # a last stage that cannot reject is refused below
         together = stages if stage in stages and len(stages) <= 2 else (stage,)
+        if sure is not None:
+            together = tuple(sure.thresholds.columns)
         title = f"{run.spec.name}: the threshold of stage {stage}, on {len(run.examples):,} texts"
         own = run.spec.thresholds.get(stage)
         if goal is None:
