@@ -50,29 +50,34 @@ def serve_batch(
     answers : DataFrame
         A row a text: `predicted`, `decided_by`, `probability`.
     timings : list of dict
-        A row a stage that was reached: `stage`, `n_examples`, `sequence_length`, `n_tokens`, `tokenize_seconds`,
-        `run_seconds` (in the session), `answer_seconds` (softmax and threshold).
+        A row a stage that was reached: `stage`, `n_examples`, `sequence_length`, `n_tokens`, `tokenize_seconds` (next
+        to nothing where the stage before tokenizes alike), `run_seconds` (in the session), `answer_seconds` (softmax
+        and threshold).
     """
     answers, timings = blank_answers(len(texts)), []
     arrived = np.arange(len(texts))
+    tokenizer, encodings = None, []  # a stage that tokenizes as the one before takes what that one's survivors have
     for stage, stage_spec in zip(cascade.stages, spec.stages, strict=True):
         if not len(arrived):
             break
         started = perf_counter()
-        here = [texts[row] for row in arrived]
-        encodings = stage.encode(here, None if texts_b is None else [texts_b[row] for row in arrived])
+        if stage.tokenizer.settings != tokenizer:
+            here = [texts[row] for row in arrived]
+            encodings = stage.encode(here, None if texts_b is None else [texts_b[row] for row in arrived])
+            tokenizer = stage.tokenizer.settings
         tokenized = perf_counter()
-        logits = stage.logits(encodings)
+        logits = stage.score(encodings)[0]
         ran = perf_counter()
         said = answer(stage_spec, logits)
         settle(answers, stage_spec, arrived, said)
         arrived = arrived[said.passes]
-        answered = perf_counter()
         lengths = [len(encoding.input_ids) for encoding in encodings]
+        encodings = [encodings[row] for row in np.flatnonzero(said.passes)]
+        answered = perf_counter()
         timings.append(
             {
                 "stage": stage_spec.name,
-                "n_examples": len(encodings),
+                "n_examples": len(lengths),
                 "sequence_length": max(lengths),
                 "n_tokens": sum(lengths),
                 "tokenize_seconds": tokenized - started,

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from cascade_lab.bert import reference
+from cascade_lab.provenance import sha256
 
 MAX_CHARS_PER_WORD = 200  # FullTokenizer's; a longer word is [UNK]
 
@@ -56,7 +57,7 @@ class Tokenizer:
     def __init__(self, vocab_file: str | Path, *, do_lower_case: bool, max_seq_length: int):
         self._full = reference.load("tokenization").FullTokenizer(str(vocab_file), do_lower_case)
         self._vocab = dict(self._full.vocab)
-        self.settings = (tuple(self._vocab), do_lower_case, max_seq_length)
+        self.settings = (sha256(vocab_file), do_lower_case, max_seq_length)
         self._max_seq_length = max_seq_length
         self._fast = RustTokenizer(
             models.WordPiece(self._vocab, unk_token="[UNK]", max_input_chars_per_word=MAX_CHARS_PER_WORD)
