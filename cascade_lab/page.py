@@ -121,7 +121,8 @@ def _output(output: Mapping[str, Any], markdown: Any) -> str:
     if "text/markdown" in data:
         return markdown(_visible(data["text/markdown"]))
     if "text/html" in data:
-        return f'<div class="table">{clean(data["text/html"])}</div>\n'
+        tables = re.sub(r"<table\b.*?</table>", lambda table: _set(table[0]), clean(data["text/html"]), flags=re.DOTALL)
+        return f'<div class="table">{tables}</div>\n'
     if "text/plain" in data and not any("widget" in kind for kind in data):
         return f"<pre>{escape(_visible(without_addresses(data['text/plain'])))}</pre>\n"
     return ""
@@ -187,6 +188,42 @@ def clean(html: str) -> str:
     for known in ids:
         made = made.replace(known, "T_" + sha256(made.replace(known, "").encode()).hexdigest()[:8])
     return made
+
+
+_CELL = re.compile(r"<t([dh])\b([^>]*)>(.*?)</t\1>", re.DOTALL)
+_NUMBER = re.compile(r"[-+−]?[\d.,]+(e[-+]?\d+)?%?( \([^a-z]*( to )?[^a-z]*\))?|–|nan|", re.IGNORECASE)
+
+
+def _set(table: str) -> str:
+    """Set a table as a printer would: numbers to the right and words to the left, each under its header.
+
+    What a cell says stays the same, but for NaN in a column of numbers, which is undefined and shown as –.
+    """
+    body = table.partition("<tbody>")[2]
+    rows = [_CELL.findall(row) for row in body.split("</tr>")]
+    columns = list(zip(*([said for kind, _, said in row if kind == "d"] for row in rows if row), strict=False))
+    kinds = ["number" if all(map(_NUMBER.fullmatch, map(str.strip, column))) else "words" for column in columns]
+
+    def row_of(row: str) -> str:
+        cells = _CELL.findall(row)
+        spread = any("colspan" in attributes for _, attributes, _ in cells)
+        first = len(cells) - len(kinds)  # headers of rows stand before
+
+        def cell(found: re.Match[str], place: Iterator[int]) -> str:
+            tag, attributes, said = found.groups()
+            at = next(place) - first
+            kind = "words" if at < 0 or spread else kinds[at]
+            if kind == "number":
+                said = "–" if tag == "d" and said.strip() == "NaN" else said
+            elif "<" not in said:
+                long = len(said) > 40 or any(len(word) > 40 for word in said.split())
+                kind, said = "text" if long else "words", re.sub(r"_(?=\w)", "_<wbr>", said)
+            return f'<t{tag}{attributes} data-kind="{kind}">{said}</t{tag}>'
+
+        place = iter(range(len(cells)))
+        return _CELL.sub(lambda found: cell(found, place), row)
+
+    return "</tr>".join(map(row_of, table.split("</tr>")))
 
 
 def _facts(runs: Mapping[str, Any]) -> str:

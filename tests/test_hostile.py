@@ -192,6 +192,7 @@ def test_a_report_of_hostile_texts_runs_nothing_fetches_nothing_and_shows_them(b
     assert [row[0] for row in shown[0]["rows"]][: len(texts)] == texts
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # a box stands for what the font has not
 def test_hostile_texts_come_through_tables_and_figures(runs, texts, tmp_path):
     run = runs[0]
     assert run.examples["text"].tolist()[: len(texts)] == texts

@@ -188,36 +188,29 @@ def test_a_report_is_the_same_bytes_wherever_whenever_and_whoever(tuned, tmp_pat
 
 def test_verify_says_identical_or_what_differs(tuned, small, tmp_path, monkeypatch):
     run = shutil.copytree(tuned.directory, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(report_module, "environment", lambda: {"packages": {"pandas": "1.0"}})
-        report = write_report(Run.read(run), notebook=small, parameters={"other": None})
+    (tmp_path / "file.txt").write_text("a")
+    mine = ("--notebook", small, "-p", f"other={tmp_path / 'file.txt'}")
+    assert cascade_lab("report", run, *mine).exit_code == 0
+    report = run / "small.html"
     html = report.read_text(encoding="utf-8")
-    assert report.name == "small.html"
     assert "<title>Why – service-desk</title>" in html
     assert "not for the reader" not in html
-    assert [one["kind"] for one in json.loads(report.with_suffix(".json").read_text())["shown"]] == [
-        "text", "table", "table", "figure", "text",
-    ]  # fmt: skip
-    said = cascade_lab("verify", report, "--notebook", small)
-    assert said.exit_code == 0, said.output
-    assert "identical but for the versions of packages (pandas was 1.0, is " in said.stdout
-
-    (tmp_path / "file.txt").write_text("a")
-    other = ("--notebook", small, "-p", f"other={tmp_path / 'file.txt'}")
-    assert cascade_lab("report", run, *other).exit_code == 0
+    record = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [one["kind"] for one in record["shown"]] == ["text", "table", "table", "figure", "text"]
+    assert record["files"] == {"other": {"file.txt": sha256(tmp_path / "file.txt")}}
     said = cascade_lab("verify", report, "--notebook", small)
     assert said.exit_code == 2
     assert "its notebook read another run or file as other; give it: -p other=PATH" in said.stderr
-    said = cascade_lab("verify", report, *other)
+    said = cascade_lab("verify", report, *mine)
     assert said.exit_code == 0
     assert said.stdout == f"{report}: identical\n"
-    report.write_text(report.read_text(encoding="utf-8").replace("Because of", "Because off"), encoding="utf-8")
-    (tmp_path / "file.txt").write_text("b")
-    said = cascade_lab("verify", report, *other)
-    assert said.exit_code == 1
-    assert said.stdout.startswith("files › other › file.txt: was ca978112ca1b")
-    (tmp_path / "file.txt").write_text("a")
-    said = cascade_lab("verify", report, *other)
+    monkeypatch.setattr(report_module, "environment", lambda: {"packages": {**record["packages"], "pandas": "9.9"}})
+    said = cascade_lab("verify", report, *mine)
+    assert said.exit_code == 0, said.output
+    version = record["packages"]["pandas"]
+    assert f"identical but for the versions of packages (pandas was {version}, is 9.9)" in said.stdout
+    report.write_text(html.replace("Because of", "Because off"), encoding="utf-8")
+    said = cascade_lab("verify", report, *mine)
     assert said.exit_code == 1
     assert "every number is the same, and the page is not" in said.stdout
 
