@@ -6,7 +6,7 @@ import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from html import escape
+from html import escape, unescape
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
@@ -94,6 +94,9 @@ def _markdown(contents: _Contents, *, links: bool) -> Any:
     class Prose(mistune.HTMLRenderer):
         def heading(self, text: str, level: int, **_: Any) -> str:
             return contents.heading(text, level)
+
+        def text(self, text: str) -> str:
+            return escape(unescape(text))  # Markdown reads &lt; as <
 
         def image(self, text: str, url: str, title: str | None = None) -> str:
             return escape(text)
