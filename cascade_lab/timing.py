@@ -217,8 +217,7 @@ def _look(cascade: Cascade, evalset: EvalSet) -> pd.DataFrame:
     seen = evalset.examples[["example_id"]].copy()
     for stage in cascade.stages:
         encodings = stage.encode(evalset.texts, evalset.texts_b)
-        parts = [stage.logits(encodings[i : i + 32]) for i in range(0, len(encodings), 32)]
-        seen[f"{stage.spec.name}_probability"] = answer(stage.spec, np.concatenate(parts)).decisive
+        seen[f"{stage.spec.name}_probability"] = answer(stage.spec, stage.score(encodings)[0]).decisive
         seen[f"{stage.spec.name}_tokens"] = [len(encoding.input_ids) for encoding in encodings]
     return seen
 
