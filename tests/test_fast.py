@@ -13,12 +13,15 @@ from conftest import texts, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import erf, softmax
+from typer.testing import CliRunner
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Stage
 from cascade_lab.bert import fast
 from cascade_lab.bert.batching import batches
 from cascade_lab.bert.checkpoint import read_checkpoint
+from cascade_lab.cli import app
 from cascade_lab.errors import CheckpointError, SpecError
+from cascade_lab.precision import verify_precision
 from cascade_lab.serial import serve
 
 tf1 = tf.compat.v1
@@ -186,6 +189,23 @@ def test_bfloat16_changes_at_most_one_answer_in_a_thousand(clinc150, clinc150_ru
         assert 1e-4 < difference.max() < 0.5, "another precision, and not another network"
     changed = (serve(spec, logits)["predicted"] != clinc150_run.predictions["predicted"]).mean()
     assert changed <= 0.001
+
+
+@BFLOAT16
+def test_verify_precision_says_what_differs(tiny, tiny_evalset):
+    result = CliRunner().invoke(app, ["verify-precision", str(tiny), str(tiny_evalset)])
+    assert result.exit_code == 0, result.output
+    assert "of 200 texts otherwise than in float32" in result.output
+    found = verify_precision(CascadeSpec.read(tiny), EvalSet.read(tiny_evalset))
+    batch = EvalSet.read(tiny_evalset).texts
+    for name, row in found.stages.iterrows():
+        spec = CascadeSpec.read(tiny).stage(name)
+        with Stage(replace(spec, engine="reference")) as exact, Stage(replace(spec, precision="bfloat16")) as lower:
+            difference = np.abs(lower.score(lower.encode(batch))[0] - exact.score(exact.encode(batch))[0])
+        assert row["max"] == pytest.approx(difference.max(), abs=1e-4)
+        assert 0 < row["rms"] < row["p99"] < row["max"]
+    result = CliRunner().invoke(app, ["verify-precision", str(tiny), str(tiny_evalset), "--split", "none"])
+    assert result.exit_code == 2
 
 
 def test_bfloat16_that_is_not_to_be_had_is_one_line(tiny, monkeypatch):

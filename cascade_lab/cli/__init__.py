@@ -10,6 +10,7 @@ from cascade_lab.cli import (
     attributing,
     auditing,
     calibrating,
+    checking,
     checkpoints,
     comparing,
     inspecting,
@@ -60,6 +61,7 @@ app.command()(attributing.attribute)
 app.command()(calibrating.calibrate)
 app.command()(comparing.compare)
 app.command()(timing.latency)
+app.command("verify-precision")(checking.verify_precision)
 app.command()(auditing.audit)
 app.command()(auditing.correct)
 app.command()(checkpoints.finetune)
