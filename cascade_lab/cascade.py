@@ -24,7 +24,7 @@ from cascade_lab.serial import answer, blank_answers, check_labels, settle
 from cascade_lab.spec import CascadeSpec
 from cascade_lab.stage import Stage
 
-CHUNK = 4096  # texts that are held as token ids at one time, while the next are tokenized
+CHUNK = 8192  # texts that are held as token ids at one time, while the next are tokenized
 
 Scored = dict[str, tuple[np.ndarray, np.ndarray]]
 """Stage name to the rows that it scored, and their logits."""
