@@ -15,6 +15,8 @@ PERCENTILES = (50, 95, 99)
 class StageLatency:
     """Time a text at one stage: its batch's tokenization and run, divided by the batch's texts.
 
+    A run scores several batches side by side where there are several processors, each in a time of its own.
+
     Attributes
     ----------
     text_ms : ndarray of float, shape (n_texts,)

@@ -149,11 +149,10 @@ def _print_latency(console: Console, found: Comparison) -> None:
         ms = [figure(row[name], 2) for name in ("p50_ms", "p95_ms", "p99_ms", "mean_ms")]
         shown.add_row(f"{letter} {stage}", f"{int(row['n_texts']):,}", *ms)
     console.print(shown)
-    sizes = [run["batch_size"] for run in found.runs]
-    batches = f"batches of {sizes[0]}" if sizes[0] == sizes[1] else f"batches of {sizes[0]} and of {sizes[1]}"
-    machines = len({run["processor"] for run in found.runs})
-    line(f"from separate runs, in {batches}{', on other processors' if machines > 1 else ''}: what else their machines")
-    line("did is part of the difference")
+    keys = ("batch_size", "processor")
+    differs = [key.replace("_", " ") for key in keys if len({run[key] for run in found.runs}) > 1]
+    other = f", of another {' and '.join(differs)}" if differs else ""
+    line(f"from separate runs{other}: what else their machines did is part of the difference")
     console.print()
 
 

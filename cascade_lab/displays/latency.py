@@ -45,7 +45,8 @@ class StageLatencyDisplay:
     def from_run(cls, run: Run) -> StageLatencyDisplay:
         """Compute from a run, with `stage_latencies`."""
         size = run.manifest["batch_size"]
-        return cls(stage_latencies(run), title=f"{run.spec.name}: time a text, batches of {size}")
+        bound = "" if size is None else f", at most {size} texts a batch"
+        return cls(stage_latencies(run), title=f"{run.spec.name}: time a text{bound}")
 
     def plot(self, ax: Axes | None = None) -> StageLatencyDisplay:
         """Draw a row a stage, and above them one bar of their shares.
