@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
 from cascade_lab.bert import fast, graph
-from cascade_lab.bert.batching import batches
+from cascade_lab.bert.batching import batches, even_share
 from cascade_lab.bert.checkpoint import Checkpoint, checkpoint_files, read_checkpoint
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
 from cascade_lab.errors import CheckpointError
@@ -152,7 +152,7 @@ class Stage:
             seconds = perf_counter() - start
             return Batch(int(times[rows].sum()), int(lengths[rows].max()), int(lengths[rows].sum()), seconds)
 
-        plan = batches(lengths, max_texts=batch_size)
+        plan = batches(lengths, max_texts=batch_size, max_tokens=even_share(int(lengths.sum()), self.callers))
         ran = []
         for batch in self._each(run, plan):
             ran.append(batch)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 MAX_TOKENS = 1024  # of a batch: its activations stay in a core's cache, and its products are large enough
+MIN_TOKENS = 64  # below which a batch is not divided any more
+
+
+def even_share(n_tokens: int, callers: int) -> int:
+    """Return how many tokens a batch may have for callers that work side by side to end at about the same time.
+
+    >>> even_share(1400, 2), even_share(3000, 2), even_share(20, 2)
+    (700, 750, 64)
+    """
+    rounds = max(1, math.ceil(n_tokens / (callers * MAX_TOKENS)))
+    return max(MIN_TOKENS, math.ceil(n_tokens / (callers * rounds)))
 
 
 def batches(

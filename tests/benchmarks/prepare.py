@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import tomli_w
 from tokenizers import BertWordPieceTokenizer
 
 from cascade_lab.bert.checkpoint import variable_shapes
@@ -55,8 +55,8 @@ def main(clinc150: Path, folder: Path) -> None:
 def _formats(spec: CascadeSpec, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for precision in ("float32", "bfloat16"):
-        content = {**spec.to_dict(), "engine": "fast", "precision": precision}
-        (folder / f"cascade-{precision}.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+        stages = tuple(replace(stage, engine="fast", precision=precision) for stage in spec.stages)
+        replace(spec, stages=stages).write(folder / f"cascade-{precision}.toml")
     export_cascade(spec, folder / "hf", format="hf", overwrite=True)
     (folder / "onnx").mkdir(exist_ok=True)
     for stage in spec.stages:
