@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from cascade_lab import CascadeLabError, CascadeSpec, Stage, StageSpec
 from cascade_lab.bert.checkpoint import list_variables, open_checkpoint, read_checkpoint, variable_shapes
 from cascade_lab.bert.huggingface import export_directory, import_directory
+from cascade_lab.bert.tokenization import Encoding
 from cascade_lab.bert.writing import save_checkpoint
 from cascade_lab.errors import CheckpointError
 
@@ -41,9 +42,13 @@ def spec_of(folder: Path, **change: object) -> StageSpec:
 
 
 def logits_of(spec: StageSpec, batch: dict[str, np.ndarray]) -> np.ndarray:
-    names = {"input_ids": "input_ids", "input_mask": "attention_mask", "segment_ids": "token_type_ids"}
+    columns = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
+    encodings = [
+        Encoding(ids[: mask.sum()].tolist(), int((mask * (1 - segments)).sum()))
+        for ids, mask, segments in zip(*columns, strict=True)
+    ]
     with Stage(spec) as stage:
-        return stage.session.run("logits:0", {f"{ours}:0": batch[theirs] for ours, theirs in names.items()})
+        return stage.logits(encodings)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +58,11 @@ def imported(tmp_path_factory):
     return {name: import_directory(DATA / name, root / name) for name in [*ACTIVATIONS, "base"]}
 
 
+@pytest.mark.parametrize("engine", ["fast", "reference"])
 @pytest.mark.parametrize("hidden_act", ACTIVATIONS)
-def test_the_logits_are_pytorchs(hidden_act, imported, tmp_path):
+def test_the_logits_are_pytorchs(hidden_act, engine, imported, tmp_path):
     expected = np.load(DATA / hidden_act / "expected.npz")
-    spec = spec_of(imported[hidden_act])
+    spec = spec_of(imported[hidden_act], engine=engine)
     assert {row.sum() for row in expected["attention_mask"]} > {2, 3, 25}, "of mixed length, with padding"
     np.testing.assert_allclose(logits_of(spec, expected), expected["logits"], atol=1e-4, rtol=0)
 

@@ -73,7 +73,7 @@ def test_a_saved_model_gives_the_stages_logits_without_this_package(name, tiny, 
     n_labels = len(spec.labels)
     assert said["outputs"] == {end: ["float32", [None, n_labels]] for end in ("logits", "probabilities")}
     np.testing.assert_allclose(outputs["logits"], expected, atol=1e-5, rtol=0)
-    powers = np.exp(expected - expected.max(axis=1, keepdims=True))
+    powers = np.exp(outputs["logits"] - outputs["logits"].max(axis=1, keepdims=True))
     np.testing.assert_allclose(outputs["probabilities"], powers / powers.sum(axis=1, keepdims=True), atol=1e-6)
 
     extra = folder / "1" / "assets.extra"
