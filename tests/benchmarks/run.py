@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where everything is made")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tenth of the texts, two rounds: does everything work?")
+    parser.add_argument("--without-base", action="store_true", help="leave out BERT-base: half the time")
     arguments = parser.parse_args()
     started, folder = perf_counter(), arguments.folder
     rounds = 2 if arguments.quick else arguments.rounds
@@ -187,7 +188,7 @@ def main() -> None:
         for precision in ("float32", "bfloat16")
     ]
     report["results"] = []
-    for part in (evalset + calls + slow, base):
+    for part in (evalset + calls + slow, *([] if arguments.without_base else [base])):
         entries = qualify(part, folder, arguments.quick, report["absent"], progress)
         for number in range(1, rounds + 1):
             progress(f"round {number} of {rounds}")
