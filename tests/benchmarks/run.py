@@ -37,7 +37,7 @@ CASTS = [{"autocast": cast} for cast in (False, True)]
 
 # What runs: the function in `contenders.py`, the settings that it has to choose among, each in a process of its own,
 # and the options of a call. The package chooses its threads and its grouping itself; batch None is its own choice too.
-OURS = {"contender": "cascade_lab", "settings": [{}], "options": [{"batch": None}, {"batch": 128}]}
+OURS = {"contender": "cascade_lab", "settings": [{}], "options": [{"batch": None}]}
 THEIRS = {"options": [{"batch": batch, **grouping} for batch, grouping in product((32, 128), GROUPINGS)]}
 CONTENDERS = [
     {**OURS, "precision": "float32"},
