@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from functools import cache
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from cascade_lab.errors import CheckpointError
 from cascade_lab.spec import StageSpec
 
 tf1 = tf.compat.v1
+
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size")
 
 
 class Batch(NamedTuple):
@@ -59,6 +62,8 @@ class Stage:
         self.tokenizer = Tokenizer(
             spec.vocab_file, do_lower_case=spec.do_lower_case, max_seq_length=spec.max_seq_length
         )
+        layers, hidden, inner = (checkpoint.config[key] for key in _SIZES)
+        self.work = layers * hidden * (4 * hidden + 2 * inner)  # multiplications a token, attention aside
         self._is_fast = spec.engine == "fast"
         self._nodes = ("oneDNN" if fused else "portable") if self._is_fast else "bert-tensorflow"
         # A thread a processor, each with batches of its own: small products do not divide well. A GPU wants one caller.
@@ -115,7 +120,11 @@ class Stage:
             return self.session.run(self._ends.logits_t, graph.feed(self._ends.inputs, batch))
         even, arrays = fast.feed(batch, self._n_segments)
         (logits,) = (self._even if even else self._uneven)(*arrays)
-        return logits
+        return logits[: len(batch)]
+
+    def ahead(self, batch: Sequence[Encoding]) -> Future[np.ndarray]:
+        """Begin `logits` of one batch in a thread of its own."""
+        return _pool().submit(self.logits, batch)
 
     def score(
         self,
@@ -150,26 +159,30 @@ class Stage:
             start = perf_counter()
             logits[rows] = self.logits([distinct[row] for row in rows])
             seconds = perf_counter() - start
-            return Batch(int(times[rows].sum()), int(lengths[rows].max()), int(lengths[rows].sum()), seconds)
+            n_examples = int(times[np.unique(rows)].sum())
+            return Batch(n_examples, int(lengths[rows].max()), int(lengths[rows].sum()), seconds)
 
         plan = batches(lengths, max_texts=batch_size, max_tokens=even_share(int(lengths.sum()), self.callers))
         ran = []
-        for batch in self._each(run, plan):
-            ran.append(batch)
-            done(batch.n_examples)
+        with closing(self._each(run, plan)) as each:
+            for batch in each:
+                ran.append(batch)
+                done(batch.n_examples)
         return logits[which], ran
 
-    def _each(self, run: Callable[[np.ndarray], Batch], plan: list[np.ndarray]) -> Iterator[Batch]:
-        """Run every batch, as many side by side as there are callers; `Session.run` lets go of Python's lock."""
+    def _each(self, run: Callable[[np.ndarray], Batch], plan: list[np.ndarray]) -> Generator[Batch, None, None]:
+        """Run every batch, as many side by side as there are callers; TensorFlow lets go of Python's lock."""
         if self.callers == 1 or len(plan) < 2:
             yield from map(run, plan)
             return
-        with ThreadPoolExecutor(self.callers) as pool:
-            try:
-                yield from pool.map(run, plan)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        futures = [_pool().submit(run, rows) for rows in plan]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)  # the session may be closed next
 
     def close(self) -> None:
         """Close the session and let its weights go."""
@@ -185,6 +198,12 @@ class Stage:
 def _n_processors() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Return the threads that call, the same for all stages: each holds programs of its own for all shapes it ran."""
+    return ThreadPoolExecutor(_n_processors(), thread_name_prefix="cascade_lab")
 
 
 def _callable(session: tf1.Session, ends: fast.Ends) -> Callable[..., list[np.ndarray]]:

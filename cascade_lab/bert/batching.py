@@ -9,16 +9,29 @@ import numpy as np
 
 MAX_TOKENS = 1024  # of a batch: its activations stay in a core's cache, and its products are large enough
 MIN_TOKENS = 64  # below which a batch is not divided any more
+MANY = 16  # batches, of which one more or less does not matter
 
 
 def even_share(n_tokens: int, callers: int) -> int:
     """Return how many tokens a batch may have for callers that work side by side to end at about the same time.
 
     >>> even_share(1400, 2), even_share(3000, 2), even_share(20, 2)
-    (700, 750, 64)
+    (704, 768, 64)
     """
     rounds = max(1, math.ceil(n_tokens / (callers * MAX_TOKENS)))
-    return max(MIN_TOKENS, math.ceil(n_tokens / (callers * rounds)))
+    return max(MIN_TOKENS, rounded_up(math.ceil(n_tokens / (callers * rounds))))
+
+
+def rounded_up(n: int) -> int:
+    """Return `n` or up to an eighth more: one of the eight sizes from a power of two to the next.
+
+    Every shape that occurs is held as a program of its own, by every thread; so few should occur.
+
+    >>> [rounded_up(n) for n in (5, 15, 17, 100, 1000)]
+    [5, 15, 18, 104, 1024]
+    """
+    step = 1 << max(0, n.bit_length() - 4)
+    return -(-n // step) * step
 
 
 def batches(
@@ -39,32 +52,42 @@ def batches(
     -------
     list of ndarray of int
         The texts of each batch, those with most tokens first. As many as fill batches of a single length are in such;
-        what remains of each length is put together with its neighbours'.
+        what remains of each length is put together with its neighbours'. The last of many batches has some texts more
+        than once, for its size to be one that occurs anyway.
 
     >>> [batch.tolist() for batch in batches([4, 2, 4, 3, 2, 2], max_tokens=8)]
     [[0, 2], [3, 1, 4], [5]]
     """
     lengths = np.asarray(lengths, dtype=int)
+    max_texts = len(lengths) if max_texts is None else max_texts
+    if 0 < len(lengths) <= max_texts and lengths.sum() <= max_tokens and len(lengths) * lengths.max() <= MAX_TOKENS:
+        return [np.arange(len(lengths))]
     found, rest = [], []
     for length in np.unique(lengths)[::-1]:
         rows = np.flatnonzero(lengths == length)
-        size = max(1, max_tokens // int(length))
-        size = size if max_texts is None else min(size, max_texts)
+        size = min(max_texts, max(1, max_tokens // int(length)))
         n_full = len(rows) // size * size
         found += np.split(rows[:n_full], range(size, n_full, size)) if n_full else []
-        rest.append(rows[n_full:])
-    found += _packed(np.concatenate(rest) if rest else np.zeros(0, int), lengths, max_texts or len(lengths), max_tokens)
+        rest += rows[n_full:].tolist()
+    found += _packed(rest, lengths, max_texts, max_tokens)
+    if rest and len(found) >= MANY:
+        size = min(max_texts, max(1, max_tokens // int(lengths[found[-1]].max())))
+        found[-1] = np.resize(found[-1], max(size, len(found[-1])))
     return sorted(found, key=lambda batch: -int(lengths[batch].sum()))
 
 
-def _packed(rows: np.ndarray, lengths: np.ndarray, max_texts: int, max_tokens: int) -> list[np.ndarray]:
-    """Fill batches in the order of `rows`."""
+def _packed(rows: Sequence[int], lengths: np.ndarray, max_texts: int, max_tokens: int) -> list[np.ndarray]:
+    """Fill batches in the order of `rows`, which is that of falling lengths.
+
+    Padded to its longest text, none is of more than MAX_TOKENS: as many texts as a batch of that one length has.
+    """
     found: list[list[int]] = []
-    n_tokens = 0
+    n_tokens = longest = 0
     for row in rows:
         n_tokens += int(lengths[row])
-        if not found or n_tokens > max_tokens or len(found[-1]) == max_texts:
+        n_texts = len(found[-1]) + 1 if found else 1
+        if not found or n_tokens > max_tokens or n_texts > max_texts or n_texts * longest > MAX_TOKENS:
             found.append([])
-            n_tokens = int(lengths[row])
-        found[-1].append(int(row))
+            n_tokens = longest = int(lengths[row])
+        found[-1].append(row)
     return [np.array(batch) for batch in found]

@@ -21,6 +21,7 @@ import tensorflow as tf
 from tensorflow.core.framework.attr_value_pb2 import AttrValue
 from tensorflow.python.framework import kernels
 
+from cascade_lab.bert.batching import rounded_up
 from cascade_lab.bert.tokenization import Encoding
 
 tf1 = tf.compat.v1
@@ -35,7 +36,6 @@ _ACTIVATIONS: dict[str, tuple[str | None, Callable[[tf.Tensor], tf.Tensor]]] = {
     "linear": (None, tf.identity),
 }
 _MASKED = -1e9  # what bert-tensorflow's -10000 is for: no weight at all for what is not there
-_ROWS = 32  # tokens of a batch of several lengths are rounded up to a multiple, so that few shapes occur
 
 
 class Ends(NamedTuple):
@@ -123,12 +123,13 @@ def feed(batch: Sequence[Encoding], n_segments: int) -> tuple[bool, list[np.ndar
         `input_ids` and `places`, shape (n_tokens,): every text's tokens, one text behind the other, and their rows in
         the table of positions and segments. `grid`, shape (n, length): the tokens of each text, as places in the
         former. For the uneven form also `slots`, shape (n_tokens,): the places of the tokens in the grid, and `mask`,
-        shape (n, length): 0 for a token, very low for none.
+        shape (n, length): 0 for a token, very low for none; there, n_tokens and n are rounded up, and the logits have
+        as many rows too many.
     """
     lengths = np.array([len(encoding.input_ids) for encoding in batch])
     longest, n_tokens = int(lengths.max()), int(lengths.sum())
     even = bool((lengths == longest).all())
-    size = n_tokens if even else -(-n_tokens // _ROWS) * _ROWS
+    size = n_tokens if even else rounded_up(n_tokens)
     # A token too many is [PAD] at place 0 and belongs to no text.
     input_ids, places = np.zeros((2, size), dtype=np.int32)
     input_ids[:n_tokens] = np.concatenate([encoding.input_ids for encoding in batch])
@@ -138,8 +139,10 @@ def feed(batch: Sequence[Encoding], n_segments: int) -> tuple[bool, list[np.ndar
     places[:n_tokens] = position * n_segments + second
     if even:
         return True, [input_ids, places, np.arange(n_tokens, dtype=np.int32).reshape(len(batch), longest)]
-    there = np.arange(longest) < lengths[:, None]
-    grid = np.where(there, starts[:, None] + np.arange(longest), 0).astype(np.int32)
+    there = np.zeros((rounded_up(len(batch)), longest), dtype=bool)
+    there[: len(batch)] = np.arange(longest) < lengths[:, None]
+    grid = np.zeros(there.shape, dtype=np.int32)
+    grid[there] = np.arange(n_tokens)
     slots = np.zeros(size, dtype=np.int32)
     slots[:n_tokens] = np.flatnonzero(there)
     return False, [input_ids, places, grid, slots, np.where(there, 0, _MASKED).astype(np.float32)]
