@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from cascade_lab.analysis.metrics import summarize
+from cascade_lab.bert.batching import MIN_TOKENS
 from cascade_lab.bert.tokenization import Encoding
 from cascade_lab.evalset import EvalSet
 from cascade_lab.provenance import environment, sha256
@@ -38,12 +39,15 @@ class Served(NamedTuple):
     answers : dict of str to ndarray
         The columns `predicted`, `decided_by`, `probability`.
     scored : Scored
+    decisive : dict of str to ndarray
+        What each stage's threshold was compared with, of the rows that it scored.
     timings : list of tuple
         A row of `timings.parquet` for each batch, but for its number.
     """
 
     answers: dict[str, np.ndarray]
     scored: Scored
+    decisive: dict[str, np.ndarray]
     timings: list[tuple[Any, ...]]
 
 
@@ -99,6 +103,10 @@ class Cascade:
     ) -> pd.DataFrame:
         """Answer any number of texts.
 
+        Texts too few to keep more than one processor busy do not wait for the first stage: the next ones, where they
+        are no larger and tokenize alike, begin on the others at once, and what they say of a text that is stopped
+        before them goes unread.
+
         Parameters
         ----------
         texts : sequence of str
@@ -124,13 +132,12 @@ class Cascade:
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         parts |= {f"{stage.name}_probability": [] for stage in self.spec.stages}
         with _bar(len(texts) * len(self.stages), progress) as bar:
-            for served in self._serve(texts, texts_b, batch_size, bar, shadow=False):
+            for served in self._serve(texts, texts_b, batch_size, bar, shadow=False, ahead=True):
                 for name in names:
                     parts[name].append(served.answers[name])
                 for stage in self.spec.stages:
-                    rows, logits = served.scored[stage.name]
                     column = np.full(len(served.answers["predicted"]), np.nan)
-                    column[rows] = answer(stage, logits).decisive
+                    column[served.scored[stage.name][0]] = served.decisive[stage.name]
                     parts[f"{stage.name}_probability"].append(column)
         return pd.DataFrame({name: np.concatenate(columns) for name, columns in parts.items()})
 
@@ -210,6 +217,7 @@ class Cascade:
         bar: tqdm,
         *,
         shadow: bool,
+        ahead: bool = False,
     ) -> Iterator[Served]:
         """Send texts down the serial path, chunk by chunk; while one is scored, the next is tokenized."""
         chunks = [slice(start, start + CHUNK) for start in range(0, max(len(texts), 1), CHUNK)]
@@ -219,12 +227,16 @@ class Cascade:
             found = self.stages[0].encode(texts[chunk], None if texts_b is None else texts_b[chunk])
             return found, perf_counter() - start
 
-        with ThreadPoolExecutor(1) as ahead:
+        with ThreadPoolExecutor(1) as aside:
             encoded, seconds = encode(chunks[0])
             for number, chunk in enumerate(chunks):
-                following = ahead.submit(encode, chunks[number + 1]) if number + 1 < len(chunks) else None
+                following = aside.submit(encode, chunks[number + 1]) if number + 1 < len(chunks) else None
                 part = texts[chunk], None if texts_b is None else texts_b[chunk]
-                yield self._serve_chunk(*part, encoded, seconds, batch_size, bar, shadow=shadow)
+                begun = self._begun(encoded, batch_size) if ahead else {}
+                try:
+                    yield self._serve_chunk(*part, encoded, seconds, begun, batch_size, bar, shadow=shadow)
+                finally:
+                    wait(begun.values())  # a session may be closed next
                 if following is not None:
                     encoded, seconds = following.result()
 
@@ -234,6 +246,7 @@ class Cascade:
         texts_b: Sequence[str | None] | None,
         encoded: list[Encoding],
         seconds: float,
+        begun: Mapping[str, Future[np.ndarray]],
         batch_size: int | None,
         bar: tqdm,
         *,
@@ -242,21 +255,27 @@ class Cascade:
         """Let each stage score, in full batches, what the one before passed.
 
         `encoded` are the texts as the first stage tokenized them, in `seconds`; a later stage that would tokenize
-        alike takes them as they are.
+        alike takes them as they are. `begun` are the logits of stages that did not wait.
         """
         answers = blank_answers(len(texts))
         scored: Scored = {}
+        decisive: dict[str, np.ndarray] = {}
         timings: list[tuple[Any, ...]] = []
         arrived = np.arange(len(texts))
         for place, stage in enumerate(self.stages, 1):
             bar.set_description(stage.spec.name)
-            if stage.tokenizer.settings == self.stages[0].tokenizer.settings:
-                encodings, encode_seconds = [encoded[row] for row in arrived], seconds if place == 1 else 0.0
+            encode_seconds, ran = 0.0, []
+            if stage.spec.name in begun:
+                logits = begun[stage.spec.name].result()[arrived]
+                bar.update(len(arrived))
             else:
-                start = perf_counter()
-                encodings = stage.encode(*_taken(arrived, texts, texts_b))
-                encode_seconds = perf_counter() - start
-            logits, ran = stage.score(encodings, batch_size=batch_size, done=bar.update)
+                if stage.tokenizer.settings == self.stages[0].tokenizer.settings:
+                    encodings, encode_seconds = [encoded[row] for row in arrived], seconds if place == 1 else 0.0
+                else:
+                    start = perf_counter()
+                    encodings = stage.encode(*_taken(arrived, texts, texts_b))
+                    encode_seconds = perf_counter() - start
+                logits, ran = stage.score(encodings, batch_size=batch_size, done=bar.update)
             scored[stage.spec.name] = arrived, logits
             # All texts are tokenized at once, before they can be sorted; a batch's share is its share of the tokens.
             n_tokens = max(sum(batch.n_tokens for batch in ran), 1)
@@ -265,11 +284,24 @@ class Cascade:
                 for batch in ran
             ]
             said = answer(stage.spec, logits)
+            decisive[stage.spec.name] = said.decisive
             settle(answers, stage.spec, arrived, said)
             arrived = arrived[said.passes]
             if not shadow:  # the later stages will not see those that stopped here
                 bar.total -= int((~said.passes).sum()) * (len(self.stages) - place)
-        return Served(answers, scored, timings)
+        return Served(answers, scored, decisive, timings)
+
+    def _begun(self, encoded: list[Encoding], batch_size: int | None) -> dict[str, Future[np.ndarray]]:
+        """Let later stages begin on texts that are one small batch; return their logits, which are still to come."""
+        first, n_tokens = self.stages[0], sum(len(encoding.input_ids) for encoding in encoded)
+        is_small = len(encoded) == 1 or 0 < n_tokens <= MIN_TOKENS
+        if not is_small or len(encoded) > (batch_size or len(encoded)):
+            return {}
+        return {
+            stage.spec.name: stage.ahead(encoded)
+            for stage in self.stages[1 : first.callers]
+            if stage.tokenizer.settings == first.tokenizer.settings and stage.work <= first.work
+        }
 
     def _shadow(
         self,

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import texts
 
-from cascade_lab import Cascade, CascadeSpec, EvalSet, Run
+from cascade_lab import Cascade, CascadeSpec, EvalSet, Run, Stage
 from cascade_lab import cascade as cascade_module
 from cascade_lab.errors import CheckpointError, EvalSetError
 from cascade_lab.serial import probabilities
@@ -68,6 +68,27 @@ def test_predict_gives_the_same_answers_in_chunks(loaded, monkeypatch):
     monkeypatch.setattr(cascade_module, "CHUNK", 7)
     parts = loaded.predict(texts(50))
     pd.testing.assert_frame_equal(whole, parts, atol=1e-5)
+
+
+def test_few_texts_begin_at_every_stage_at_once_and_are_answered_alike(balanced, monkeypatch):
+    begun = []
+    ahead = Stage.ahead
+    monkeypatch.setattr(Stage, "ahead", lambda stage, batch: begun.append(stage.spec.name) or ahead(stage, batch))
+    many = balanced.predict(texts(60))
+    assert begun == []  # enough for every processor
+    one_by_one = pd.concat([balanced.predict([text]) for text in texts(60)], ignore_index=True)
+    assert begun == (["intent"] * 60 if balanced.stages[0].callers > 1 else [])
+    pd.testing.assert_frame_equal(one_by_one, many, atol=1e-5)
+    assert set(many["decided_by"]) == {"gate", "intent"}
+
+
+def test_a_stage_waits_for_its_turn_where_it_is_larger_or_the_bound_is_lower(balanced, monkeypatch):
+    few = balanced.stages[0].encode(["pay my bill", "sing"])
+    expected = {"intent"} if balanced.stages[0].callers > 1 else set()
+    assert set(balanced._begun(few, None)) == set(balanced._begun(few, 2)) == expected
+    assert balanced._begun(few, 1) == balanced._begun([], None) == {}
+    monkeypatch.setattr(balanced.stages[1], "work", balanced.stages[0].work + 1)
+    assert balanced._begun(few, None) == {}
 
 
 def test_a_runs_replay_at_its_own_thresholds_is_the_live_run_row_for_row(balanced, tiny_evalset, tmp_path):
