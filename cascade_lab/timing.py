@@ -36,7 +36,8 @@ def serve_batch(
     """Serve one batch as it comes in: its survivors, and no others, go on to the next stage.
 
     Unlike `Cascade.run`, which fills the later stages' batches with the survivors of many, since it has all texts at
-    once.
+    once; and unlike `Cascade.predict` of very few texts, whose later stages begin before they know: so each stage's
+    own time is seen here, and what a threshold saves.
 
     Parameters
     ----------

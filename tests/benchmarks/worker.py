@@ -63,11 +63,11 @@ def growth(folder: Path, *, precision: str, counts: list[int]) -> dict[str, Any]
     """How time and memory grow with the number of texts, in one process: seconds and peak after each count."""
     texts = json.loads((folder / "grown.json").read_text())
     predict = contenders.cascade_lab(folder, precision=precision)
-    predict(texts[: counts[0] // 10], batch=128)
+    predict(texts[: counts[0] // 10])
     rows, first = [], 0
     for n in counts:
         start = perf_counter()
-        predict(texts[first : first + n], batch=128)
+        predict(texts[first : first + n])
         rows.append({"n_texts": n, "seconds": perf_counter() - start, "peak_mb": peak_mb()})
         first += n
     return {"rows": rows}
