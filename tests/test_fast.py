@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from time import sleep
 
 import numpy as np
 import pytest
@@ -238,6 +239,22 @@ def test_equal_texts_are_scored_once_and_every_text_is_answered(tiny):
         np.testing.assert_array_equal(logits[:40], logits[40:80])
         alone = [stage.logits([encoding])[0] for encoding in encodings]
         np.testing.assert_allclose(logits, alone, atol=1e-5)
+
+
+def test_an_interruption_leaves_nothing_running(tiny, monkeypatch):
+    with Stage(CascadeSpec.read(tiny).last) as stage:
+        ran, logits = [], Stage.logits
+        monkeypatch.setattr(Stage, "logits", lambda stage, batch: ran.append(len(batch)) or logits(stage, batch))
+
+        def interrupt(n: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            stage.score(stage.encode(texts(600)), batch_size=1, done=interrupt)
+        n_ran = len(ran)
+        assert n_ran < 600
+        sleep(0.1)
+        assert len(ran) == n_ran
 
 
 def test_the_same_run_twice_gives_the_same_bytes(tiny, tiny_evalset, tmp_path):

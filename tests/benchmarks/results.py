@@ -52,6 +52,7 @@ def tables(report: dict[str, Any]) -> list[str]:
         f"{report['date'][:10]}, {machine['processor']}, {machine['cores']} cores ({', '.join(machine['features'])}), "
         f"Python {machine['python']}, {versions}; {report['wall_seconds'] / 60:.0f} minutes"
         + ("; a quick run: its figures mean nothing" if report["quick"] else ""),
+        summary(report),
         table(["aim", "at least", "measured", ""], aims(report)),
         *(
             table([measure, "texts/s", "p50 ms", "share", "changed", "setting"], measured(report, measure))
@@ -61,6 +62,27 @@ def tables(report: dict[str, Any]) -> list[str]:
     ]
     lines += [f"absent: {who}: {why}" for who, why in report["absent"].items()]
     return lines
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return the table of the README: a contender a row, its best setting for each measurement."""
+    columns = [(m, p) for m in ("eval set", "calls of 128", "calls of 1") for p in PRECISIONS]
+    first = {"eval set": "all at once", "calls of 128": "calls of 128", "calls of 1": "one text, ms"}
+    rows = []
+    for contender, title in NAMES.items():
+        found = [find(report, measure, contender, precision) for measure, precision in columns]
+        values = [
+            row and (figure(row["p50_ms"]) if row["measure"] == "calls of 1" else f"{row['texts_per_second']:,.0f}")
+            for row in found
+        ]
+        if any(found):
+            rows.append([title, *(value or "–" for value in values)])
+    rows.sort(key=lambda row: -float(row[1].replace(",", "")))
+    rows[0][0] = f"**{rows[0][0]}**"
+    for row in report["results"]:
+        if row["contender"] == "script":
+            rows.append([row["measure"].replace("script", "the script"), f"{row['texts_per_second']:,.0f}", *["–"] * 5])
+    return table(["texts a second", *(f"{first[m]}, {p}" for m, p in columns)], rows)
 
 
 def table(header: list[str], rows: Iterable[list[Any]]) -> str:
