@@ -16,7 +16,6 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from cascade_lab.analysis.metrics import summarize
-from cascade_lab.bert.batching import MIN_TOKENS
 from cascade_lab.bert.tokenization import Encoding
 from cascade_lab.evalset import EvalSet
 from cascade_lab.provenance import environment, sha256
@@ -26,6 +25,7 @@ from cascade_lab.spec import CascadeSpec
 from cascade_lab.stage import Stage
 
 CHUNK = 8192  # texts that are held as token ids at one time, while the next are tokenized
+AHEAD_TOKENS = 128  # up to which texts are one batch for all stages at once: a part takes as long to load the weights
 
 Scored = dict[str, tuple[np.ndarray, np.ndarray]]
 """Stage name to the rows that it scored, and their logits."""
@@ -103,9 +103,9 @@ class Cascade:
     ) -> pd.DataFrame:
         """Answer any number of texts.
 
-        Texts too few to keep more than one processor busy do not wait for the first stage: the next ones, where they
-        are no larger and tokenize alike, begin on the others at once, and what they say of a text that is stopped
-        before them goes unread.
+        Texts too few to be divided well among the processors do not wait for the first stage: the next ones, where
+        they are no larger and tokenize alike, begin on other processors at once, and what they say of a text that is
+        stopped before them goes unread.
 
         Parameters
         ----------
@@ -265,8 +265,8 @@ class Cascade:
         for place, stage in enumerate(self.stages, 1):
             bar.set_description(stage.spec.name)
             encode_seconds, ran = 0.0, []
-            if stage.spec.name in begun:
-                logits = begun[stage.spec.name].result()[arrived]
+            if begun and (place == 1 or stage.spec.name in begun):
+                logits = stage.logits(encoded) if place == 1 else begun[stage.spec.name].result()[arrived]
                 bar.update(len(arrived))
             else:
                 if stage.tokenizer.settings == self.stages[0].tokenizer.settings:
@@ -294,7 +294,7 @@ class Cascade:
     def _begun(self, encoded: list[Encoding], batch_size: int | None) -> dict[str, Future[np.ndarray]]:
         """Let later stages begin on texts that are one small batch; return their logits, which are still to come."""
         first, n_tokens = self.stages[0], sum(len(encoding.input_ids) for encoding in encoded)
-        is_small = len(encoded) == 1 or 0 < n_tokens <= MIN_TOKENS
+        is_small = len(encoded) == 1 or 0 < n_tokens <= AHEAD_TOKENS
         if not is_small or len(encoded) > (batch_size or len(encoded)):
             return {}
         return {

@@ -60,33 +60,39 @@ def batches(
     """
     lengths = np.asarray(lengths, dtype=int)
     max_texts = len(lengths) if max_texts is None else max_texts
-    if 0 < len(lengths) <= max_texts and lengths.sum() <= max_tokens and len(lengths) * lengths.max() <= MAX_TOKENS:
+    are_many = lengths.sum() >= MANY * max_tokens
+    max_padded = max_tokens if are_many else 2 * max_tokens
+    if 0 < len(lengths) <= max_texts and lengths.sum() <= max_tokens and len(lengths) * lengths.max() <= max_padded:
         return [np.arange(len(lengths))]
+
+    def size(length: int) -> int:
+        return min(max_texts, max(1, max_tokens // length))
+
     found, rest = [], []
-    for length in np.unique(lengths)[::-1]:
+    for length in np.unique(lengths)[::-1].tolist():
         rows = np.flatnonzero(lengths == length)
-        size = min(max_texts, max(1, max_tokens // int(length)))
-        n_full = len(rows) // size * size
-        found += np.split(rows[:n_full], range(size, n_full, size)) if n_full else []
+        n_full = len(rows) // size(length) * size(length)
+        found += np.split(rows[:n_full], range(size(length), n_full, size(length))) if n_full else []
         rest += rows[n_full:].tolist()
-    found += _packed(rest, lengths, max_texts, max_tokens)
-    if rest and len(found) >= MANY:
-        size = min(max_texts, max(1, max_tokens // int(lengths[found[-1]].max())))
-        found[-1] = np.resize(found[-1], max(size, len(found[-1])))
+    found += _packed(rest, lengths, max_texts, max_tokens, max_padded)
+    if rest and are_many:
+        found[-1] = np.resize(found[-1], size(int(lengths[found[-1]].max())))
     return sorted(found, key=lambda batch: -int(lengths[batch].sum()))
 
 
-def _packed(rows: Sequence[int], lengths: np.ndarray, max_texts: int, max_tokens: int) -> list[np.ndarray]:
+def _packed(
+    rows: Sequence[int], lengths: np.ndarray, max_texts: int, max_tokens: int, max_padded: int
+) -> list[np.ndarray]:
     """Fill batches in the order of `rows`, which is that of falling lengths.
 
-    Padded to its longest text, none is of more than MAX_TOKENS: as many texts as a batch of that one length has.
+    Padded to its longest text, none is of more than `max_padded` tokens: in a grid of that size its heads attend.
     """
     found: list[list[int]] = []
     n_tokens = longest = 0
     for row in rows:
         n_tokens += int(lengths[row])
         n_texts = len(found[-1]) + 1 if found else 1
-        if not found or n_tokens > max_tokens or n_texts > max_texts or n_texts * longest > MAX_TOKENS:
+        if not found or n_tokens > max_tokens or n_texts > max_texts or n_texts * longest > max_padded:
             found.append([])
             n_tokens = longest = int(lengths[row])
         found[-1].append(row)
