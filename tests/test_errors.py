@@ -20,14 +20,12 @@ from cascade_lab.analysis.errors import (
     RECOVERABLE,
     blame,
     blame_counts,
-    confident_errors,
-    confused_pairs,
     flow,
     ghost_matrix,
-    near_threshold,
     oracle_ladder,
     should_say,
 )
+from cascade_lab.analysis.examples import confident_errors, confused_texts, near_threshold
 from cascade_lab.analysis.metrics import figures_of
 from cascade_lab.analysis.outcomes import ERRORS, FALSE_ACCEPT, FALSE_REJECT, WRONG_CLASS, WRONG_REJECT, outcome_counts
 from cascade_lab.displays.outcomes import GhostMatrixDisplay, OracleLadderDisplay, OutcomeFlowDisplay
@@ -134,7 +132,7 @@ def test_five_texts_by_hand(tmp_path):
     ]
 
     assert confident_errors(run, 2)["example_id"].tolist() == ["t3", "t2"]
-    pairs = confused_pairs(run, 1, 5)
+    pairs = confused_texts(run, 1, 5)
     assert pairs[["label", "predicted", "n_examples", "example_id"]].to_numpy().tolist() == [
         ["b", "oos", 2, "t3"],
         ["b", "oos", 2, "t2"],
@@ -397,7 +395,7 @@ def test_without_shadow_scores_it_says_so_where_they_are_needed(tmp_path):
         with pytest.raises(RunError, match=r"2 examples .*run the cascade again with shadow scores"):
             ask(run)
     assert confident_errors(run)["example_id"].tolist() == ["t3", "t2", "t5", "t4"]
-    assert len(confused_pairs(run)) == 4
+    assert len(confused_texts(run)) == 4
     assert near_threshold(run, "gate", 1)["example_id"].tolist() == ["t2", "t4"]
     # What the gate stopped rightly needs none.
     last = {"name": "intent", "labels": ["a", "b"]}
@@ -431,7 +429,7 @@ def test_a_run_without_errors_has_empty_tables(tmp_path):
     run = write_run(
         tmp_path / "run", [GATE, {"name": "i", "labels": ["a", "b"]}], ["a"], {"gate": [[0.1, 0.9]], "i": [[0.9, 0.1]]}
     )
-    for table in (blame(run), blame_counts(run), confident_errors(run), confused_pairs(run)):
+    for table in (blame(run), blame_counts(run), confident_errors(run), confused_texts(run)):
         assert len(table) == 0
     legible(OutcomeFlowDisplay.from_run(run).plot())
     OracleLadderDisplay.from_run(run).plot().figure_.canvas.draw()

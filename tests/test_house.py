@@ -20,7 +20,7 @@ FLOORS = [
     ["bert.graph", "bert.fast"],
     ["stage", "run", "bert.finetune", "bert.huggingface", "bert.serving"],
     ["analysis.bootstrap", "analysis.resamples", "analysis.outcomes", "bert.attributions"],
-    ["analysis.latency", "analysis.goals", "analysis.quadrants", "export"],
+    ["analysis.latency", "analysis.examples", "analysis.goals", "analysis.quadrants", "export"],
     ["analysis.paired", "analysis.metrics", "analysis.duplicates"],
     ["analysis.calibration", "analysis.coverage", "analysis.temperature", "analysis.live_latency"],
     ["analysis.thresholds", "analysis.errors", "analysis.slices", "analysis.audit", "analysis.comparison"],
