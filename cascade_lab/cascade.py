@@ -255,7 +255,7 @@ class Cascade:
         """Let each stage score, in full batches, what the one before passed.
 
         `encoded` are the texts as the first stage tokenized them, in `seconds`; a later stage that would tokenize
-        alike takes them as they are. `begun` are the logits of stages that did not wait.
+        alike takes them as they are. `begun` are the logits of stages that did not wait for one another.
         """
         answers = blank_answers(len(texts))
         scored: Scored = {}
@@ -265,8 +265,8 @@ class Cascade:
         for place, stage in enumerate(self.stages, 1):
             bar.set_description(stage.spec.name)
             encode_seconds, ran = 0.0, []
-            if begun and (place == 1 or stage.spec.name in begun):
-                logits = stage.logits(encoded) if place == 1 else begun[stage.spec.name].result()[arrived]
+            if stage.spec.name in begun:
+                logits = begun[stage.spec.name].result()[arrived]
                 bar.update(len(arrived))
             else:
                 if stage.tokenizer.settings == self.stages[0].tokenizer.settings:
@@ -292,16 +292,17 @@ class Cascade:
         return Served(answers, scored, decisive, timings)
 
     def _begun(self, encoded: list[Encoding], batch_size: int | None) -> dict[str, Future[np.ndarray]]:
-        """Let later stages begin on texts that are one small batch; return their logits, which are still to come."""
+        """Let stages begin side by side on texts that are one small batch; return their logits, still to come."""
         first, n_tokens = self.stages[0], sum(len(encoding.input_ids) for encoding in encoded)
         is_small = len(encoded) == 1 or 0 < n_tokens <= AHEAD_TOKENS
         if not is_small or len(encoded) > (batch_size or len(encoded)):
             return {}
-        return {
-            stage.spec.name: stage.ahead(encoded)
-            for stage in self.stages[1 : first.callers]
+        alike = [
+            stage
+            for stage in self.stages[: first.callers]
             if stage.tokenizer.settings == first.tokenizer.settings and stage.work <= first.work
-        }
+        ]
+        return {stage.spec.name: stage.ahead(encoded) for stage in alike} if len(alike) > 1 else {}
 
     def _shadow(
         self,

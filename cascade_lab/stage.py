@@ -23,8 +23,6 @@ from cascade_lab.spec import StageSpec
 
 tf1 = tf.compat.v1
 
-_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size")
-
 
 class Batch(NamedTuple):
     """What was scored in one run of a session: `n_examples` texts, equal ones scored once, and how long it took.
@@ -62,7 +60,8 @@ class Stage:
         self.tokenizer = Tokenizer(
             spec.vocab_file, do_lower_case=spec.do_lower_case, max_seq_length=spec.max_seq_length
         )
-        layers, hidden, inner = (checkpoint.config[key] for key in _SIZES)
+        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size")
+        layers, hidden, inner = (checkpoint.config[key] for key in sizes)
         self.work = layers * hidden * (4 * hidden + 2 * inner)  # multiplications a token, attention aside
         self._is_fast = spec.engine == "fast"
         self._nodes = ("oneDNN" if fused else "portable") if self._is_fast else "bert-tensorflow"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_TOKENS = 1024  # of a batch: its activations stay in a core's cache, and its products are large enough
+MAX_TOKENS = 1024  # of a batch: fewer take longer a token, more are no faster and divide less evenly
 MIN_TOKENS = 64  # below which a batch is not divided any more
 MANY = 16  # batches, of which one more or less does not matter
 
