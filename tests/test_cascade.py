@@ -80,6 +80,9 @@ def test_few_texts_begin_at_every_stage_at_once_and_are_answered_alike(balanced,
     assert begun == (["gate", "intent"] * 60 if balanced.stages[0].callers > 1 else [])
     pd.testing.assert_frame_equal(one_by_one, many, atol=1e-5)
     assert set(many["decided_by"]) == {"gate", "intent"}
+    by_three = pd.concat([balanced.predict(texts(60)[n : n + 3]) for n in range(0, 60, 3)], ignore_index=True)
+    assert len(begun) > 120 or balanced.stages[0].callers == 1
+    pd.testing.assert_frame_equal(by_three, many, atol=1e-5)
 
 
 def test_a_stage_waits_for_its_turn_where_it_is_larger_or_the_bound_is_lower(balanced, monkeypatch):
