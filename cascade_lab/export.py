@@ -1,4 +1,4 @@
-"""A cascade in the formats that others load: SavedModels for TensorFlow Serving, directories for Hugging Face."""
+"""Exports all stages of a cascade, as SavedModels for TensorFlow Serving or as directories for Hugging Face."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from cascade_lab.bert.checkpoint import checkpoint_files, find_checkpoint
+from cascade_lab.atomic import to_json, whole_directory
+from cascade_lab.bert.checkpoint import checkpoint_files, find_checkpoint, stage_files
 from cascade_lab.bert.huggingface import export_directory
-from cascade_lab.bert.serving import export_saved_model
-from cascade_lab.errors import CascadeLabError, did_you_mean
+from cascade_lab.bert.saved_model import export_saved_model
+from cascade_lab.exceptions import CascadeLabError, did_you_mean
 from cascade_lab.provenance import environment, sha256
-from cascade_lab.run import write_json
 from cascade_lab.spec import CascadeSpec, StageSpec
-from cascade_lab.wholly import whole_directory
 
 FORMATS = {"saved_model": export_saved_model, "hf": export_directory}
 
@@ -22,17 +21,17 @@ FORMATS = {"saved_model": export_saved_model, "hf": export_directory}
 def export_cascade(
     spec: CascadeSpec, output: str | Path, *, format: str, overwrite: bool = False, progress: bool = False
 ) -> Path:
-    """Write every stage of a cascade to a directory of its own, and what binds them to `export.json`.
+    """Write every stage of a cascade to its own directory, and what connects the stages to `export.json`.
 
     Parameters
     ----------
     spec : CascadeSpec
     output : path
-        The directory to make; a stage lies in `output/<stage>/`. It appears whole or not at all.
+        The new directory, with one directory per stage: `output/<stage>/`. It appears whole or not at all.
     format : {"saved_model", "hf"}
-        What `export_saved_model` writes, or what `export_directory` does.
+        The format of the stages: see `export_saved_model` and `export_directory`.
     overwrite : bool
-        Replace what an earlier export left there.
+        Replace an earlier export at `output`.
     progress : bool
         Show a progress bar.
 
@@ -44,29 +43,30 @@ def export_cascade(
     Raises
     ------
     CheckpointError
-        A stage's files are not usable.
+        A stage's files are missing or not usable.
     CascadeLabError
-        An unknown format; `output` exists already, or cannot be written.
+        The format is unknown; `output` exists already, or cannot be written.
     """
     output = Path(output)
     if format not in FORMATS:
-        raise CascadeLabError(f"{output}: unknown format '{format}'{did_you_mean(format, list(FORMATS))}")
-    with whole_directory(output, overwrite=overwrite, sign="export.json", what="cascade's export") as made:
+        raise CascadeLabError(f"{output}: unknown format '{format}'{did_you_mean(format, FORMATS)}")
+    with whole_directory(output, overwrite=overwrite, marker="export.json", what="cascade's export") as directory:
         for stage in tqdm(spec.stages, desc="export", unit="stage", disable=not progress, leave=False):
-            FORMATS[format](stage, made / stage.name)
+            FORMATS[format](stage, directory / stage.name)
         content = {
             "name": spec.name,
             "format": format,
-            "stages": [_facts(stage) for stage in spec.stages],
+            "stages": [_description(stage) for stage in spec.stages],
             "packages": environment()["packages"],
         }
-        write_json(made / "export.json", content)
+        (directory / "export.json").write_text(to_json(content), encoding="utf-8")
     return output
 
 
-def _facts(stage: StageSpec) -> dict[str, Any]:
-    """Return what a server of this stage has to know beside its weights, and which files it is made of."""
-    files = [*checkpoint_files(find_checkpoint(stage.init_checkpoint)), stage.bert_config_file, stage.vocab_file]
+def _description(stage: StageSpec) -> dict[str, Any]:
+    """Return what a server of this stage needs besides the weights, and the digests of the stage's files."""
+    paths = stage_files(stage)
+    files = [*checkpoint_files(find_checkpoint(paths.init_checkpoint)), paths.bert_config_file, paths.vocab_file]
     return {
         "name": stage.name,
         "labels": list(stage.labels),

@@ -1,4 +1,4 @@
-"""Where a run comes from: digests, versions, the commit, the processor."""
+"""Records where a result comes from: digests of files, versions of packages, the git commit, the processor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file, as `sha256sum` prints it."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -33,25 +33,25 @@ def sha256(path: str | Path) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return what of this process and its machine bears on a result: git, Python, packages, processor."""
+    """Return what a result depends on besides its inputs: git commit, Python, packages, platform, processor."""
     return {
         "git": git_state(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
     }
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Return the commit that `folder` stands on and whether files differ from it; None outside a checkout."""
+    """Return the git commit of `folder`, and whether files differ from it; both None if it is not in a repository."""
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10)
+            result = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return result.stdout.strip() if result.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
     return {"commit": commit, "dirty": None if commit is None else bool(git("status", "--porcelain"))}
@@ -60,13 +60,14 @@ def git_state(folder: Path) -> dict[str, Any]:
 def processor() -> str:
     """Return the processor's model name."""
     if sys.platform == "linux":
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[1]
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if model:
+            return model[1]
     return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

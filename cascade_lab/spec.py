@@ -1,4 +1,4 @@
-"""`cascade.toml` in, validated: the stages of a cascade as frozen data."""
+"""Reads, checks and writes `cascade.toml`: the stages of a cascade as frozen data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import tomli_w
 
-from cascade_lab.errors import SpecError, did_you_mean
+from cascade_lab.atomic import write_text
+from cascade_lab.exceptions import SpecError, did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,21 +24,24 @@ else:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage: a fine-tuned BERT classifier and its place in the cascade.
+    """One stage: a fine-tuned BERT classifier and its role in the cascade.
 
-    A stage with a `pass_label` is a gate. An example goes on to the next stage if
-    `probability(pass_label) >= threshold`; otherwise the gate's most probable other label is the answer.
-    The last stage has no `pass_label`. It answers with its most probable label or, where that label's
-    probability is below `min_probability`, with `reject_label`; a label in `min_probabilities` has a least
-    probability of its own. Probabilities are the softmax of the logits divided by `temperature`. `engine` is "fast", or
-    "reference" for bert-tensorflow's own graph; `precision` is "float32" or, for the fast engine, "bfloat16".
+    A stage with a `pass_label` is a gate. It passes a text on to the next stage if `probability(pass_label) >=
+    threshold`; otherwise it answers with its most probable other label. The last stage has no `pass_label`. It
+    answers with its most probable label or, where that label's probability is below `min_probability`, with
+    `reject_label`. `min_probabilities` gives single labels a minimum of their own. Probabilities are the softmax of
+    the logits divided by `temperature`.
+
+    `engine` is "fast", or "reference" for bert-tensorflow's own graph; `precision` is "float32" or, for the fast
+    engine, "bfloat16". A stage without `init_checkpoint` was scored elsewhere: its logits are known
+    (`Run.from_logits`), and it cannot be loaded.
     """
 
     name: str
-    init_checkpoint: Path
-    bert_config_file: Path
-    vocab_file: Path
     labels: tuple[str, ...]
+    init_checkpoint: Path | None = None
+    bert_config_file: Path | None = None
+    vocab_file: Path | None = None
     do_lower_case: bool = True
     max_seq_length: int = 128
     pass_label: str | None = None
@@ -52,8 +56,13 @@ class StageSpec:
     output_bias: str = "output_bias"
 
     @property
+    def role(self) -> str:
+        """What the stage does in the cascade: "gate" or "final" (see `decisions.ROLES`)."""
+        return "final" if self.pass_label is None else "gate"
+
+    @property
     def is_gate(self) -> bool:
-        return self.pass_label is not None
+        return self.role == "gate"
 
     @property
     def reject_labels(self) -> tuple[str, ...]:
@@ -65,10 +74,10 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class CascadeSpec:
-    """A cascade: stages in series, each but the last a gate.
+    """A cascade: stages in series. Every stage but the last is a gate.
 
-    `tuned_on` says where its thresholds come from, if they were tuned, and `calibrated_on` where the temperatures of
-    which stages do: the `[tuned_on]` and `[calibrated_on.<stage>]` tables of the file.
+    `tuned_on` records what the thresholds were tuned on, and `calibrated_on` what each stage's temperature was fitted
+    on: the tables `[tuned_on]` and `[calibrated_on.<stage>]` of the file.
     """
 
     name: str
@@ -93,7 +102,7 @@ class CascadeSpec:
         except UnicodeDecodeError as error:
             raise SpecError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
         except tomllib.TOMLDecodeError as error:
-            raise SpecError(f"{path}: not TOML: {error}; mend it there") from error
+            raise SpecError(f"{path}: not TOML: {error}; fix it there") from error
         return cls.from_dict(content, where=str(path), folder=path.parent)
 
     @classmethod
@@ -109,7 +118,7 @@ class CascadeSpec:
         if not isinstance(tuned_on, Mapping | None):
             raise SpecError(f"{where}: tuned_on must be a table, not {tuned_on!r}")
         if not isinstance(calibrated_on, Mapping | None) or not all(
-            isinstance(said, Mapping) for said in (calibrated_on or {}).values()
+            isinstance(table, Mapping) for table in (calibrated_on or {}).values()
         ):
             raise SpecError(f"{where}: calibrated_on must have a table for each stage, not {calibrated_on!r}")
         tables = content.get("stage", [])
@@ -119,14 +128,14 @@ class CascadeSpec:
         for number, table in enumerate(tables, 1):
             here = f"{where}: stage '{table.get('name', number)}'"
             _refuse_unknown(table, known, here)
-            # A gate's keys mean nothing to the last stage, and the other way round: only what fits is shared.
+            # Keys at the top go to every stage that can have them: a gate's keys not to the last stage, and vice versa.
             shared = {key: value for key, value in common.items() if _fits(key, number == len(tables))}
             stages.append(_stage({**shared, **table}, here, folder))
         _check_order(stages, where)
         return cls(name=name, stages=tuple(stages), tuned_on=tuned_on, calibrated_on=calibrated_on)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, with absolute paths, that `from_dict` and a manifest take."""
+        """Return plain data with absolute paths, as `from_dict` takes and a manifest keeps."""
         stages = [
             {
                 key: str(value.resolve()) if isinstance(value, Path) else value
@@ -138,19 +147,23 @@ class CascadeSpec:
         for stage in stages:
             stage["labels"] = list(stage["labels"])
         sources = {"tuned_on": self.tuned_on, "calibrated_on": self.calibrated_on}
-        kept = {key: dict(said) for key, said in sources.items() if said is not None}
-        return {"name": self.name, **kept, "stage": stages}
+        known = {key: dict(source) for key, source in sources.items() if source is not None}
+        return {"name": self.name, **known, "stage": stages}
 
     def write(self, path: str | Path) -> None:
-        """Write a `cascade.toml` that `read` takes, wholly or not at all; paths in it are relative to its folder."""
+        """Write a `cascade.toml` that `read` takes. Paths in it are relative to its folder.
+
+        Raises
+        ------
+        SpecError
+            The file cannot be written; what was there before is still there.
+        """
         path, content = Path(path), self.to_dict()
         for stage in content["stage"]:
             for key in _PATHS:
-                stage[key] = Path(os.path.relpath(stage[key], path.parent.resolve())).as_posix()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.unfinished")
-        partial.write_text(tomli_w.dumps(content, multiline_strings=False), encoding="utf-8")
-        partial.replace(path)
+                if key in stage:
+                    stage[key] = Path(os.path.relpath(stage[key], path.parent.resolve())).as_posix()
+        write_text(path, tomli_w.dumps(content, multiline_strings=False), error=SpecError)
 
     @property
     def last(self) -> StageSpec:
@@ -169,7 +182,7 @@ class CascadeSpec:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Every answer that the cascade can give: the labels in scope, then those that reject."""
+        """Every label that the cascade can answer: the labels in scope, then those that reject."""
         return self.in_scope_labels + self.reject_labels
 
     def stage(self, name: str) -> StageSpec:
@@ -181,11 +194,11 @@ class CascadeSpec:
 
     @property
     def thresholds(self) -> dict[str, float | None]:
-        """What decides at each stage: a gate's `threshold`, the last stage's `min_probability`."""
+        """Each stage's threshold: a gate's `threshold`, the last stage's `min_probability`; None where it has none."""
         return {s.name: s.threshold if s.is_gate else s.min_probability for s in self.stages}
 
     def with_thresholds(self, thresholds: Mapping[str, float]) -> CascadeSpec:
-        """Return this cascade at other thresholds; a stage that is not named keeps its own.
+        """Return this cascade at other thresholds. A stage that is not named keeps its own.
 
         Parameters
         ----------
@@ -204,7 +217,7 @@ class CascadeSpec:
             if stage.name in thresholds:
                 key = "threshold" if stage.is_gate else "min_probability"
                 value = _number(thresholds[stage.name], f"stage '{stage.name}'", key)
-                stage = replace(stage, **{key: value})
+                stage = replace(stage, threshold=value) if stage.is_gate else replace(stage, min_probability=value)
             stages.append(stage)
         _check_order(stages, self.name)
         return replace(self, stages=tuple(stages))
@@ -229,7 +242,8 @@ def _refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> N
 
 
 def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
-    for key in ("name", *_PATHS, "labels"):
+    required = ("name", "labels", *(_PATHS if "init_checkpoint" in table else ()))
+    for key in required:
         if key not in table:
             raise SpecError(f"{where}: {key} is missing; add it to the stage, or once at the top of the file")
     values: dict[str, Any] = {}
@@ -239,7 +253,9 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
         elif key == "min_probabilities":
             if not isinstance(value, Mapping):
                 raise SpecError(f"{where}: min_probabilities must be a table of label to number, not {value!r}")
-            values[key] = {label: _number(least, where, f"min_probabilities.{label}") for label, least in value.items()}
+            values[key] = {
+                label: _number(minimum, where, f"min_probabilities.{label}") for label, minimum in value.items()
+            }
         elif key == "temperature":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise SpecError(f"{where}: temperature is {value!r}; it must be a number above 0")
@@ -250,23 +266,23 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
             expected = {bool: "true or false", int: "a whole number", str: "a string"}[_TYPES.get(key, str)]
             raise SpecError(f"{where}: {key} must be {expected}, not {value!r}")
         else:
-            values[key] = folder / Path(value).expanduser() if key in _PATHS else value
+            values[key] = folder / Path(str(value)).expanduser() if key in _PATHS else value
         if key in _CHOICES and value not in _CHOICES[key]:
             raise SpecError(f"{where}: {key} is {value!r}; it is one of {', '.join(_CHOICES[key])}")
     stage = StageSpec(**values)
     if stage.engine == "reference" and stage.precision != "float32":
-        raise SpecError(f'{where}: precision is "{stage.precision}", and the reference engine has float32 alone')
+        raise SpecError(f'{where}: precision is "{stage.precision}", but the reference engine computes in float32 only')
     if not _NAME.fullmatch(stage.name):
         raise SpecError(f"{where}: name must be letters, digits, - and _ (it names files), not {stage.name!r}")
     if stage.max_seq_length < 3:
         raise SpecError(f"{where}: max_seq_length is {stage.max_seq_length}; [CLS], a token and [SEP] take 3")
     if stage.pass_label is not None and stage.pass_label not in stage.labels:
         near = did_you_mean(stage.pass_label, list(stage.labels))
-        raise SpecError(f"{where}: pass_label '{stage.pass_label}' is none of its labels{near}")
+        raise SpecError(f"{where}: pass_label '{stage.pass_label}' is not one of its labels{near}")
     for label in stage.min_probabilities:
         if label not in stage.labels:
             near = did_you_mean(label, list(stage.labels))
-            raise SpecError(f"{where}: min_probabilities names '{label}', which is none of its labels{near}")
+            raise SpecError(f"{where}: min_probabilities names '{label}', which is not one of its labels{near}")
     return stage
 
 
@@ -277,7 +293,7 @@ def _number(value: Any, where: str, key: str) -> float:
 
 
 def _labels(value: Any, where: str, folder: Path) -> tuple[str, ...]:
-    """Take the labels from a list, or from a file of one a line."""
+    """Take the labels from a list, or from a file with one label per line."""
     if isinstance(value, str):
         path = folder / Path(value).expanduser()
         try:
@@ -289,19 +305,19 @@ def _labels(value: Any, where: str, folder: Path) -> tuple[str, ...]:
     elif isinstance(value, list) and all(isinstance(label, str) for label in value):
         labels = value
     else:
-        raise SpecError(f"{where}: labels must be a list of strings, or a file of one a line")
+        raise SpecError(f"{where}: labels must be a list of strings, or the name of a file with one label per line")
     for number, label in enumerate(labels, 1):
         if not label:
             raise SpecError(f"{where}: label {number} is empty; give every class a name")
         if label in labels[: number - 1]:
-            raise SpecError(f"{where}: label '{label}' stands twice; every class needs a name of its own")
+            raise SpecError(f"{where}: label '{label}' occurs twice; give every class its own name")
     if len(labels) < 2:
         raise SpecError(f"{where}: a classifier needs at least 2 labels, not {len(labels)}")
     return tuple(labels)
 
 
 def _check_order(stages: list[StageSpec], where: str) -> None:
-    """Check what no stage can tell alone: names, and that every stage but the last is a gate."""
+    """Check the stages together: unique names, and every stage but the last a gate."""
     names = [stage.name for stage in stages]
     for stage in stages:
         here = f"{where}: stage '{stage.name}'"
@@ -314,8 +330,8 @@ def _check_order(stages: list[StageSpec], where: str) -> None:
                     raise SpecError(f"{here}: {key} is missing; every stage but the last is a gate")
             for key in _OF_LAST:
                 if getattr(stage, key):
-                    raise SpecError(f"{here}: {key} is for the last stage; a gate has a threshold")
+                    raise SpecError(f"{here}: {key} belongs to the last stage; a gate has a threshold")
         elif stage.is_gate or stage.threshold is not None:
-            raise SpecError(f"{here}: pass_label and threshold are for gates; no stage follows this one")
+            raise SpecError(f"{here}: pass_label and threshold belong to gates; no stage follows this one")
         elif (stage.min_probability is not None or stage.min_probabilities) and stage.reject_label is None:
             raise SpecError(f"{here}: min_probability needs a reject_label to answer with")

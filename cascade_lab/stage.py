@@ -1,4 +1,4 @@
-"""One stage: one checkpoint in one `tf.Graph` and one `Session`."""
+"""Loads one stage of a cascade: one checkpoint in its own `tf.Graph` and its own `Session`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,33 @@ import tensorflow as tf
 from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
 from cascade_lab.bert import fast, graph
-from cascade_lab.bert.batching import batches, even_share
-from cascade_lab.bert.checkpoint import Checkpoint, checkpoint_files, read_checkpoint
+from cascade_lab.bert.batching import make_batches, tokens_per_batch
+from cascade_lab.bert.checkpoint import (
+    Checkpoint,
+    checkpoint_files,
+    n_multiplications_per_token,
+    read_checkpoint,
+    stage_files,
+)
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
-from cascade_lab.errors import CheckpointError
+from cascade_lab.exceptions import CheckpointError
 from cascade_lab.spec import StageSpec
 
 tf1 = tf.compat.v1
 
 
 class Batch(NamedTuple):
-    """What was scored in one run of a session: `n_examples` texts, equal ones scored once, and how long it took.
+    """What one run of a session scored, and how long it took.
 
-    `n_tokens` are those that were computed, `sequence_length` is that of the longest text.
+    Attributes
+    ----------
+    n_examples : int
+        The number of texts. Equal texts are scored once, but all of them are counted.
+    sequence_length : int
+        The number of tokens of the longest text.
+    n_tokens : int
+        The number of tokens that were computed.
+    run_seconds : float
     """
 
     n_examples: int
@@ -37,74 +51,88 @@ class Batch(NamedTuple):
 
 
 class Stage:
-    """A fine-tuned BERT classifier, loaded into a graph and a session of its own.
+    """A fine-tuned BERT classifier, loaded into its own graph and its own session.
 
-    Use it as a context manager, or call `close`: the session holds the weights.
+    The session holds the weights: use the stage as a context manager, or call `close`.
+
+    Parameters
+    ----------
+    spec : StageSpec
+
+    Attributes
+    ----------
+    n_workers : int
+        The number of threads that score batches in parallel.
+    work : int
+        The number of multiplications for one token, attention not counted: the cost of this stage relative to others.
+    files : list of Path
+        The files that were loaded.
 
     Raises
     ------
     CheckpointError
-        Before a session exists, if the stage's files are not usable, or its precision is not to be had here.
+        The stage's files are missing or not usable, or this machine lacks its precision. No session exists then.
     """
 
     def __init__(self, spec: StageSpec):
+        paths = stage_files(spec)
         fused = fast.has_fused_nodes()
         if spec.precision == "bfloat16" and not fast.has_bfloat16():
             raise CheckpointError(
-                f"stage '{spec.name}': precision bfloat16 needs a processor that multiplies it (avx512_bf16 or "
+                f"stage '{spec.name}': precision bfloat16 needs a processor with bfloat16 instructions (avx512_bf16 or "
                 'amx_bf16, under Linux); set precision = "float32"'
             )
         checkpoint = read_checkpoint(spec)
         self.spec = spec
-        self.files = [spec.bert_config_file, spec.vocab_file, *checkpoint_files(checkpoint.prefix)]
+        self.files = [paths.bert_config_file, paths.vocab_file, *checkpoint_files(checkpoint.prefix)]
         self.tokenizer = Tokenizer(
-            spec.vocab_file, do_lower_case=spec.do_lower_case, max_seq_length=spec.max_seq_length
+            paths.vocab_file, do_lower_case=spec.do_lower_case, max_seq_length=spec.max_seq_length
         )
-        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size")
-        layers, hidden, inner = (checkpoint.config[key] for key in sizes)
-        self.work = layers * hidden * (4 * hidden + 2 * inner)  # multiplications a token, attention aside
+        self.work = n_multiplications_per_token(checkpoint.config)
         self._is_fast = spec.engine == "fast"
         self._nodes = ("oneDNN" if fused else "portable") if self._is_fast else "bert-tensorflow"
-        # A thread a processor, each with batches of its own: small products do not divide well. A GPU wants one caller.
+        # One thread per core; each scores its own batches, since the small matrix products of one batch are hard to
+        # divide among threads. On a GPU one thread is enough.
         on_processor = self._is_fast and not tf.config.list_physical_devices("GPU")
-        self.callers = _n_processors() if on_processor else 1
+        self.n_workers = _n_processors() if on_processor else 1
         self._threads = {
             "intra_op_parallelism_threads": 1 if on_processor else 0,
-            "inter_op_parallelism_threads": -1 if on_processor else 0,  # -1: in the caller's own thread
+            "inter_op_parallelism_threads": -1 if on_processor else 0,  # -1: run in the thread that calls
         }
         self._load(checkpoint, fused)
-        self.logits(self.encode([""]))  # the first run optimizes the graph: not at the first text's cost
+        self.logits(self.encode([""]))  # the first run is slow, since TensorFlow then optimizes the graph
 
     def _load(self, checkpoint: Checkpoint, fused: bool) -> None:
         names = {"output_weights": self.spec.output_weights, "output_bias": self.spec.output_bias}
+        config, precision = checkpoint.config, self.spec.precision
         if self._is_fast:
-            made = fast.fast_graph(
-                checkpoint.config, checkpoint.weights, precision=self.spec.precision, fused=fused, **names
-            )
-            self._n_segments = checkpoint.config["type_vocab_size"]
+            network = fast.fast_graph(config, checkpoint.weights, precision=precision, fused=fused, **names)
+            self.graph = network.graph
+            self.session = self._new_session()
+            network.load(self.session)
+            self._n_segments = config["type_vocab_size"]
+            self._uniform, self._ragged = (_callable(self.session, form) for form in (network.uniform, network.ragged))
         else:
-            made = graph.classifier_graph(checkpoint.config, len(self.spec.labels), **names)
-        self.graph = made.graph
+            self._classifier = graph.classifier_graph(config, len(self.spec.labels), **names)
+            self.graph = self._classifier.graph
+            self.session = self._new_session()
+            with self.graph.as_default():  # without a default graph, the Saver would assume eager execution
+                self._classifier.saver.restore(self.session, checkpoint.prefix)
+
+    def _new_session(self) -> tf.compat.v1.Session:
         config = tf1.ConfigProto(**self._threads)
-        config.gpu_options.allow_growth = True  # two sessions share one card
-        with _own_threads():
-            self.session = tf1.Session(graph=self.graph, config=config)
-        if self._is_fast:
-            made.load(self.session)
-            self._even, self._uneven = (_callable(self.session, ends) for ends in (made.even, made.uneven))
-        else:
-            with self.graph.as_default():  # outside a graph, the Saver would take itself for an eager one
-                made.saver.restore(self.session, checkpoint.prefix)
-            self._ends = made
+        config.gpu_options.allow_growth = True  # several sessions share one GPU
+        with _private_thread_pool():
+            return tf1.Session(graph=self.graph, config=config)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What ran, for a manifest: the graph, its precision, its callers, TensorFlow's threads (0: its own choice)."""
+        """The engine's settings, for a manifest. For TensorFlow's threads, 0 means that TensorFlow chooses."""
         return {
             "engine": self.spec.engine,
             "nodes": self._nodes,
             "precision": self.spec.precision,
-            "callers": self.callers,
+            "n_workers": self.n_workers,
             **self._threads,
             "devices": [device.name for device in self.session.list_devices()],
         }
@@ -114,15 +142,17 @@ class Stage:
         return self.tokenizer.encode(texts, texts_b)
 
     def logits(self, batch: Sequence[Encoding]) -> np.ndarray:
-        """Run one batch; float32, shape (len(batch), n_labels)."""
+        """Score one batch in one run of the session: float32, shape (len(batch), n_labels)."""
+        logits: np.ndarray
         if not self._is_fast:
-            return self.session.run(self._ends.logits_t, graph.feed(self._ends.inputs, batch))
-        even, arrays = fast.feed(batch, self._n_segments)
-        (logits,) = (self._even if even else self._uneven)(*arrays)
+            logits = self.session.run(self._classifier.logits_t, graph.feed(self._classifier.inputs, batch))
+            return logits
+        is_uniform, arrays = fast.feed(batch, self._n_segments)
+        (logits,) = (self._uniform if is_uniform else self._ragged)(*arrays)
         return logits[: len(batch)]
 
-    def ahead(self, batch: Sequence[Encoding]) -> Future[np.ndarray]:
-        """Begin `logits` of one batch in a thread of its own."""
+    def speculate(self, batch: Sequence[Encoding]) -> Future[np.ndarray]:
+        """Start `logits` of one batch in another thread, before it is known whether the result is needed."""
         return _pool().submit(self.logits, batch)
 
     def score(
@@ -132,46 +162,47 @@ class Stage:
         batch_size: int | None = None,
         done: Callable[[int], object] = lambda n: None,
     ) -> tuple[np.ndarray, list[Batch]]:
-        """Score any number of texts, in batches of like length, equal ones once.
+        """Score any number of texts, in batches of similar length. Equal texts are scored once.
 
         Parameters
         ----------
         encodings : sequence of Encoding
         batch_size : int, optional
-            The most texts in a batch; otherwise only its tokens are bounded.
+            The most texts in a batch. Without it, only the number of tokens of a batch is limited.
         done : callable
-            Is told, batch by batch, how many texts more are scored.
+            Called after each batch with the number of texts that it scored.
 
         Returns
         -------
         logits : ndarray of float32, shape (len(encodings), n_labels)
         batches : list of Batch
         """
-        place: dict[tuple[Any, ...], int] = {}
-        which = np.array([place.setdefault((tuple(ids), n), len(place)) for ids, n in encodings], dtype=int)
-        distinct = [Encoding(list(ids), n) for ids, n in place]
+        index: dict[tuple[Any, ...], int] = {}
+        row_of_text = np.array([index.setdefault((tuple(ids), n), len(index)) for ids, n in encodings], dtype=int)
+        distinct = [Encoding(list(ids), n) for ids, n in index]
         lengths = np.array([len(encoding.input_ids) for encoding in distinct], dtype=int)
-        times = np.bincount(which, minlength=len(distinct))
+        n_equal = np.bincount(row_of_text, minlength=len(distinct))
         logits = np.empty((len(distinct), len(self.spec.labels)), dtype=np.float32)
 
         def run(rows: np.ndarray) -> Batch:
             start = perf_counter()
             logits[rows] = self.logits([distinct[row] for row in rows])
             seconds = perf_counter() - start
-            n_examples = int(times[np.unique(rows)].sum())
+            n_examples = int(n_equal[np.unique(rows)].sum())
             return Batch(n_examples, int(lengths[rows].max()), int(lengths[rows].sum()), seconds)
 
-        plan = batches(lengths, max_texts=batch_size, max_tokens=even_share(int(lengths.sum()), self.callers))
-        ran = []
-        with closing(self._each(run, plan)) as each:
-            for batch in each:
-                ran.append(batch)
+        max_tokens = tokens_per_batch(int(lengths.sum()), self.n_workers)
+        plan = make_batches(lengths, max_texts=batch_size, max_tokens=max_tokens)
+        batches = []
+        with closing(self._run_all(run, plan)) as running:
+            for batch in running:
+                batches.append(batch)
                 done(batch.n_examples)
-        return logits[which], ran
+        return logits[row_of_text], batches
 
-    def _each(self, run: Callable[[np.ndarray], Batch], plan: list[np.ndarray]) -> Generator[Batch, None, None]:
-        """Run every batch, as many side by side as there are callers; TensorFlow lets go of Python's lock."""
-        if self.callers == 1 or len(plan) < 2:
+    def _run_all(self, run: Callable[[np.ndarray], Batch], plan: list[np.ndarray]) -> Generator[Batch, None, None]:
+        """Run all batches, in parallel if there are several workers: TensorFlow releases Python's lock."""
+        if self.n_workers == 1 or len(plan) < 2:
             yield from map(run, plan)
             return
         futures = [_pool().submit(run, rows) for rows in plan]
@@ -181,10 +212,10 @@ class Stage:
         finally:
             for future in futures:
                 future.cancel()
-            wait(futures)  # the session may be closed next
+            wait(futures)  # no batch may still run when the session is closed
 
     def close(self) -> None:
-        """Close the session and let its weights go."""
+        """Close the session, which frees the weights."""
         self.session.close()
 
     def __enter__(self) -> Stage:
@@ -201,21 +232,26 @@ def _n_processors() -> int:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Return the threads that call, the same for all stages: each holds programs of its own for all shapes it ran."""
+    """Return the threads that score. All stages share them, since each thread keeps a program per shape that it ran."""
     return ThreadPoolExecutor(_n_processors(), thread_name_prefix="cascade_lab")
 
 
-def _callable(session: tf1.Session, ends: fast.Ends) -> Callable[..., list[np.ndarray]]:
-    """Return what runs the graph; `Session.run` itself takes 0.4 ms a call to look up what it is fed, in Python."""
-    options = CallableOptions(feed=[t.name for t in ends.inputs], fetch=[ends.logits_t.name])
-    return session._make_callable_from_options(options)
+def _callable(session: tf.compat.v1.Session, endpoints: fast.Endpoints) -> Callable[..., list[np.ndarray]]:
+    """Return a function that runs one form of the graph.
+
+    It saves 0.4 ms per call over `Session.run`, which looks its feeds up in Python every time.
+    """
+    options = CallableOptions(feed=[input_t.name for input_t in endpoints.inputs], fetch=[endpoints.logits_t.name])
+    function: Callable[..., list[np.ndarray]] = session._make_callable_from_options(options)
+    return function
 
 
 @contextmanager
-def _own_threads() -> Iterator[None]:
-    """Give a session threads of its own, so that its one thread is not all that others in this process get.
+def _private_thread_pool() -> Iterator[None]:
+    """Give a session its own threads. Otherwise its limit of one thread would apply to all sessions of the process.
 
-    TensorFlow reads this once, at the first session of a process; where that was somebody else's, all share its pool.
+    TensorFlow reads this setting once, when the first session of a process is created. If other code created that
+    session, all sessions share its threads.
     """
     name = "TF_OVERRIDE_GLOBAL_THREADPOOL"
     if name in os.environ:

@@ -1,7 +1,7 @@
-"""A study from one TOML: models fine-tuned with several seeds, put together as cascades, compared in one table.
+"""Runs a study from one TOML file: fine-tunes models with several seeds, combines them to cascades, compares these.
 
-Everything is kept where it was made: a training that is there already is not done again, so an interrupted study
-goes on where it was.
+Every training and every run is kept in the output directory. The same call does not repeat them, so an interrupted
+study continues where it stopped.
 """
 
 from __future__ import annotations
@@ -13,54 +13,69 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cascade_lab.analysis.goals import Goal
-from cascade_lab.analysis.metrics import figures_of
-from cascade_lab.analysis.thresholds import choose
+from cascade_lab.analysis.metrics import prediction_metrics
+from cascade_lab.atomic import write_json
 from cascade_lab.bert.finetune import Flags, Init, finetune
 from cascade_lab.cascade import Cascade
-from cascade_lab.errors import InfeasibleError, SpecError, did_you_mean
 from cascade_lab.evalset import EvalSet
+from cascade_lab.exceptions import InfeasibleError, SpecError, did_you_mean
 from cascade_lab.provenance import environment, sha256
-from cascade_lab.run import Run, write_json
+from cascade_lab.run import Run
 from cascade_lab.spec import CascadeSpec, StageSpec
+from cascade_lab.thresholds.objective import Goal
+from cascade_lab.thresholds.search import choose
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-_MODEL = ("name", "train", "labels", "leave_out", "seeds", *(field.name for field in dataclasses.fields(Flags)))
-_SCHEME = ("name", "stages", "maximize", "at_least", "paper")
+_FLAGS = tuple(field.name for field in dataclasses.fields(Flags))
+_MODEL_KEYS = ("name", "train", "labels", "leave_out", "seeds", *_FLAGS)
+_SCHEME_KEYS = ("name", "stages", "maximize", "at_least", "paper")
 
 
 def run_study(
     study: str | Path, *, data: str | Path, init: str | Path, output: str | Path, progress: bool = False
 ) -> dict[str, Any]:
-    """Do all that a study's TOML asks for; returns what `results.json` holds.
+    """Run a whole study and return the content of `results.json`.
 
     Parameters
     ----------
     study : path
-        `[finetune]`: flags in common; `[[model]]`: `name`, `train` (a file in `data`), `labels`, `leave_out`,
-        `seeds`, and flags of its own; `[[scheme]]`: `name`, `stages` (models, each but the last a gate),
-        `maximize` and `at_least` (thresholds are chosen so on validation; without them, or where none can do
-        that, gates have 0.5 and the last stage rejects only by label), `paper` (figures to stand beside).
+        A TOML file with these tables:
+
+        - `[finetune]`: the flags of all trainings.
+        - `[[model]]`: `name`, `train` (a file in `data`), `labels`, `leave_out`, `seeds`, and flags for this model.
+        - `[[scheme]]`: `name`; `stages` (names of models; all but the last are gates); `maximize` and `at_least`, by
+          which thresholds are chosen on the validation split; `paper` (metrics that a paper reports, for comparison).
+          Without `maximize`, or if no thresholds satisfy it, gates have the threshold 0.5, and the last stage rejects
+          only by predicting the reject label.
     data : path
         The folder with the data files.
     init : path
-        The checkpoint that every model starts from.
+        The checkpoint that every training starts from.
     output : path
-        Gets `models/<name>-seed<n>`, `runs/<scheme>-seed<n>-<split>` and `results.json`.
+        The directory for `models/<name>-seed<n>`, `runs/<scheme>-seed<n>-<split>` and `results.json`.
+    progress : bool
+        Show progress bars.
+
+    Raises
+    ------
+    SpecError
+        The study is not usable, or `output` contains a training with other settings.
+    CascadeLabError
+        Data, a checkpoint or a training is not usable.
     """
     study, data, output = Path(study), Path(data), Path(output)
     recipe = _read(study)
     flags = recipe["finetune"]
     models = {model["name"]: model for model in recipe["model"]}
-    curves = {}
+    trainings = {}
     for model in recipe["model"]:
         for seed in model.get("seeds", [0]):
             record = _train(model, flags, seed, data, init, output, progress)
-            curves[f"{model['name']}-seed{seed}"] = {
+            trainings[f"{model['name']}-seed{seed}"] = {
                 "curve": record["curve"],
                 "best_epoch": record["best_epoch"],
                 "flags": record["flags"],
@@ -68,14 +83,14 @@ def run_study(
             }
     rows = []
     for scheme in recipe["scheme"]:
-        common = set.intersection(*(set(models[name].get("seeds", [0])) for name in scheme["stages"]))
-        for seed in sorted(common):
+        common_seeds = set.intersection(*(set(models[name].get("seeds", [0])) for name in scheme["stages"]))
+        for seed in sorted(common_seeds):
             rows.append(_score(scheme, models, flags, seed, data, recipe, output, progress))
     results = {
         "study": study.name,
-        "sha256": {"study": sha256(study), **{name: sha256(data / name) for name in _files(recipe)}},
+        "sha256": {"study": sha256(study), **{name: sha256(data / name) for name in _data_files(recipe)}},
         "rows": rows,
-        "models": curves,
+        "models": trainings,
         **environment(),
     }
     write_json(output / "results.json", results)
@@ -86,14 +101,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SpecError(f"{path}: cannot be read ({error.strerror}); give a study's TOML") from error
+        raise SpecError(f"{path}: cannot be read ({error.strerror}); give the TOML file of a study") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"{path}: not TOML: {error}; mend it there") from error
+        raise SpecError(f"{path}: not TOML: {error}; fix the file") from error
     for key in ("evaluate", "out_of_scope", "finetune", "model", "scheme"):
         if key not in recipe:
-            raise SpecError(f"{path}: {key} is missing; a study has evaluate, out_of_scope, finetune, model and scheme")
+            raise SpecError(
+                f"{path}: {key} is missing; a study needs evaluate, out_of_scope, finetune, model and scheme"
+            )
     names = [model.get("name") for model in recipe["model"]]
-    for kind, known in (("model", _MODEL), ("scheme", _SCHEME)):
+    for kind, known in (("model", _MODEL_KEYS), ("scheme", _SCHEME_KEYS)):
         for table in recipe[kind]:
             for key in table:
                 if key not in known:
@@ -103,11 +120,13 @@ def _read(path: Path) -> dict[str, Any]:
     for scheme in recipe["scheme"]:
         for name in scheme["stages"]:
             if name not in names:
-                raise SpecError(f"{path}: scheme '{scheme['name']}': no model '{name}'{did_you_mean(name, names)}")
+                raise SpecError(
+                    f"{path}: scheme '{scheme['name']}': no model is named '{name}'{did_you_mean(name, names)}"
+                )
     return recipe
 
 
-def _files(recipe: Mapping[str, Any]) -> list[str]:
+def _data_files(recipe: Mapping[str, Any]) -> list[str]:
     return sorted({recipe["evaluate"], *(model["train"] for model in recipe["model"])})
 
 
@@ -124,24 +143,25 @@ def _train(
     output: Path,
     progress: bool,
 ) -> dict[str, Any]:
+    """Fine-tune a model with one seed, unless that is done already; return the content of its `training.json`."""
     folder = _folder(output, model["name"], seed)
-    own = {key: value for key, value in model.items() if key in {field.name for field in dataclasses.fields(Flags)}}
-    flags = Flags(**{**common, **own, "seed": seed})
-    sets = [
+    model_flags = {key: value for key, value in model.items() if key in _FLAGS}
+    flags = Flags(**{**common, **model_flags, "seed": seed})
+    train, dev = (
         EvalSet.read(data / model["train"], split=split).without(model.get("leave_out", []))
         for split in ("train", "val")
-    ]
-    labels = model.get("labels") or sorted(set(sets[0].column("label")))
-    done = folder / "training.json"
-    if done.is_file():
-        record = json.loads(done.read_text(encoding="utf-8"))
-        same = record["flags"] == dataclasses.asdict(flags) and record["labels"] == labels
-        if same and record["train"]["sha256"] == sets[0].sha256:
+    )
+    labels = model.get("labels") or sorted(set(train.column("label")))
+    path = folder / "training.json"
+    if path.is_file():
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        is_same = record["flags"] == dataclasses.asdict(flags) and record["labels"] == labels
+        if is_same and record["train"]["sha256"] == train.sha256:
             return record
         raise SpecError(f"{folder} was trained with other flags, labels or data; delete it or choose another output")
     if progress:
         print(f"training {folder.name}", file=sys.stderr)
-    return finetune(Init.find(init), *sets, labels, folder, flags=flags, progress=progress)
+    return finetune(Init.find(init), train, dev, labels, folder, flags=flags, progress=progress)
 
 
 def _score(
@@ -154,12 +174,12 @@ def _score(
     output: Path,
     progress: bool,
 ) -> dict[str, Any]:
-    """Run a scheme on validation and test, choose its thresholds on validation, and replay both at them."""
-    out_of_scope = recipe["out_of_scope"]
+    """Run a scheme on validation and test, choose its thresholds on validation, and return the metrics of both."""
     stages = []
-    for place, name in enumerate(scheme["stages"], 1):
+    for number, name in enumerate(scheme["stages"], 1):
         folder = _folder(output, name, seed)
-        is_last = place == len(scheme["stages"])
+        is_last = number == len(scheme["stages"])
+        role = {"reject_label": recipe["out_of_scope"]} if is_last else {"pass_label": "in", "threshold": 0.5}
         stages.append(
             StageSpec(
                 name=name,
@@ -168,19 +188,19 @@ def _score(
                 vocab_file=folder / "vocab.txt",
                 labels=tuple((folder / "labels.txt").read_text(encoding="utf-8").splitlines()),
                 max_seq_length=flags["max_seq_length"],
-                **({"reject_label": out_of_scope} if is_last else {"pass_label": "in", "threshold": 0.5}),
+                **role,
             )
         )
     spec = CascadeSpec("-".join(scheme["stages"]), tuple(stages))
     runs = {}
     for split in ("val", "test"):
-        place = output / "runs" / f"{spec.name}-seed{seed}-{split}"
-        if not place.exists():
+        path = output / "runs" / f"{spec.name}-seed{seed}-{split}"
+        if not path.exists():
             with Cascade.load(spec) as cascade:
                 evalset = EvalSet.read(data / recipe["evaluate"], split=split)
-                # Overwriting, of a run that is not there: what a crash left unfinished.
-                cascade.run(evalset, output=place, overwrite=True, progress=progress)
-        runs[split] = Run.read(place)
+                # There is no finished run; overwrite an unfinished one, which a crash left.
+                cascade.run(evalset, output=path, overwrite=True, progress=progress)
+        runs[split] = Run.read(path)
     thresholds: dict[str, float] = {}
     infeasible = None
     if "maximize" in scheme:
@@ -195,7 +215,7 @@ def _score(
         "seed": seed,
         "thresholds": thresholds,
         "infeasible": infeasible,
-        "validation": figures_of(spec, runs["val"].replay(thresholds)),
-        "test": figures_of(spec, runs["test"].replay(thresholds)),
+        "validation": prediction_metrics(spec, runs["val"].replay(thresholds)),
+        "test": prediction_metrics(spec, runs["test"].replay(thresholds)),
         "paper": scheme.get("paper"),
     }

@@ -1,8 +1,8 @@
 """Make the demo's eval sets from its hand-written phrasings: `python data/make_demo.py`.
 
 Every message in `phrasings/` was written for this project: 64 for each of 40 intents of a company's service
-desk, and 1,200 that the desk cannot answer. Each phrasing goes whole into train, dev or test, so that nothing that is
-tested was trained on; then its slots, such as {person}, are filled. The same seed gives the same files.
+desk, and 1,200 that the desk cannot answer. A phrasing belongs to exactly one of train, dev and test, so that no tested
+phrasing was trained on. Then its slots, such as {person}, are filled. The same seed gives the same files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Make the small BERT that the demo's checkpoints start from: `python data/make_init.py MINILM OUTPUT`.
 
-MINILM is all-MiniLM-L6-v2 (Apache-2.0) as `cascade-lab import-hf` leaves it. Of its 30,522 wordpieces the 5,000
-that the demo's training texts use, or that are most frequent in English, are kept; of their 384 dimensions the 128
-principal components. The two layers above them start at random. Words that the demo never trained on thereby have
-neighbours that it did.
+MINILM is all-MiniLM-L6-v2 (Apache-2.0), converted by `cascade-lab import-hf`. Of its 30,522 wordpieces this keeps the
+5,000 that the demo's training texts use or that are most frequent in English; of their 384 dimensions it keeps the 128
+principal components. The two layers above start with random weights. A word that is not in the training texts then gets
+an embedding near those of similar words that are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attributions against float64 arithmetic and integrals by hand, and texts that they are shown on."""
+"""Attributions, compared with float64 arithmetic and with integrals by hand; how displays and commands show them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cascade_lab.bert.checkpoint import read_checkpoint
 from cascade_lab.bert.tokenization import Encoding
 from cascade_lab.cli import app
 from cascade_lab.displays.text import TextAttributionDisplay
-from cascade_lab.errors import SpecError
+from cascade_lab.exceptions import SpecError
 
 TEXT = "Please pay my lost card, unpaid bills ☃ now"
 EVIL = '$x_1$ \u202eabc 🙂 \x07 <script>alert(1)</script> <img src=x onerror=alert(1)> =HYPERLINK("a")'
@@ -29,29 +29,29 @@ def stages(tiny):
 
 @pytest.fixture(scope="module")
 def fine(stages):
-    """TEXT and another, as finely as is asked for here."""
+    """The attributions of TEXT and of another text, with many steps."""
     return attribute(stages[-1], [TEXT, "what is my bill"], n_steps=128)
 
 
 @pytest.fixture(scope="module")
 def in_float64(stages):
-    """The last stage's logits of TEXT at any embeddings of its wordpieces, and those that it has."""
+    """A function from embeddings of TEXT's wordpieces to logits; the embeddings of TEXT; that of [PAD]."""
     checkpoint = read_checkpoint(stages[-1])
     with Stage(stages[-1]) as stage:
         (encoding,) = stage.encode([TEXT])
     in_full = {name: value.astype(np.float64) for name, value in checkpoint.weights.items()}
-    words = in_full["bert/embeddings/word_embeddings"]
-    places = Encoding(list(range(len(encoding.input_ids))), encoding.n_first)
+    table = in_full["bert/embeddings/word_embeddings"]
+    numbered = Encoding(list(range(len(encoding.input_ids))), encoding.n_first)
 
     def logits(embeddings):
         weights = {**in_full, "bert/embeddings/word_embeddings": embeddings}
-        return logits_in_float64(checkpoint.config, weights, places)
+        return logits_in_float64(checkpoint.config, weights, numbered)
 
-    return logits, words[encoding.input_ids], words[checkpoint.vocab["[PAD]"]]
+    return logits, table[encoding.input_ids], table[checkpoint.vocab["[PAD]"]]
 
 
 def slopes(function, x, direction, step=1e-4):
-    """The derivative of `function` when each row of `x` alone moves along its row of `direction`."""
+    """The derivative of `function` by each row of `x`, in the direction of that row of `direction`."""
     rows = []
     for row in range(len(x)):
         shift = np.zeros_like(x)
@@ -63,41 +63,42 @@ def slopes(function, x, direction, step=1e-4):
 def test_gradient_x_input_is_the_slope_in_float64(stages, in_float64):
     logits, x, _ = in_float64
     label = int(logits(x).argmin())
-    (found,) = attribute(stages[-1], [TEXT], target=stages[-1].labels[label], method="gradient_x_input")
-    assert found.wordpiece_scores == pytest.approx(slopes(lambda at: logits(at)[label], x, x), abs=2e-4)
-    assert found.logit == pytest.approx(logits(x)[label], abs=1e-4)
-    assert found.baseline_logit == pytest.approx(logits(np.zeros_like(x))[label], abs=1e-4)
-    assert found.n_steps == 1
-    assert found.answer != found.target
+    (attribution,) = attribute(stages[-1], [TEXT], target=stages[-1].labels[label], method="gradient_x_input")
+    assert attribution.wordpiece_scores == pytest.approx(slopes(lambda at: logits(at)[label], x, x), abs=2e-4)
+    assert attribution.logit == pytest.approx(logits(x)[label], abs=1e-4)
+    assert attribution.baseline_logit == pytest.approx(logits(np.zeros_like(x))[label], abs=1e-4)
+    assert attribution.n_steps == 1
+    assert attribution.predicted != attribution.target
 
 
 def test_integrated_gradients_are_the_integral_in_float64(stages, fine, in_float64):
     logits, x, pad = in_float64
-    found = fine[0]
+    attribution = fine[0]
     label = int(logits(x).argmax())
-    assert found.target == found.answer == stages[-1].labels[label]
+    assert attribution.target == attribution.predicted == stages[-1].labels[label]
     baseline = np.tile(pad, (len(x), 1))
     baseline[[0, -1]] = x[[0, -1]]
     middles = (np.arange(60) + 0.5) / 60
     along = [slopes(lambda at: logits(at)[label], baseline + t * (x - baseline), x - baseline) for t in middles]
-    assert found.wordpiece_scores == pytest.approx(np.mean(along, axis=0), abs=5e-3)
-    assert found.wordpiece_scores[[0, -1]].tolist() == [0, 0]
-    assert found.baseline_logit == pytest.approx(logits(baseline)[label], abs=1e-4)
+    assert attribution.wordpiece_scores == pytest.approx(np.mean(along, axis=0), abs=5e-3)
+    assert attribution.wordpiece_scores[[0, -1]].tolist() == [0, 0]
+    assert attribution.baseline_logit == pytest.approx(logits(baseline)[label], abs=1e-4)
 
 
-def test_the_completeness_error_falls_with_steps_to_what_float32_leaves(stages, fine):
+def test_the_completeness_error_falls_with_the_number_of_steps(stages, fine):
     errors = []
-    for found in (*(attribute(stages[-1], [TEXT, "what is my bill"], n_steps=n_steps) for n_steps in (1, 16)), fine):
-        for one in found:
-            expected = one.scores.sum() - (one.logit - one.baseline_logit)
-            assert one.completeness_error == pytest.approx(expected, abs=1e-9)
-        errors.append(max(abs(one.completeness_error) for one in found))
+    coarse = (attribute(stages[-1], [TEXT, "what is my bill"], n_steps=n_steps) for n_steps in (1, 16))
+    for attributions in (*coarse, fine):
+        for attribution in attributions:
+            expected = attribution.scores.sum() - (attribution.logit - attribution.baseline_logit)
+            assert attribution.completeness_error == pytest.approx(expected, abs=1e-9)
+        errors.append(max(abs(attribution.completeness_error) for attribution in attributions))
     assert errors[0] > 10 * errors[1] > errors[2]
     assert errors[-1] < 1e-3
 
 
-def test_a_product_is_divided_as_the_integral_says():
-    """Of f = a²b, from 0 to (1, 1): a gets ∫2t² = 2/3, b gets ∫t² = 1/3; Gauss's two points are exact to degree 3."""
+def test_the_scores_of_a_product_are_its_integrals():
+    """For f = a²b from 0 to (1, 1), a gets ∫2t² = 2/3 and b gets ∫t² = 1/3. Two Gauss points are exact to degree 3."""
 
     def function(points):
         a, b = points[:, 0, 0], points[:, 1, 0]
@@ -106,25 +107,28 @@ def test_a_product_is_divided_as_the_integral_says():
     scores, value, baseline = attribute_path(function, np.ones((2, 1)), np.zeros((2, 1)), n_steps=2)
     assert scores == pytest.approx([2 / 3, 1 / 3])
     assert (value, baseline) == (1, 0)
-    many, _, _ = attribute_path(function, np.ones((2, 1)), np.zeros((2, 1)), n_steps=100)
-    assert many == pytest.approx([2 / 3, 1 / 3])
+    fine_scores, _, _ = attribute_path(function, np.ones((2, 1)), np.zeros((2, 1)), n_steps=100)
+    assert fine_scores == pytest.approx([2 / 3, 1 / 3])
 
 
-def test_words_are_the_texts_and_their_scores_the_sums_of_their_wordpieces(stages, fine):
-    found = fine[0]
-    assert found.words == ["[CLS]", "please", "pay", "my", "lost", "card", ",", "unpaid", "bills", "☃", "now", "[SEP]"]
-    assert found.wordpieces[5:15] == ["card", "[UNK]", "u", "##n", "##p", "##a", "##i", "##d", "bill", "##s"]
-    by_word = dict(zip(found.words, found.scores, strict=True))
-    assert by_word["unpaid"] == pytest.approx(found.wordpiece_scores[7:13].sum())
-    assert by_word["bills"] == pytest.approx(found.wordpiece_scores[13:15].sum())
-    assert found.scores.sum() == pytest.approx(found.wordpiece_scores.sum())
-    assert found.n_unread == 0
+def test_a_words_score_is_the_sum_of_its_wordpieces_scores(stages, fine):
+    attribution = fine[0]
+    words = ["[CLS]", "please", "pay", "my", "lost", "card", ",", "unpaid", "bills", "☃", "now", "[SEP]"]
+    assert attribution.words == words
+    assert attribution.wordpieces[5:15] == ["card", "[UNK]", "u", "##n", "##p", "##a", "##i", "##d", "bill", "##s"]
+    by_word = dict(zip(attribution.words, attribution.scores, strict=True))
+    assert by_word["unpaid"] == pytest.approx(attribution.wordpiece_scores[7:13].sum())
+    assert by_word["bills"] == pytest.approx(attribution.wordpiece_scores[13:15].sum())
+    assert attribution.scores.sum() == pytest.approx(attribution.wordpiece_scores.sum())
+    assert attribution.n_unread == 0
 
+
+def test_words_after_max_seq_length_are_counted_and_pairs_have_two_segments(stages):
     short = replace(stages[-1], max_seq_length=8)
-    (cut,) = attribute(short, ["pay unpaid bill now please"], n_steps=2)
-    assert cut.words == ["[CLS]", "pay", "unpaid", "[SEP]"]
-    assert cut.wordpieces == ["[CLS]", "pay", "u", "##n", "##p", "##a", "##i", "[SEP]"]
-    assert cut.n_unread == 3
+    (truncated,) = attribute(short, ["pay unpaid bill now please"], n_steps=2)
+    assert truncated.words == ["[CLS]", "pay", "unpaid", "[SEP]"]
+    assert truncated.wordpieces == ["[CLS]", "pay", "u", "##n", "##p", "##a", "##i", "[SEP]"]
+    assert truncated.n_unread == 3
 
     (pair,) = attribute(stages[-1], ["pay my bill"], ["what weather"], n_steps=2)
     assert pair.words == ["[CLS]", "pay", "my", "bill", "[SEP]", "what", "weather", "[SEP]"]
@@ -133,24 +137,24 @@ def test_words_are_the_texts_and_their_scores_the_sums_of_their_wordpieces(stage
     assert pair.logit == pytest.approx(logits.max(), abs=1e-4)
 
 
-def test_targets_and_what_cannot_be_attributed(stages):
+def test_a_gates_target_is_its_pass_label_and_wrong_arguments_are_refused(stages):
     gate = attribute(stages[0], ["pay my bill", ""], n_steps=1)
-    assert {found.target for found in gate} == {"in"}
+    assert {attribution.target for attribution in gate} == {"in"}
     assert gate[1].words == ["[CLS]", "[SEP]"]
     assert gate[1].completeness_error == 0
-    for arguments, says in [
+    for arguments, message in [
         ({"method": "integrated_gradient"}, "did you mean 'integrated_gradients'"),
         ({"target": "9"}, "has no label '9'"),
-        ({"n_steps": 0}, "n_steps is 0"),
+        ({"n_steps": 0}, "n_steps is 0; it must be at least 1"),
     ]:
-        with pytest.raises(SpecError, match=says):
+        with pytest.raises(SpecError, match=message):
             attribute(stages[-1], ["pay"], **arguments)
 
 
-def test_no_text_does_anything_to_the_page_or_the_figure(stages):
+def test_hostile_and_long_texts_do_not_change_the_page_or_the_figure(stages):
     texts = [EVIL, "a" * 50_000, "pay the bill " * 4000, "", "שלום עולם"]
     display = TextAttributionDisplay(attribute(stages[-1], texts, n_steps=1), title=EVIL)
-    html = display._repr_html_()
+    html = display.to_html()
     assert "<script" not in html
     assert "<img" not in html
     assert "\u202e" not in html
@@ -164,9 +168,9 @@ def test_no_text_does_anything_to_the_page_or_the_figure(stages):
     plt.close("all")
 
 
-def test_what_speaks_for_and_against_differs_in_more_than_colour(fine):
-    found = replace(fine[0], words=["good", "bad", "plain"], scores=np.array([2.0, -1.0, 0.01]))
-    html = TextAttributionDisplay([found])._repr_html_()
+def test_scores_for_and_against_differ_in_more_than_colour(fine):
+    attribution = replace(fine[0], words=["good", "bad", "plain"], scores=np.array([2.0, -1.0, 0.01]))
+    html = TextAttributionDisplay([attribution]).to_html()
     good, bad, plain = html.split("<bdi")[-3:]
     assert "px solid" in good
     assert "+2.00" in good
@@ -177,20 +181,19 @@ def test_what_speaks_for_and_against_differs_in_more_than_colour(fine):
 
 def test_examples_of_a_run_are_attributed(tiny_run):
     ids = tiny_run.examples["example_id"].tolist()[3:5]
-    display = TextAttributionDisplay.from_run(tiny_run, "gate", ids, n_steps=1)
+    display = TextAttributionDisplay.from_run(tiny_run, ids, stage="gate", n_steps=1)
     scores = tiny_run.scores("gate")
-    for row, found in zip((3, 4), display.attributions, strict=True):
-        at = np.flatnonzero(scores.rows == row)[0]
-        assert found.logit == pytest.approx(float(scores.logits[at, 1]), abs=1e-4)
+    for row, attribution in zip((3, 4), display.attributions, strict=True):
+        assert attribution.logit == pytest.approx(float(scores.logits[row, 1]), abs=1e-4)
 
 
 def test_the_command_shows_words_and_writes_a_page(tiny, tmp_path):
     output = tmp_path / "new" / "page.html"
     arguments = ["attribute", str(tiny), "pay my bill", EVIL, "--stage", "gate", "--output", str(output)]
-    said = CliRunner().invoke(app, arguments)
-    assert said.exit_code == 0, said.output
-    assert "pay" in said.output
-    assert "completeness error" in said.output
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "pay" in result.output
+    assert "completeness error" in result.output
     page = output.read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>")
     assert "<script" not in page

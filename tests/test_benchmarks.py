@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import texts
+from helpers import texts
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -40,16 +40,16 @@ def test_the_package_and_the_hand_written_script_give_the_same_answers_from_proc
     shutil.copy(tiny, tmp_path / "cascade-float32.toml")
     short = [text for text in texts(60) if len(text.split()) < 20][:20]
     (tmp_path / "texts.json").write_text(json.dumps({"test": {"texts": short}}))
-    said = {}
+    results = {}
     for contender, more in {"cascade_lab": {}, "script": {"max_seq_length": 48}}.items():
         setting = json.dumps({"contender": contender, "precision": "float32", **more})
         command = [sys.executable, BENCHMARKS / "worker.py", tmp_path, setting]
         order = json.dumps({"texts": "test", "n": 20, "size": 8, "batch": 8})
-        done = subprocess.run(command, input=order, capture_output=True, text=True, check=True)
-        loaded, said[contender] = map(json.loads, done.stdout.splitlines())
+        process = subprocess.run(command, input=order, capture_output=True, text=True, check=True)
+        loaded, results[contender] = map(json.loads, process.stdout.splitlines())
         assert loaded["load_seconds"] > 0
-        assert len(said[contender]["seconds"]) == 3
-    ours, script = said.values()
+        assert len(results[contender]["seconds"]) == 3
+    ours, script = results.values()
     assert len(set(ours["answers"])) > 1
     assert ours["answers"] == script["answers"]
     np.testing.assert_allclose(ours["probabilities"], script["probabilities"], atol=1e-5)

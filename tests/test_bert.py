@@ -1,4 +1,4 @@
-"""Checkpoints, tokens and graphs: agreement with independent sources, and each thing that is refused."""
+"""Checkpoints, tokens and graphs agree with independent sources; every unusable file is refused in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import string
 
 import numpy as np
 import pytest
-from conftest import write_checkpoint
+from helpers import CONFIG, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,9 +18,9 @@ from cascade_lab.bert import reference
 from cascade_lab.bert.checkpoint import find_checkpoint, list_variables, read_checkpoint, variable_shapes
 from cascade_lab.bert.graph import classifier_graph
 from cascade_lab.bert.tokenization import Tokenizer, truncated_lengths
-from cascade_lab.errors import CheckpointError
+from cascade_lab.exceptions import CheckpointError
 
-# Where the two tokenizers are known to differ, or Unicode is at its oddest.
+# Characters on which the two tokenizers differ, and other unusual parts of Unicode.
 TRICKY = (
     "ΣσςİıßẞÅÅéあ漢字한글각\u0301\u0323\u200b\u200d\u00ad\ufeff\ufffd\x00\x07\x1c\x85\u2028\u3000\ue000\U000f0000\u0378"
 )
@@ -37,7 +37,7 @@ def reference_ids(full, text, max_seq_length):
 
 
 def reference_pair(full, text, text_b, max_seq_length):
-    """Truncate as run_classifier's _truncate_seq_pair does: one token at a time, off the longer one."""
+    """Truncate as run_classifier's _truncate_seq_pair does: remove one token at a time from the longer text."""
     a, b = full.tokenize(text), full.tokenize(text_b)
     while len(a) + len(b) > max_seq_length - 3:
         (a if len(a) > len(b) else b).pop()
@@ -70,8 +70,8 @@ some_text = st.one_of(
 
 
 @pytest.mark.parametrize("do_lower_case", [True, False])
-def test_token_ids_equal_fulltokenizers_on_100_000_texts_that_hypothesis_makes(do_lower_case, request):
-    """50,000 lower-cased and 50,000 as they are, with the real vocabulary where it is to be had."""
+def test_token_ids_equal_fulltokenizers_on_100_000_random_texts(do_lower_case, request):
+    """50,000 texts lower-cased and 50,000 not, with CLINC150's vocabulary if it is available."""
     try:
         vocab = request.getfixturevalue("clinc150") / "gate" / "vocab.txt"
     except pytest.skip.Exception:
@@ -95,24 +95,24 @@ def test_token_ids_equal_fulltokenizers_on_100_000_texts_that_hypothesis_makes(d
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(st.tuples(some_text, st.none() | some_text), min_size=1, max_size=5), most=st.integers(3, 20))
-def test_pairs_are_cut_and_joined_as_run_classifier_does(texts, most, tiny):
+@given(texts=st.lists(st.tuples(some_text, st.none() | some_text), min_size=1, max_size=5), length=st.integers(3, 20))
+def test_pairs_are_truncated_and_joined_as_run_classifier_does(texts, length, tiny):
     vocab = tiny.parent / "gate" / "vocab.txt"
-    full, tokenizer = full_tokenizer(vocab, True), Tokenizer(vocab, do_lower_case=True, max_seq_length=most)
+    full, tokenizer = full_tokenizer(vocab, True), Tokenizer(vocab, do_lower_case=True, max_seq_length=length)
     for (text, text_b), encoding in zip(texts, tokenizer.encode(*zip(*texts, strict=True)), strict=True):
         if text_b is None:
-            assert encoding.input_ids == reference_ids(full, text, most)
+            assert encoding.input_ids == reference_ids(full, text, length)
             assert encoding.n_first == len(encoding.input_ids)
         else:
-            assert tuple(encoding) == reference_pair(full, text, text_b, most)
+            assert tuple(encoding) == reference_pair(full, text, text_b, length)
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))
-def test_truncated_lengths_are_those_of_popping_one_at_a_time(n_first, n_second, most):
+def test_truncated_lengths_equal_those_of_removing_one_token_at_a_time(n_first, n_second, max_length):
     a, b = n_first, n_second
-    while a + b > most:
+    while a + b > max_length:
         a, b = (a - 1, b) if a > b else (a, b - 1)
-    assert truncated_lengths(n_first, n_second, most) == (a, b)
+    assert truncated_lengths(n_first, n_second, max_length) == (a, b)
 
 
 def test_half_a_surrogate_pair_and_100_000_characters_are_tokenized_too(tiny):
@@ -122,26 +122,14 @@ def test_half_a_surrogate_pair_and_100_000_characters_are_tokenized_too(tiny):
         assert tokenizer.encode([text])[0].input_ids == reference_ids(full, text, 24)
 
 
-def test_the_graphs_variables_are_those_of_the_shape_table():
+def test_the_graphs_variables_have_the_names_and_shapes_of_variable_shapes():
     import tensorflow as tf
 
-    config = {
-        "vocab_size": 30,
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 12,
-        "max_position_embeddings": 10,
-        "type_vocab_size": 2,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-        "initializer_range": 0.02,
-    }
-    ends = classifier_graph(config, 3, output_weights="cls/w", output_bias="cls/b")
-    with ends.graph.as_default():
-        found = {v.op.name: tuple(v.shape) for v in tf.compat.v1.global_variables()}
-    assert found == variable_shapes(config, 3, "cls/w", "cls/b")
+    config = {**CONFIG, "vocab_size": 30}
+    classifier = classifier_graph(config, 3, output_weights="cls/w", output_bias="cls/b")
+    with classifier.graph.as_default():
+        shapes = {v.op.name: tuple(v.shape) for v in tf.compat.v1.global_variables()}
+    assert shapes == variable_shapes(config, 3, "cls/w", "cls/b")
 
 
 def test_a_directory_a_prefix_and_an_index_file_name_the_same_checkpoint(tiny):
@@ -152,14 +140,14 @@ def test_a_directory_a_prefix_and_an_index_file_name_the_same_checkpoint(tiny):
     assert list_variables(prefix)["global_step"] == ([], "int64")
 
 
-def test_adam_slots_and_global_step_are_left_alone(tiny):
+def test_adam_slots_and_global_step_are_not_read(tiny):
     weights = read_checkpoint(CascadeSpec.read(tiny).stages[0]).weights
     assert not [name for name in weights if "adam" in name or name == "global_step"]
 
 
 @pytest.fixture
 def stage(tmp_path):
-    """A checkpoint of a test's own, to damage."""
+    """A checkpoint that only this test uses, so that it can damage it."""
     write_checkpoint(tmp_path / "gate", 2, seed=1)
     spec = {
         "name": "gate",
@@ -185,16 +173,16 @@ def rewrite(stage, **keys):
 
 def test_a_directory_without_checkpoint_file(stage):
     (stage.init_checkpoint / "checkpoint").unlink()
-    refused(stage, "gate: no checkpoint there: its file 'checkpoint' is missing")
+    refused(stage, "gate: contains no checkpoint: its file 'checkpoint' is missing")
 
 
-def test_a_hugging_face_directory_says_what_to_do(stage):
+def test_a_hugging_face_directory_names_the_command_that_converts_it(stage):
     (stage.init_checkpoint / "checkpoint").unlink()
     (stage.init_checkpoint / "model.safetensors").touch()
-    refused(stage, "a Hugging Face directory; make a checkpoint of it with cascade-lab import-hf")
+    refused(stage, "is a Hugging Face directory; convert it with cascade-lab import-hf")
 
 
-def test_a_prefix_that_is_not_there(stage):
+def test_a_prefix_that_does_not_exist(stage):
     refused(dataclasses.replace(stage, init_checkpoint=stage.init_checkpoint / "model.ckpt-8"), "no such checkpoint")
 
 
@@ -203,14 +191,15 @@ def test_a_missing_variable(stage):
     refused(stage, "stage 'gate': .*model.ckpt-7 has no variable bert/pooler/dense/bias, which the graph needs")
 
 
-def test_a_missing_head_says_how_to_name_it(stage):
-    refused(dataclasses.replace(stage, output_bias="cls/bias"), "no variable cls/bias.* name the head with output_w")
+def test_a_missing_head_names_the_keys_for_its_name(stage):
+    renamed = dataclasses.replace(stage, output_bias="cls/bias")
+    refused(renamed, "no variable cls/bias.* name the variables of the head with output_weights and output_bias")
 
 
 def test_a_misshapen_variable(stage):
     rewrite(stage, intermediate_size=65)
     refused(
-        stage, r"layer_0/intermediate/dense/kernel has shape \[32, 64\], and the graph needs \[32, 65\]; give the c"
+        stage, r"layer_0/intermediate/dense/kernel has shape \[32, 64\], but the graph needs \[32, 65\]; give the c"
     )
 
 
@@ -223,7 +212,7 @@ def test_a_wrong_number_of_labels(stage):
 def test_a_truncated_checkpoint(stage):
     data = stage.init_checkpoint / "model.ckpt-7.data-00000-of-00001"
     data.write_bytes(data.read_bytes()[:30_000])
-    refused(stage, "cannot be read .*cut short or damaged")
+    refused(stage, "cannot be read .*truncated or damaged")
 
 
 def test_a_truncated_index(stage):
@@ -237,7 +226,7 @@ def test_a_flipped_bit(stage):
     content = bytearray(data.read_bytes())
     content[random.Random(0).randrange(len(content) // 3)] ^= 1
     data.write_bytes(content)
-    refused(stage, "cannot be read .*cut short or damaged")
+    refused(stage, "cannot be read .*truncated or damaged")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -248,15 +237,15 @@ def test_a_weight_that_is_not_finite(stage, value):
 
 def test_a_vocabulary_of_another_size(stage):
     stage.vocab_file.write_text(stage.vocab_file.read_text() + "more\n")
-    refused(stage, r"vocab.txt has \d+ tokens and .* says vocab_size \d+")
+    refused(stage, r"vocab.txt has \d+ tokens, but vocab_size in .* is \d+; give the vocabulary")
 
 
 def test_a_doubled_line_in_the_vocabulary(stage):
     stage.vocab_file.write_text(stage.vocab_file.read_text() + "pay\n")
-    refused(stage, r"vocab.txt line \d+: token 'pay' stands at line 6 too")
+    refused(stage, r"vocab.txt line \d+: token 'pay' is on line 6 too")
 
 
-def test_a_vocabulary_that_is_missing_or_not_utf8_or_no_berts(stage):
+def test_a_vocabulary_that_is_missing_or_not_utf8_or_not_of_bert(stage):
     stage.vocab_file.write_bytes(b"[UNK]\n\xff\n")
     refused(stage, "byte 6 is not UTF-8")
     stage.vocab_file.write_text("pay\nbill\n")
@@ -266,24 +255,36 @@ def test_a_vocabulary_that_is_missing_or_not_utf8_or_no_berts(stage):
 
 
 def test_more_tokens_than_positions(stage):
-    refused(dataclasses.replace(stage, max_seq_length=49), "max_seq_length is 49, and the model has 48 positions")
+    refused(dataclasses.replace(stage, max_seq_length=49), "max_seq_length is 49, but the model has only 48 positions")
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"hidden_size": "32"}, "hidden_size is '32'; it must be a whole number"),
-        ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of num_attention_heads 5"),
-        ({"hidden_act": "swish"}, "hidden_act is 'swish'; known: gelu, relu, tanh, linear, gelu_erf, gelu_n"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
+        (
+            {"hidden_act": "swish"},
+            "hidden_act is 'swish'; it must be one of gelu, relu, tanh, linear, gelu_erf, gelu_n",
+        ),
     ],
 )
-def test_a_config_that_makes_no_model(stage, keys, message):
+def test_a_config_with_an_unusable_value(stage, keys, message):
     rewrite(stage, **keys)
     refused(stage, message)
 
 
-def test_a_config_that_is_missing_or_no_json(stage):
+def test_a_config_that_is_missing_or_not_json(stage):
     stage.bert_config_file.write_text("{")
     refused(stage, "bert_config.json: not JSON")
     stage.bert_config_file.unlink()
     refused(stage, "bert_config.json: cannot be read")
+
+
+@pytest.mark.parametrize("key", ["init_checkpoint", "bert_config_file", "vocab_file"])
+def test_a_stage_that_was_scored_elsewhere_cannot_be_loaded(stage, key):
+    refused(
+        dataclasses.replace(stage, **{key: None}),
+        f"^stage 'gate': has no {key}: its logits were computed elsewhere; add init_checkpoint, bert_config_file and "
+        "vocab_file to run it$",
+    )

@@ -1,18 +1,19 @@
-"""The serial run against its own replay, against one text at a time, and under faults."""
+"""The serial run: against its own replay, against one text at a time, and with faults."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import texts
+from helpers import texts
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Run, Stage
 from cascade_lab import cascade as cascade_module
-from cascade_lab.errors import CheckpointError, EvalSetError
-from cascade_lab.serial import probabilities
+from cascade_lab.decisions import softmax
+from cascade_lab.exceptions import CheckpointError, EvalSetError
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_predict_equals_scoring_each_text_alone_by_hand(balanced):
     gate, intent = balanced.stages
     assert set(table["decided_by"]) == {"gate", "intent"}
     for text, row in zip(batch, table.itertuples(), strict=True):
-        p_in = probabilities(gate.logits(gate.encode([text])))[0, 1]
+        p_in = softmax(gate.logits(gate.encode([text])))[0, 1]
         assert row.gate_probability == pytest.approx(p_in, abs=1e-5)
         if abs(p_in - gate.spec.threshold) < 1e-5:
             continue
@@ -45,7 +46,7 @@ def test_predict_equals_scoring_each_text_alone_by_hand(balanced):
             assert row.probability == pytest.approx(1 - p_in, abs=1e-5)
             assert np.isnan(row.intent_probability)
         else:
-            p = probabilities(intent.logits(intent.encode([text])))[0]
+            p = softmax(intent.logits(intent.encode([text])))[0]
             assert (row.predicted, row.decided_by) == (str(p.argmax()), "intent")
             assert row.probability == row.intent_probability == pytest.approx(p.max(), abs=1e-5)
 
@@ -70,28 +71,30 @@ def test_predict_gives_the_same_answers_in_chunks(loaded, monkeypatch):
     pd.testing.assert_frame_equal(whole, parts, atol=1e-5)
 
 
-def test_few_texts_begin_at_every_stage_at_once_and_are_answered_alike(balanced, monkeypatch):
-    begun = []
-    ahead = Stage.ahead
-    monkeypatch.setattr(Stage, "ahead", lambda stage, batch: begun.append(stage.spec.name) or ahead(stage, batch))
+def test_few_texts_run_all_stages_at_once_with_the_same_answers(balanced, monkeypatch):
+    speculated = []
+    speculate = Stage.speculate
+    monkeypatch.setattr(
+        Stage, "speculate", lambda stage, batch: speculated.append(stage.spec.name) or speculate(stage, batch)
+    )
     many = balanced.predict(texts(60))
-    assert begun == []  # enough for every processor
+    assert speculated == []  # there are enough texts for every processor
     one_by_one = pd.concat([balanced.predict([text]) for text in texts(60)], ignore_index=True)
-    assert begun == (["gate", "intent"] * 60 if balanced.stages[0].callers > 1 else [])
+    assert speculated == (["gate", "intent"] * 60 if balanced.stages[0].n_workers > 1 else [])
     pd.testing.assert_frame_equal(one_by_one, many, atol=1e-5)
     assert set(many["decided_by"]) == {"gate", "intent"}
     by_three = pd.concat([balanced.predict(texts(60)[n : n + 3]) for n in range(0, 60, 3)], ignore_index=True)
-    assert len(begun) > 120 or balanced.stages[0].callers == 1
+    assert len(speculated) > 120 or balanced.stages[0].n_workers == 1
     pd.testing.assert_frame_equal(by_three, many, atol=1e-5)
 
 
-def test_a_stage_waits_for_its_turn_where_it_is_larger_or_the_bound_is_lower(balanced, monkeypatch):
+def test_a_stage_waits_for_the_gate_if_it_is_larger_or_the_batch_size_is_smaller(balanced, monkeypatch):
     few = balanced.stages[0].encode(["pay my bill", "sing"])
-    expected = {"gate", "intent"} if balanced.stages[0].callers > 1 else set()
-    assert set(balanced._begun(few, None)) == set(balanced._begun(few, 2)) == expected
-    assert balanced._begun(few, 1) == balanced._begun([], None) == {}
+    expected = {"gate", "intent"} if balanced.stages[0].n_workers > 1 else set()
+    assert set(balanced._speculate(few, None)) == set(balanced._speculate(few, 2)) == expected
+    assert balanced._speculate(few, 1) == balanced._speculate([], None) == {}
     monkeypatch.setattr(balanced.stages[1], "work", balanced.stages[0].work + 1)
-    assert balanced._begun(few, None) == {}
+    assert balanced._speculate(few, None) == {}
 
 
 def test_a_runs_replay_at_its_own_thresholds_is_the_live_run_row_for_row(balanced, tiny_evalset, tmp_path):
@@ -116,7 +119,7 @@ def test_survivors_are_gathered_into_full_batches_and_shadow_is_off_the_timed_pa
     assert sizes.get_group("intent").gt(8).sum() >= passed // 16 - 1, "batches are full, but for the last"
     scores = run.scores("intent")
     assert scores.shadow.sum() == 200 - passed
-    assert (run.predictions["decided_by"].to_numpy()[scores.rows[scores.shadow]] == "gate").all()
+    assert (run.predictions["decided_by"].to_numpy()[scores.shadow] == "gate").all()
     gate = run.timings.query("stage == 'gate'")
     assert gate["n_tokens"].is_monotonic_decreasing
     assert gate["sequence_length"].nunique() > 3, "texts of like length are scored together"
@@ -128,7 +131,9 @@ def test_an_empty_pass_set_and_a_full_one(tiny, tiny_evalset, tmp_path):
             run = cascade.run(EvalSet.read(tiny_evalset), output=tmp_path / decided)
         assert set(run.predictions["decided_by"]) == {decided}
         pd.testing.assert_frame_equal(run.replay(), run.predictions)
-    assert Run.read(tmp_path / "gate").metrics["stages"]["intent"]["accuracy"] is None
+    assert np.isnan(Run.read(tmp_path / "gate").metrics["stages"]["intent"]["accuracy"])
+    written = json.loads((tmp_path / "gate" / "metrics.json").read_text())
+    assert written["stages"]["intent"]["accuracy"] is None
 
 
 def test_three_stages_and_one(tiny, tmp_path):
@@ -156,6 +161,6 @@ def test_a_stage_that_cannot_be_loaded_closes_those_that_were(tiny, tmp_path, mo
     (tmp_path / "broken" / "intent" / "checkpoint").unlink()
     closed = []
     monkeypatch.setattr(cascade_module.Stage, "close", lambda self: closed.append(self.spec.name))
-    with pytest.raises(CheckpointError, match="no checkpoint there"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         Cascade.load(tmp_path / "broken" / "cascade.toml")
     assert closed == ["gate"]

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from helpers import random_run
 from typer.testing import CliRunner
 
-from cascade_lab import Run
-from cascade_lab.cli import app
+from cascade_lab import EvalSet, Run
+from cascade_lab.cli import COMMANDS, app
 
 
 def cascade_lab(*arguments, stdin=None):
@@ -51,7 +53,7 @@ def test_inspect_shows_a_cascade_a_checkpoint_and_a_run(tiny, tiny_run):
     assert f"{tiny_run.metrics['end_to_end']['accuracy']:.4f}" in cascade_lab("inspect", tiny_run.directory).stdout
 
 
-def test_predict_answers_arguments_and_standard_input(tiny):
+def test_predict_takes_arguments_and_standard_input(tiny):
     shown = cascade_lab("predict", tiny, "pay my bill", "[bold]sing[/bold]\x1b[31m")
     assert shown.exit_code == 0
     assert "[bold]sing[/bold]" in shown.stdout
@@ -77,7 +79,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, tiny_evalset, tiny_run, tmp
         "bad.tsv line 3: label 'spam' belongs to no stage (gate: oos, in; intent: 0, 1, 2, 3); fix the row or the",
     )
     assert not (tmp_path / "run").exists()
-    refused(cascade_lab("inspect", tmp_path), "no checkpoint there")
+    refused(cascade_lab("inspect", tmp_path), "contains no checkpoint")
     refused(cascade_lab("report", tmp_path), "not a run directory")
 
 
@@ -89,21 +91,42 @@ def test_a_broken_checkpoint_leaves_no_run(tiny, tiny_evalset, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-def test_debug_shows_where_an_error_arose(tmp_path):
+def test_debug_shows_the_traceback_of_an_error(tmp_path):
     result = cascade_lab("--debug", "run", tmp_path / "no.toml", "x.tsv")
     assert type(result.exception).__name__ == "SpecError"
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["predict"], ["inspect"], ["report"]])
-def test_help_teaches(command):
-    result = cascade_lab(*command, "--help")
+@pytest.mark.parametrize("command", ["", *(command.__name__.replace("_", "-") for command in COMMANDS)])
+def test_help_shows_an_example(command):
+    result = cascade_lab(*command.split(), "--help")
     assert result.exit_code == 0
-    assert "cascade-lab" in result.stdout
+    assert f"cascade-lab {command}" in result.stdout
 
 
-def test_the_installed_command_prints_nothing_of_tensorflows(tiny):
-    """In a process of its own: TensorFlow's chatter goes past Python's sys.stderr."""
+def test_the_installed_command_hides_what_tensorflow_prints(tiny):
+    """In another process, because TensorFlow prints to file descriptor 2, not to Python's sys.stderr."""
     command = [sys.executable, "-c", "from cascade_lab.cli import main; main()", "predict", str(tiny), "pay my bill"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "pay my bill" in done.stdout
     assert done.stderr == ""
+
+
+def test_commands_take_a_run_of_which_some_texts_have_no_label(tmp_path):
+    labelled = random_run(tmp_path / "labelled", n=120, seed=1)
+    examples = labelled.examples.assign(text=[f"{text} {i}" for i, text in enumerate(labelled.examples["text"])])
+    examples["label"] = examples["label"].mask(np.arange(120) % 4 == 0)
+    logits = {stage.name: labelled.scores(stage.name).logits for stage in labelled.spec.stages}
+    run = Run.from_logits(labelled.spec, examples, logits).write(tmp_path / "run").directory
+    audit, corrected = tmp_path / "audit.csv", tmp_path / "corrected.jsonl"
+    for command, *arguments in (
+        ["inspect", run],
+        ["tune", run, "--maximize", "accuracy", "--output", tmp_path / "t.toml"],
+        ["calibrate", run, "--output", tmp_path / "c.toml"],
+        ["compare", run, run],
+        ["audit", run, "--output", audit],
+        ["correct", run, audit, "--output", corrected],
+    ):
+        result = cascade_lab(command, *arguments)
+        assert result.exit_code == 0, result.output
+        assert "90" in result.stdout, f"{command} shows how many texts have a label"
+    assert EvalSet.read(corrected, unlabelled=True).examples["label"].isna().sum() == 30

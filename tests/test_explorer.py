@@ -1,4 +1,4 @@
-"""The explorer, moved as a person moves it, against replays of the run."""
+"""The explorer, moved as a person moves it, compared with replays of the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from random_runs import random_run
+from helpers import random_run
 from sklearn.metrics import confusion_matrix
 
 from cascade_lab.analysis.outcomes import OUTCOMES, outcome_counts
@@ -56,7 +56,7 @@ def test_sliders_show_what_a_replay_gives(tmp_path, n_gates):
         for outcome in OUTCOMES:
             assert f" {outcome} {counts[outcome]:,} " in shown
         accuracy = (replayed["label"] == replayed["predicted"]).mean()
-        assert f" accuracy {accuracy:.4f} {explorer.figures['accuracy'].low:.4f} to " in shown
+        assert f" accuracy {accuracy:.4f} {explorer.metrics['accuracy'].low:.4f} to " in shown
         expected = confusion_matrix(replayed["label"], replayed["predicted"], labels=list(run.spec.labels))
         assert (matrix_cells(explorer.html) == expected).all()
 
@@ -64,7 +64,7 @@ def test_sliders_show_what_a_replay_gives(tmp_path, n_gates):
 def test_ends_pass_all_or_nothing_and_reset_comes_back(run):
     explorer = explore(run)
     first = explorer.html
-    assert "Every answer is that of the run's own thresholds" in first
+    assert "No answer differs from those at the run's own thresholds" in first
     slider = explorer.sliders["gate0"]
     slider.value = slider.max
     assert (explorer.predictions["predicted"] == "oos0").all()
@@ -88,7 +88,7 @@ def test_a_typed_threshold_counts_to_the_last_digit_and_nonsense_is_refused(run)
         assert explorer.predictions["predicted"].tolist() == run.replay({"gate0": value})["predicted"].tolist()
     before = explorer.html
     explorer.boxes["gate0"].value = 1.5
-    assert "1.5 is no threshold of gate0" in explorer.status.value
+    assert "1.5 is not a threshold of gate0" in explorer.status.value
     assert explorer.html == before
     assert explorer.thresholds["gate0"] == reached[1]
 
@@ -103,9 +103,9 @@ def test_it_writes_the_cascade_that_it_shows(run, tmp_path):
     assert spec.thresholds == explorer.thresholds
     assert spec.tuned_on["run_id"] == run.manifest["run_id"]
     assert spec.tuned_on["goal"] == "chosen by hand in the explorer"
-    assert spec.tuned_on["figures"]["accuracy"] == explorer.figures["accuracy"].value
+    assert spec.tuned_on["figures"]["accuracy"] == explorer.metrics["accuracy"].value
     explorer.write_button.click()
-    assert "is there already" in explorer.status.value
+    assert "exists already" in explorer.status.value
 
 
 def test_labels_of_their_own_keep_their_thresholds_and_missing_scores_are_said(tmp_path):
@@ -129,7 +129,7 @@ def test_labels_of_their_own_keep_their_thresholds_and_missing_scores_are_said(t
     bare = explore(Run.read(made.directory))
     shown = bare.html
     bare.sliders["gate0"].value = bare.sliders["gate0"].min
-    assert "never scored them; run the cascade again with shadow scores" in bare.status.value
+    assert "run the cascade again with shadow scores" in bare.status.value
     assert bare.html == shown
     bare.reset_button.click()
     assert bare.status.value == ""

@@ -1,4 +1,4 @@
-"""The fast graph against float64 arithmetic, against bert-tensorflow's graph, and by what really runs."""
+"""The fast graph, compared with float64 arithmetic and with bert-tensorflow's graph; which nodes really run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from time import sleep
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import texts, write_checkpoint
+from helpers import texts, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import erf, softmax
@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Stage
 from cascade_lab.bert import fast
-from cascade_lab.bert.batching import MANY, MAX_TOKENS, batches, rounded_up
+from cascade_lab.bert.batching import MANY_BATCHES, MAX_TOKENS, make_batches, round_up
 from cascade_lab.bert.checkpoint import read_checkpoint
 from cascade_lab.cli import app
-from cascade_lab.errors import CheckpointError, SpecError
-from cascade_lab.precision import verify_precision
-from cascade_lab.serial import serve
+from cascade_lab.decisions import decide, route
+from cascade_lab.exceptions import CheckpointError, SpecError
+from cascade_lab.precision_check import verify_precision
 
 tf1 = tf.compat.v1
 FUSED = pytest.mark.skipif(not fast.has_fused_nodes(), reason="oneDNN's fused nodes are not on this machine")
@@ -75,15 +75,15 @@ def in_float64(weights):
 
 
 def run_graph(spec, encodings, *, fused):
-    """Score a batch with one kind of nodes, whichever this machine would take."""
+    """Score a batch with fused or with portable nodes, whichever a stage would use on this machine."""
     checkpoint = read_checkpoint(spec)
-    made = fast.fast_graph(checkpoint.config, checkpoint.weights, fused=fused)
-    assert not checkpoint.weights, "every weight is taken, and none is held twice"
-    even, arrays = fast.feed(encodings, checkpoint.config["type_vocab_size"])
-    ends = made.even if even else made.uneven
-    with tf1.Session(graph=made.graph) as session:
-        made.load(session)
-        return session.run(ends.logits_t, dict(zip(ends.inputs, arrays, strict=True)))
+    network = fast.fast_graph(checkpoint.config, checkpoint.weights, fused=fused)
+    assert not checkpoint.weights, "every weight is taken out, so that none is in memory twice"
+    is_uniform, arrays = fast.feed(encodings, checkpoint.config["type_vocab_size"])
+    form = network.uniform if is_uniform else network.ragged
+    with tf1.Session(graph=network.graph) as session:
+        network.load(session)
+        return session.run(form.logits_t, dict(zip(form.inputs, arrays, strict=True)))
 
 
 def test_logits_are_within_2e_5_of_float64_arithmetic_on_200_texts_of_clinc150(clinc150):
@@ -106,8 +106,8 @@ def test_logits_are_within_2e_5_of_float64_arithmetic_on_200_texts_of_clinc150(c
 @pytest.mark.parametrize(
     ("hidden_act", "scale"), [("gelu", 0.3), ("gelu", 1e-4), ("gelu_erf", 0.3), ("relu", 0.3), ("tanh", 0.3)]
 )
-def test_both_kinds_of_nodes_agree_with_float64_also_where_embeddings_hardly_vary(tmp_path, hidden_act, scale, fused):
-    """A LayerNorm with another epsilon than the config's is seen where the variance is as small as 1e-8."""
+def test_fused_and_portable_nodes_agree_with_float64_even_if_embeddings_hardly_vary(tmp_path, hidden_act, scale, fused):
+    """With a variance as small as 1e-8, a LayerNorm with a wrong epsilon would give other logits."""
     rng = np.random.default_rng(5)
     small = {
         "bert__embeddings__position_embeddings": rng.normal(0, scale, (48, 32)),
@@ -134,25 +134,25 @@ def test_both_kinds_of_nodes_agree_with_float64_also_where_embeddings_hardly_var
 
 
 @FUSED
-def test_the_fused_nodes_run_where_they_should_and_layer_norm_has_the_configs_epsilon(tiny):
+def test_all_dense_layers_run_fused_and_layer_norm_has_the_configs_epsilon(tiny):
     spec = CascadeSpec.read(tiny).last
     with Stage(spec) as stage:
         for batch in (["pay my bill"] * 3, ["pay", "pay my bill now"]):
-            even, arrays = fast.feed(stage.encode(batch), 2)
+            is_uniform, arrays = fast.feed(stage.encode(batch), 2)
             checkpoint = read_checkpoint(spec)
-            made = fast.fast_graph(checkpoint.config, checkpoint.weights)
-            ends = made.even if even else made.uneven
-            with tf1.Session(graph=made.graph) as session:
-                made.load(session)
-                options, found = tf1.RunOptions(output_partition_graphs=True), tf1.RunMetadata()
-                session.run(ends.logits_t, dict(zip(ends.inputs, arrays, strict=True)), options, found)
-            nodes = [node for graph in found.partition_graphs for node in graph.node]
-            ran = Counter(node.op for node in nodes)
-            # Two layers: query-key-value (in the last layer each for itself), attention, intermediate, output; the
-            # pooler and the head.
-            assert ran["_MklNativeFusedMatMul"] == 4 + 6 + 2
-            assert ran["_MklLayerNorm"] == 1 + 2 * 2
-            assert not {"MatMul", "BiasAdd", "Tanh", "Erf", "FusedBatchNormV3", "Mean"} & set(ran)
+            network = fast.fast_graph(checkpoint.config, checkpoint.weights)
+            form = network.uniform if is_uniform else network.ragged
+            with tf1.Session(graph=network.graph) as session:
+                network.load(session)
+                options, metadata = tf1.RunOptions(output_partition_graphs=True), tf1.RunMetadata()
+                session.run(form.logits_t, dict(zip(form.inputs, arrays, strict=True)), options, metadata)
+            nodes = [node for graph in metadata.partition_graphs for node in graph.node]
+            counts = Counter(node.op for node in nodes)
+            # First layer: query-key-value, attention, intermediate, output. Last layer: query, key and value are
+            # separate. Then the pooler and the head.
+            assert counts["_MklNativeFusedMatMul"] == 4 + 6 + 2
+            assert counts["_MklLayerNorm"] == 1 + 2 * 2
+            assert not {"MatMul", "BiasAdd", "Tanh", "Erf", "FusedBatchNormV3", "Mean"} & set(counts)
             fused = Counter(
                 tuple(op.decode() for op in node.attr["fused_ops"].list.s)
                 for node in nodes
@@ -165,8 +165,8 @@ def test_the_fused_nodes_run_where_they_should_and_layer_norm_has_the_configs_ep
             assert epsilons == {np.float32(1e-12)}
 
 
-def test_no_answer_on_clinc150_differs_from_the_reference_engines(clinc150, clinc150_run):
-    """Ties within 1e-4 of a threshold aside; the run of the fixture was made by the fast engine."""
+def test_the_fast_and_the_reference_engine_predict_the_same_on_clinc150(clinc150, clinc150_run):
+    """Texts within 1e-4 of the threshold are left out. The run of the fixture was made by the fast engine."""
     examples = clinc150_run.examples
     spec = clinc150_run.spec
     assert {stage["engine"] for stage in clinc150_run.manifest["stages"].values()} == {"fast"}
@@ -174,12 +174,12 @@ def test_no_answer_on_clinc150_differs_from_the_reference_engines(clinc150, clin
         expected = slow.predict(examples["text"].tolist())
     clear = (expected["gate_probability"] - spec.stages[0].threshold).abs() > 1e-4
     assert clear.mean() > 0.999
-    got = clinc150_run.predictions
-    assert (got["predicted"] == expected["predicted"])[clear].all()
+    predictions = clinc150_run.predictions
+    assert (predictions["predicted"] == expected["predicted"])[clear].all()
 
 
 @BFLOAT16
-def test_bfloat16_changes_at_most_one_answer_in_a_thousand(clinc150, clinc150_run):
+def test_bfloat16_changes_at_most_one_prediction_in_a_thousand(clinc150, clinc150_run):
     spec = clinc150_run.spec
     half = replace(spec, stages=tuple(replace(stage, precision="bfloat16") for stage in spec.stages))
     with Cascade.load(half) as cascade:
@@ -187,19 +187,19 @@ def test_bfloat16_changes_at_most_one_answer_in_a_thousand(clinc150, clinc150_ru
         logits = {stage.spec.name: stage.score(encoded)[0] for stage in cascade.stages}
     for stage in spec.stages:
         difference = np.abs(logits[stage.name] - clinc150_run.scores(stage.name).logits)
-        assert 1e-4 < difference.max() < 0.5, "another precision, and not another network"
-    changed = (serve(spec, logits)["predicted"] != clinc150_run.predictions["predicted"]).mean()
-    assert changed <= 0.001
+        assert 1e-4 < difference.max() < 0.5, "the precision differs, but not the network"
+    predicted = route(spec, {stage.name: decide(stage, logits[stage.name]) for stage in spec.stages}).predicted
+    assert (predicted != clinc150_run.predictions["predicted"]).mean() <= 0.001
 
 
 @BFLOAT16
-def test_verify_precision_says_what_differs(tiny, tiny_evalset):
+def test_verify_precision_measures_the_differences_of_the_logits(tiny, tiny_evalset):
     result = CliRunner().invoke(app, ["verify-precision", str(tiny), str(tiny_evalset)])
     assert result.exit_code == 0, result.output
-    assert "of 200 texts otherwise than in float32" in result.output
-    found = verify_precision(CascadeSpec.read(tiny), EvalSet.read(tiny_evalset))
+    assert "of 200 texts get another answer than in float32" in result.output
+    check = verify_precision(CascadeSpec.read(tiny), EvalSet.read(tiny_evalset))
     batch = EvalSet.read(tiny_evalset).texts
-    for name, row in found.stages.iterrows():
+    for name, row in check.stages.iterrows():
         spec = CascadeSpec.read(tiny).stage(name)
         with Stage(replace(spec, engine="reference")) as exact, Stage(replace(spec, precision="bfloat16")) as lower:
             difference = np.abs(lower.score(lower.encode(batch))[0] - exact.score(exact.encode(batch))[0])
@@ -209,7 +209,7 @@ def test_verify_precision_says_what_differs(tiny, tiny_evalset):
     assert result.exit_code == 2
 
 
-def test_bfloat16_that_is_not_to_be_had_is_one_line(tiny, monkeypatch):
+def test_missing_bfloat16_is_refused_in_one_line(tiny, monkeypatch):
     spec = replace(CascadeSpec.read(tiny).last, precision="bfloat16")
     monkeypatch.setattr(fast, "has_bfloat16", lambda: False)
     with pytest.raises(CheckpointError, match=r"stage 'intent': precision bfloat16 needs .*; set precision = "):
@@ -218,47 +218,47 @@ def test_bfloat16_that_is_not_to_be_had_is_one_line(tiny, monkeypatch):
 
 def test_engine_and_precision_are_checked(tiny):
     content = CascadeSpec.read(tiny).to_dict()
-    for key, value, said in (
+    for key, value, message in (
         ("engine", "quick", "engine is 'quick'; it is one of fast, reference"),
         ("precision", "int8", "precision is 'int8'; it is one of float32, bfloat16"),
     ):
-        with pytest.raises(SpecError, match=said):
+        with pytest.raises(SpecError, match=message):
             CascadeSpec.from_dict({**content, "stage": [{**stage, key: value} for stage in content["stage"]]})
     reference = {"engine": "reference", "precision": "bfloat16"}
-    with pytest.raises(SpecError, match="the reference engine has float32 alone"):
+    with pytest.raises(SpecError, match="the reference engine computes in float32 only"):
         CascadeSpec.from_dict({**content, "stage": [{**stage, **reference} for stage in content["stage"]]})
 
 
-def test_equal_texts_are_scored_once_and_every_text_is_answered(tiny):
+def test_equal_texts_are_scored_once_and_every_text_gets_its_logits(tiny):
     with Stage(CascadeSpec.read(tiny).last) as stage:
         encodings = stage.encode([*texts(40), *texts(40), "pay", "pay"])
-        told = []
-        logits, ran = stage.score(encodings, done=told.append)
-        assert sum(told) == sum(batch.n_examples for batch in ran) == 82
-        assert sum(batch.n_tokens for batch in ran) <= sum(len(e.input_ids) for e in encodings[:41])
+        counts = []
+        logits, batches = stage.score(encodings, done=counts.append)
+        assert sum(counts) == sum(batch.n_examples for batch in batches) == 82
+        assert sum(batch.n_tokens for batch in batches) <= sum(len(e.input_ids) for e in encodings[:41])
         np.testing.assert_array_equal(logits[:40], logits[40:80])
         alone = [stage.logits([encoding])[0] for encoding in encodings]
         np.testing.assert_allclose(logits, alone, atol=1e-5)
 
 
-def test_many_texts_are_answered_and_counted_once_though_the_last_batch_is_filled_up(tiny):
+def test_many_texts_are_scored_and_counted_once_though_the_last_batch_is_filled_up(tiny):
     with Stage(CascadeSpec.read(tiny).last) as stage:
         encodings = stage.encode(texts(2000))
-        assert sum(len(encoding.input_ids) for encoding in encodings) > MANY * MAX_TOKENS
-        logits, ran = stage.score(encodings)
+        assert sum(len(encoding.input_ids) for encoding in encodings) > MANY_BATCHES * MAX_TOKENS
+        logits, batches = stage.score(encodings)
         distinct = {tuple(encoding.input_ids) for encoding in encodings}
-        assert sum(batch.n_tokens for batch in ran) > sum(map(len, distinct))  # filled up
-        assert sum(batch.n_examples for batch in ran) == 2000
+        assert sum(batch.n_tokens for batch in batches) > sum(map(len, distinct))  # the last batch is filled up
+        assert sum(batch.n_examples for batch in batches) == 2000
         alone = [stage.logits([encoding])[0] for encoding in encodings[::50]]
         np.testing.assert_allclose(logits[::50], alone, atol=1e-5)
 
 
-def test_an_interruption_leaves_nothing_running(tiny, monkeypatch):
+def test_no_batch_runs_after_an_interruption(tiny, monkeypatch):
     with Stage(CascadeSpec.read(tiny).last) as stage:
-        begun, ended, logits = [], [], Stage.logits
+        started, ended, logits = [], [], Stage.logits
 
         def slow(stage, batch):
-            begun.append(batch)
+            started.append(batch)
             sleep(0.02)
             ended.append(logits(stage, batch))
             return ended[-1]
@@ -272,9 +272,9 @@ def test_an_interruption_leaves_nothing_running(tiny, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             stage.score(encodings, batch_size=1, done=interrupt)
         n_ended = len(ended)
-        assert n_ended == len(begun) < 50
+        assert n_ended == len(started) < 50
         sleep(0.1)
-        assert len(begun) == n_ended
+        assert len(started) == n_ended
 
 
 def test_the_same_run_twice_gives_the_same_bytes(tiny, tiny_evalset, tmp_path):
@@ -291,15 +291,15 @@ def test_the_same_run_twice_gives_the_same_bytes(tiny, tiny_evalset, tmp_path):
     st.one_of(st.none(), st.integers(1, 50)),
     st.integers(1, 200),
 )
-def test_batches_hold_every_text_once_and_keep_their_bounds(lengths, max_texts, max_tokens):
-    found = batches(lengths, max_texts=max_texts, max_tokens=max_tokens)
-    times = np.bincount(np.concatenate([np.zeros(0, int), *found]), minlength=len(lengths))
-    are_many = sum(lengths) >= MANY * max_tokens
+def test_every_text_is_in_one_batch_and_no_batch_is_too_large(lengths, max_texts, max_tokens):
+    batches = make_batches(lengths, max_texts=max_texts, max_tokens=max_tokens)
+    times = np.bincount(np.concatenate([np.zeros(0, int), *batches]), minlength=len(lengths))
+    are_many = sum(lengths) >= MANY_BATCHES * max_tokens
     assert (times >= 1).all() if are_many else (times == 1).all()
-    assert sum(len(set(batch.tolist())) < len(batch) for batch in found) <= 1  # only the last is filled up
-    sizes = [sum(lengths[row] for row in batch) for batch in found]
+    assert sum(len(set(batch.tolist())) < len(batch) for batch in batches) <= 1  # only the last is filled up
+    sizes = [sum(lengths[row] for row in batch) for batch in batches]
     assert sizes == sorted(sizes, reverse=True)
-    for batch, size in zip(found, sizes, strict=True):
+    for batch, size in zip(batches, sizes, strict=True):
         assert size <= max_tokens or len(batch) == 1
         assert max_texts is None or len(batch) <= max_texts
 
@@ -309,14 +309,14 @@ def test_many_batches_have_few_shapes():
     shapes = set()
     for n in range(6000, 8192, 100):
         lengths = rng.gamma(9, 1.2, n).astype(int) + 2
-        shapes |= {(len(batch), lengths[batch].max()) for batch in batches(lengths)}
+        shapes |= {(len(batch), lengths[batch].max()) for batch in make_batches(lengths)}
     assert len(shapes) <= 40  # about one for each length
     assert all(n == MAX_TOKENS // length for n, length in shapes)
 
 
 @given(st.integers(1, 10**6))
-def test_a_rounded_size_is_one_of_eight_an_octave_and_at_most_an_eighth_more(n):
-    assert n <= rounded_up(n) <= n * 9 / 8
-    assert rounded_up(rounded_up(n)) == rounded_up(n)
-    octave = 1 << (n.bit_length() - 1)
-    assert octave < 8 or rounded_up(n) % (octave // 8) == 0
+def test_a_rounded_size_is_one_of_eight_per_power_of_two_and_at_most_an_eighth_more(n):
+    assert n <= round_up(n) <= n * 9 / 8
+    assert round_up(round_up(n)) == round_up(n)
+    power = 1 << (n.bit_length() - 1)
+    assert power < 8 or round_up(n) % (power // 8) == 0

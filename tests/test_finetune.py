@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, it agrees with itself, it survives being killed, and it refuses what cannot work."""
+"""Fine-tuning: it learns, is reproducible, continues after being killed, and refuses settings that cannot work."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from conftest import CONFIG, write_checkpoint
+from helpers import CONFIG, write_checkpoint
 from typer.testing import CliRunner
 
 from cascade_lab import CascadeSpec, EvalSet, Stage
 from cascade_lab.bert.finetune import Flags, Init, finetune
 from cascade_lab.cli import app
-from cascade_lab.errors import CheckpointError, TrainingError
+from cascade_lab.exceptions import CheckpointError, TrainingError
 
 KEYS = {"money": ["pay", "bill", "card"], "music": ["sing", "song", "play", "music"], "sky": ["weather"]}
 FLAGS = Flags(
@@ -30,7 +30,7 @@ FLAGS = Flags(
 
 
 def keyword_texts(n: int, seed: int) -> pd.DataFrame:
-    """Texts whose label is told by one word among others that tell nothing."""
+    """Texts in which one word gives the label, and the other words are random."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(n):
@@ -79,7 +79,7 @@ def trained(ground):
     return ground / "whole", train(ground, ground / "whole")
 
 
-def test_it_learns_and_keeps_a_directory_that_a_cascade_can_point_at(ground, trained):
+def test_it_learns_and_writes_a_directory_that_a_stage_can_load(ground, trained):
     output, record = trained
     names = {path.name.split("-")[0] for path in output.iterdir()}
     assert names == {"bert_config.json", "checkpoint", "labels.txt", "model.ckpt", "training.json", "vocab.txt"}
@@ -92,9 +92,9 @@ def test_it_learns_and_keeps_a_directory_that_a_cascade_can_point_at(ground, tra
              "vocab_file": "whole/vocab.txt", "labels": "whole/labels.txt", "max_seq_length": 16}  # fmt: skip
     dev = EvalSet.read(ground / "dev.tsv")
     with Stage(CascadeSpec.from_dict({"stage": [stage]}, folder=ground).last) as loaded:
-        said = loaded.logits(loaded.encode(dev.texts)).argmax(axis=1)
-    right = [loaded.spec.labels[i] for i in said] == np.array(dev.column("label"))
-    assert right.mean() == pytest.approx(curve[record["best_epoch"] - 1]["dev_accuracy"])
+        predicted = loaded.logits(loaded.encode(dev.texts)).argmax(axis=1)
+    correct = [loaded.spec.labels[i] for i in predicted] == np.array(dev.column("label"))
+    assert correct.mean() == pytest.approx(curve[record["best_epoch"] - 1]["dev_accuracy"])
 
 
 def test_the_best_epoch_is_kept_and_not_the_last(ground, tmp_path):
@@ -106,7 +106,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(ground, tmp_path):
     assert (tmp_path / "out" / f"model.ckpt-{best['step']}.index").is_file()
 
 
-def test_one_seed_and_one_thread_give_equal_bits_and_another_seed_others(ground, trained, tmp_path):
+def test_the_same_seed_gives_identical_weights_with_one_thread_and_another_seed_others(ground, trained, tmp_path):
     train(ground, tmp_path / "again")
     assert_equal_weights(weights(tmp_path / "again"), weights(trained[0]))
     train(ground, tmp_path / "other", flags=changed(seed=1))
@@ -123,15 +123,15 @@ def command(ground, output):
 
 
 @pytest.mark.parametrize("step", [4, 23, 80])
-def test_killed_and_resumed_it_ends_with_the_weights_of_an_uninterrupted_one(ground, trained, tmp_path, step):
-    """SIGKILL in the first epoch, at the end of it, and in the last; 23 steps an epoch."""
+def test_a_killed_and_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(ground, trained, tmp_path, step):
+    """SIGKILL in the first epoch, at its end, and in the last epoch. An epoch has 23 steps."""
     output = tmp_path / "out"
     code = "from cascade_lab.cli import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code, *command(ground, output)], stderr=subprocess.DEVNULL)
     newest = Path(f"{output}.unfinished") / "steps" / "checkpoint"
     deadline = time.monotonic() + 120
     while not (newest.exists() and int(newest.read_text().split("\n")[0].rsplit("-", 1)[1].strip('"') or 0) >= step):
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "the training ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -146,34 +146,32 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_an_uninterrupted_one(gro
     assert not Path(f"{output}.unfinished").exists()
 
 
-def test_an_interrupted_training_is_not_gone_on_with_under_other_flags(ground, tmp_path):
+def test_an_interrupted_training_is_not_continued_with_other_flags(ground, tmp_path):
     diverging = changed(learning_rate=1e30)
     with pytest.raises(TrainingError):
         train(ground, tmp_path / "out", flags=diverging)
-    with pytest.raises(
-        TrainingError, match=r"out.unfinished is a training that was interrupted, with other flags; give"
-    ):
+    with pytest.raises(TrainingError, match=r"out.unfinished is an interrupted training with other flags; give"):
         train(ground, tmp_path / "out")
 
 
-def test_a_loss_that_is_no_number_stops_it_with_the_last_good_checkpoint(ground, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_last_good_checkpoint(ground, tmp_path):
     flags = Flags(**{**vars(FLAGS), "learning_rate": 1e12, "warmup_proportion": 1.0, "save_checkpoints_steps": 1})
     with pytest.raises(
-        TrainingError, match=r"not a number any more at step \d+.*the last good checkpoint is .*-\d+"
+        TrainingError, match=r"NaN or infinite at step \d+.*the last good checkpoint is .*-\d+"
     ) as caught:
         train(ground, tmp_path / "out", flags=flags)
-    good = str(caught.value).split("last good checkpoint is ")[1].split(";")[0]
-    for name, value in weights(good).items():
+    prefix = str(caught.value).split("last good checkpoint is ")[1].split(";")[0]
+    for name, value in weights(prefix).items():
         assert np.isfinite(value).all(), name
     assert not (tmp_path / "out").exists()
 
 
-def test_random_weights_train_from_a_config_and_a_vocabulary_of_ones_own(ground, tmp_path):
-    made = CliRunner().invoke(
+def test_a_training_starts_from_random_weights_with_a_new_config_and_vocabulary(ground, tmp_path):
+    result = CliRunner().invoke(
         app,
         ["vocabulary", "--train", str(ground / "train.tsv"), "--output", str(tmp_path / "vocab.txt"), "--size", "100"],
     )
-    assert made.exit_code == 0, made.output
+    assert result.exit_code == 0, result.output
     tokens = (tmp_path / "vocab.txt").read_text().splitlines()
     assert tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert {"weather", "sing"} <= set(tokens)
@@ -200,37 +198,37 @@ def test_a_column_is_learned_and_a_label_left_out(ground, tmp_path):
     assert set(evalset.column("label")) == {"money", "music"}
 
 
-def test_what_cannot_be_trained_is_refused(ground, tmp_path):
+def test_settings_that_cannot_be_trained_are_refused(ground, tmp_path):
     def refused(message, error=TrainingError, **keys):
         with pytest.raises(error, match=message):
             train(ground, tmp_path / "out", **keys)
         assert not list(tmp_path.glob("out*"))
 
-    refused(r"train.tsv line \d+: label 'sky' is none of the 2 labels that are trained", labels=("money", "music"))
-    refused(r"label 'empty' has no training text \(1 such\)", labels=(*KEYS, "empty"))
-    refused("the labels must be two or more, all different", labels=("money", "money", "music", "sky"))
-    refused("max_seq_length is 49, and the model has 48 positions", flags=Flags(max_seq_length=49))
+    refused(r"train.tsv line \d+: label 'sky' is not one of the 2 labels that are trained", labels=("money", "music"))
+    refused(r"label 'empty' has no training text \(1 such labels\)", labels=(*KEYS, "empty"))
+    refused("the labels must be at least two and all different", labels=("money", "money", "music", "sky"))
+    refused("max_seq_length is 49, but the model has only 48 positions", flags=Flags(max_seq_length=49))
     (tmp_path / "dev.tsv").write_text("text\tlabel\nhello\tnever seen\n")
     sets = [EvalSet.read(ground / "train.tsv"), EvalSet.read(tmp_path / "dev.tsv")]
-    with pytest.raises(TrainingError, match=r"dev.tsv line 2: label 'never seen' is none of the 3 labels"):
+    with pytest.raises(TrainingError, match=r"dev.tsv line 2: label 'never seen' is not one of the 3 labels"):
         finetune(Init.find(ground / "init"), *sets, list(KEYS), tmp_path / "out", flags=FLAGS)
     other = json.loads((ground / "init" / "bert_config.json").read_text()) | {"intermediate_size": 80}
     (tmp_path / "other.json").write_text(json.dumps(other))
-    refused("is of shape .*, and the config asks for", CheckpointError,
+    refused("has shape .*, but by .*other.json it has shape", CheckpointError,
             init=Init.find(ground / "init", bert_config_file=tmp_path / "other.json"))  # fmt: skip
-    with pytest.raises(CheckpointError, match="no checkpoint there"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         Init.find(tmp_path)
     (tmp_path / "out").mkdir()
-    with pytest.raises(TrainingError, match="out exists already"):
+    with pytest.raises(TrainingError, match="out exists and is not a training"):
         train(ground, tmp_path / "out", overwrite=True)
 
 
-def test_a_full_disk_is_one_line(ground, small_disk):
+def test_a_full_disk_is_an_error_of_one_line(ground, small_disk):
     with pytest.raises(TrainingError, match=r"cannot be written \(.*No space left on device"):
         train(ground, small_disk / "out")
 
 
-def test_googles_own_releases_have_no_checkpoint_file(ground, tmp_path):
+def test_a_google_release_without_a_checkpoint_file_is_found(ground, tmp_path):
     for path in (ground / "init").iterdir():
         if path.name.startswith("model.ckpt-7."):
             (tmp_path / path.name.replace("model.ckpt-7", "bert_model.ckpt")).write_bytes(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Texts and labels that would run, fetch, break a table or a formula: harmless, and still themselves, in a browser."""
+"""Tests in a browser that hostile texts and labels (HTML, scripts, formulas) do no harm and are shown as they are."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import papermill
 import pytest
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet
-from cascade_lab.report import notebook_path, write_figures, write_report
+from cascade_lab.reporting.report import notebook_path, write_figures, write_report
 
 NOTEBOOKS = notebook_path("01_run_cascade").parent
 
 
 @pytest.fixture(scope="module")
 def trap():
-    """A web server of sorts on this machine: its address, and what was asked of it."""
-    asked: list[bytes] = []
+    """A small web server on this machine: its address, and the requests that it received."""
+    requests: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def listen() -> None:
@@ -37,17 +37,17 @@ def trap():
                     return
                 with connection:
                     connection.settimeout(5)
-                    asked.append(connection.recv(1000))
+                    requests.append(connection.recv(1000))
                     connection.sendall(b"HTTP/1.0 204 No Content\r\n\r\n")
 
         threading.Thread(target=listen, daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}", asked
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", requests
         server.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(scope="module")
 def browse(tmp_path_factory):
-    """Open a file in headless Chromium; return the page as it stands after two seconds of its own time."""
+    """Return a function that opens a file in headless Chromium and returns the page after 2 s of virtual time."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         assert not os.environ.get("CI"), "the tests need Chromium in CI: .ci/run installs it"
@@ -93,7 +93,7 @@ def texts(trap):
 
 @pytest.fixture(scope="module")
 def runs(tiny, texts, tmp_path_factory):
-    """Two runs whose texts, labels, name and further column are hostile, through the tiny cascade."""
+    """Two runs of the tiny cascade, whose texts, labels, name and additional column are hostile."""
     content = CascadeSpec.read(tiny).to_dict()
     content["name"] = texts[1] + texts[9]
     gate, intent = content["stage"]
@@ -125,11 +125,11 @@ display(pd.DataFrame({"text": texts.str[:300]}).style.set_properties(color="red"
 
 @pytest.fixture(scope="module")
 def report(runs, tmp_path_factory):
-    """One report of all notebooks that read a run, and of cells that show the texts without any care."""
+    """One report of all notebooks that read a run, and of cells that show the texts without escaping."""
     folder = tmp_path_factory.mktemp("report")
     parameters, cells = {}, []
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        known = {name: found["default"] for name, found in papermill.inspect_notebook(str(path)).items()}
+        known = {name: parameter["default"] for name, parameter in papermill.inspect_notebook(str(path)).items()}
         if any(name.startswith("run") for name in known) and "latency_dir" not in known:
             parameters |= known
             cells += [
@@ -147,12 +147,12 @@ def report(runs, tmp_path_factory):
     return write_report(runs[0], folder / "all.html", notebook=folder / "all.ipynb", parameters=given)
 
 
-class Seen(HTMLParser):
-    """The words of a page, and the tags that made it."""
+class PageText(HTMLParser):
+    """The text and the tags of a page."""
 
     def __init__(self, html: str):
         super().__init__()
-        self.words, self.tags, self.hidden = "", set(), False
+        self.text, self.tags, self.hidden = "", set(), False
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
@@ -163,41 +163,41 @@ class Seen(HTMLParser):
         self.hidden = False
 
     def handle_data(self, data):
-        self.words += "" if self.hidden else data
+        self.text += "" if self.hidden else data
 
 
-def test_the_browser_would_run_and_fetch_them(browse, trap, texts, tmp_path):
-    """What the next test must not see, seen: the same texts in a page that does not escape them."""
-    asked = trap[1]
+def test_the_browser_runs_and_loads_texts_that_are_not_escaped(browse, trap, texts, tmp_path):
+    """This shows that the next test can fail: here the same texts are in a page that does not escape them."""
+    requests = trap[1]
     (tmp_path / "careless.html").write_text("<p>" + "</p><p>".join(texts[:3]), encoding="utf-8")
     dom = browse(tmp_path / "careless.html")
     assert 'data-ran="yes"' in dom
-    assert any(b"/image" in request for request in asked)
-    asked.clear()
+    assert any(b"/image" in request for request in requests)
+    requests.clear()
 
 
-def test_a_report_of_hostile_texts_runs_nothing_fetches_nothing_and_shows_them(browse, trap, texts, report):
-    asked = trap[1]
+def test_a_report_of_hostile_texts_runs_nothing_loads_nothing_and_shows_them(browse, trap, texts, report):
+    requests = trap[1]
     dom = browse(report)
-    assert not asked
+    assert not requests
     assert 'data-ran="yes"' not in dom
     assert "<title>RAN" not in dom
-    seen = Seen(dom)
-    assert not seen.tags & {"script", "iframe", "object", "svg", "link"}
+    page = PageText(dom)
+    assert not page.tags & {"script", "iframe", "object", "svg", "link"}
     for text in texts:
-        assert "".join(chr(0x2400 + ord(c)) if c < " " else c for c in text).replace("\x7f", "␡") in seen.words, text
-    assert "x" * 200 in seen.words
+        assert "".join(chr(0x2400 + ord(c)) if c < " " else c for c in text).replace("\x7f", "␡") in page.text, text
+    assert "x" * 200 in page.text
     record = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
-    shown = [one for one in record["shown"] if one["kind"] == "table" and one["columns"] == ["text"]]
-    assert [row[0] for row in shown[0]["rows"]][: len(texts)] == texts
+    tables = [output for output in record["outputs"] if output.get("columns") == ["text"]]
+    assert [row[0] for row in tables[0]["rows"]][: len(texts)] == texts
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # a box stands for what the font has not
-def test_hostile_texts_come_through_tables_and_figures(runs, texts, tmp_path):
+@pytest.mark.filterwarnings("ignore:Glyph")  # a box stands for a character that the font lacks
+def test_hostile_texts_are_kept_in_tables_and_drawn_in_figures(runs, texts, tmp_path):
     run = runs[0]
     assert run.examples["text"].tolist()[: len(texts)] == texts
     assert run.replay()["predicted"].tolist() == run.predictions["predicted"].tolist()
     assert set(run.predictions["predicted"]) <= set(run.spec.labels)
     for path in write_figures(run, tmp_path):
-        width, height = struct.unpack(">II", path.read_bytes()[16:24])  # the head of a PNG
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])  # the header of a PNG
         assert max(width, height) < 4000, path.name

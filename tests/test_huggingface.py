@@ -1,6 +1,6 @@
-"""Hugging Face directories in and out: PyTorch's logits, weights bit for bit, and each thing that is refused.
+"""Hugging Face directories: PyTorch's logits, bit-identical weights, and every unusable directory is refused.
 
-The directories in `data/huggingface` were made by transformers itself (`make.py` there).
+transformers wrote the directories in `data/huggingface` (see `make.py` there).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import texts
+from helpers import texts
 from safetensors.numpy import load_file, save_file
 
 from cascade_lab import CascadeLabError, CascadeSpec, Stage, StageSpec
@@ -21,7 +21,7 @@ from cascade_lab.bert.checkpoint import list_variables, open_checkpoint, read_ch
 from cascade_lab.bert.huggingface import export_directory, import_directory
 from cascade_lab.bert.tokenization import Encoding
 from cascade_lab.bert.writing import save_checkpoint
-from cascade_lab.errors import CheckpointError
+from cascade_lab.exceptions import CheckpointError
 
 DATA = Path(__file__).parent / "data" / "huggingface"
 ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"]
@@ -53,7 +53,7 @@ def logits_of(spec: StageSpec, batch: dict[str, np.ndarray]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """Every fixture, imported."""
+    """Every directory in `data/huggingface`, imported."""
     root = tmp_path_factory.mktemp("imported")
     return {name: import_directory(DATA / name, root / name) for name in [*ACTIVATIONS, "base"]}
 
@@ -63,10 +63,12 @@ def imported(tmp_path_factory):
 def test_the_logits_are_pytorchs(hidden_act, engine, imported, tmp_path):
     expected = np.load(DATA / hidden_act / "expected.npz")
     spec = spec_of(imported[hidden_act], engine=engine)
-    assert {row.sum() for row in expected["attention_mask"]} > {2, 3, 25}, "of mixed length, with padding"
+    assert {row.sum() for row in expected["attention_mask"]} > {2, 3, 25}, (
+        "the texts have several lengths, so that there is padding"
+    )
     np.testing.assert_allclose(logits_of(spec, expected), expected["logits"], atol=1e-4, rtol=0)
 
-    # The weights are such that the forms of gelu, and 1e-12 and 1e-5, would not pass for each other.
+    # With these weights a wrong form of gelu, or a wrong epsilon, gives clearly different logits.
     config = json.loads(spec.bert_config_file.read_text())
     wrong = (
         {"hidden_act": "gelu_new" if config["hidden_act"] == "gelu_erf" else "gelu_erf"},
@@ -79,7 +81,7 @@ def test_the_logits_are_pytorchs(hidden_act, engine, imported, tmp_path):
 
 
 @pytest.mark.parametrize("hidden_act", ACTIVATIONS)
-def test_texts_are_cut_as_transformers_cut_them(hidden_act, imported):
+def test_texts_are_tokenized_as_by_transformers(hidden_act, imported):
     expected = np.load(DATA / hidden_act / "expected.npz")
     with Stage(spec_of(imported[hidden_act])) as stage:
         encodings = stage.encode(expected["text"].tolist())
@@ -87,7 +89,7 @@ def test_texts_are_cut_as_transformers_cut_them(hidden_act, imported):
         assert encoding.input_ids == ids[: mask.sum()].tolist()
 
 
-def test_an_import_says_what_it_was_made_of(imported):
+def test_an_import_records_its_source(imported):
     assert sorted(path.name for path in imported["relu"].iterdir()) == [
         "bert_config.json", "checkpoint", "import.json", "labels.txt", "model.ckpt.data-00000-of-00001",
         "model.ckpt.index", "vocab.txt",
@@ -115,8 +117,8 @@ def test_a_bare_model_gives_a_checkpoint_without_a_head(imported):
     np.testing.assert_array_equal(kernel, tensors["encoder.layer.1.intermediate.dense.weight"].T)
 
 
-def test_a_pretrained_model_of_the_first_years_gives_the_same(imported, tmp_path):
-    """bert-base-uncased is published so: prefixed, with other heads beside it, gamma and beta, no id2label."""
+def test_an_old_pretrained_model_gives_the_same_checkpoint(imported, tmp_path):
+    """As bert-base-uncased is published: names with a prefix, other heads, gamma and beta, no id2label."""
     source = altered(tmp_path, "base", config={"architectures": ["BertForMaskedLM"], "id2label": None})
     tensors = load_file(source / "model.safetensors")
     for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
@@ -124,14 +126,14 @@ def test_a_pretrained_model_of_the_first_years_gives_the_same(imported, tmp_path
     tensors = {f"bert.{name}": weight for name, weight in tensors.items()}
     tensors["cls.predictions.bias"] = np.zeros(9, np.float32)
     write(source, tensors)
-    made = import_directory(source, tmp_path / "made")
+    converted = import_directory(source, tmp_path / "converted")
     files = ("bert_config.json", "vocab.txt", "checkpoint", "model.ckpt.data-00000-of-00001")
     for name in files:
-        assert (made / name).read_bytes() == (imported["base"] / name).read_bytes(), name
+        assert (converted / name).read_bytes() == (imported["base"] / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("hidden_act", ACTIVATIONS)
-def test_out_again_the_tensors_are_the_same_bit_for_bit(hidden_act, imported, tmp_path):
+def test_an_exported_import_has_bit_identical_tensors(hidden_act, imported, tmp_path):
     folder = export_directory(spec_of(imported[hidden_act]), tmp_path / "out")
     before = load_file(DATA / hidden_act / "model.safetensors")
     after = load_file(folder / "model.safetensors")
@@ -139,9 +141,9 @@ def test_out_again_the_tensors_are_the_same_bit_for_bit(hidden_act, imported, tm
     for name, weight in before.items():
         assert (after[name].dtype, after[name].shape) == (np.float32, weight.shape)
         assert after[name].tobytes() == weight.tobytes(), name
-    theirs, ours = (json.loads((path / "config.json").read_text()) for path in (DATA / hidden_act, folder))
-    for key in ours.keys() - {"position_embedding_type", "problem_type"}:
-        assert ours[key] == theirs[key], key
+    source, exported = (json.loads((path / "config.json").read_text()) for path in (DATA / hidden_act, folder))
+    for key in exported.keys() - {"position_embedding_type", "problem_type"}:
+        assert exported[key] == source[key], key
     tokenizers = [json.loads((path / "tokenizer_config.json").read_text()) for path in (DATA / hidden_act, folder)]
     assert tokenizers[1] == {key: tokenizers[0][key] for key in tokenizers[1]}
     again = import_directory(folder, tmp_path / "again")
@@ -149,7 +151,7 @@ def test_out_again_the_tensors_are_the_same_bit_for_bit(hidden_act, imported, tm
         assert (again / name).read_bytes() == (imported[hidden_act] / name).read_bytes(), name
 
 
-def test_in_again_a_stages_weights_are_the_same_bit_for_bit(tiny, tmp_path):
+def test_an_imported_export_has_bit_identical_weights(tiny, tmp_path):
     for spec in CascadeSpec.read(tiny).stages:
         folder = import_directory(export_directory(spec, tmp_path / spec.name), tmp_path / f"{spec.name}-again")
         again = spec_of(folder, max_seq_length=spec.max_seq_length)
@@ -164,8 +166,8 @@ def test_in_again_a_stages_weights_are_the_same_bit_for_bit(tiny, tmp_path):
             np.testing.assert_allclose(one.logits(batch), other.logits(batch), atol=1e-5, rtol=0)
 
 
-def test_a_head_of_another_name_and_a_vocabulary_without_pad(imported, tmp_path):
-    """The head is named as Hugging Face names it; padding, which is masked, does not need a token of its own."""
+def test_a_head_with_another_name_and_a_vocabulary_without_pad_are_exported(imported, tmp_path):
+    """The exported head has Hugging Face's name. Padding is masked, so that it needs no special token."""
     import tensorflow as tf
 
     spec = spec_of(imported["gelu"], output_weights="cls/w", output_bias="cls/b")
@@ -179,11 +181,11 @@ def test_a_head_of_another_name_and_a_vocabulary_without_pad(imported, tmp_path)
     assert after["classifier.weight"].tobytes() == weights["output_weights"].tobytes()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert (settings["pad_token"], settings["mask_token"], settings["cls_token"]) == ("[UNK]", "[UNK]", "[CLS]")
-    assert not tf.compat.v1.get_default_graph().get_operations(), "no graph but its own is touched"
+    assert not tf.compat.v1.get_default_graph().get_operations(), "the default graph does not change"
 
 
 def altered(tmp_path, name, *, config=None, settings=None, tokenizer=None) -> Path:
-    """Copy a fixture and change its files; None takes a key away."""
+    """Copy a directory of `data/huggingface` and change its files; the value None removes a key."""
     source = tmp_path / "source"
     shutil.copytree(DATA / name, source)
     for file, change in (("config", config), ("tokenizer_config", settings)):
@@ -198,19 +200,19 @@ def altered(tmp_path, name, *, config=None, settings=None, tokenizer=None) -> Pa
 
 
 def write(source: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Replace a directory's weights; not in place, since the arrays may be views of the file."""
+    """Replace a directory's weights. Not in place, since the arrays may be views of the file."""
     save_file(tensors, source / "new")
     (source / "new").replace(source / "model.safetensors")
 
 
 def refused(source: Path, tmp_path: Path, *parts: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        import_directory(source, tmp_path / "made")
+        import_directory(source, tmp_path / "converted")
     message = str(caught.value)
     assert "\n" not in message
     for part in (str(source), *parts):
         assert part in message
-    assert not list(tmp_path.glob("made*")), "nothing is left behind"
+    assert not list(tmp_path.glob("converted*")), "nothing is left behind"
 
 
 @pytest.mark.parametrize(
@@ -218,9 +220,12 @@ def refused(source: Path, tmp_path: Path, *parts: str) -> None:
     [
         ({"model_type": "roberta"}, 'config.json: model_type is "roberta"; it can be imported with "bert"'),
         ({"model_type": None}, 'config.json: model_type is null; it can be imported with "bert"'),
-        ({"architectures": ["BertForTokenClassification"]}, "architectures is ['BertForTokenClassification']; known:"),
-        ({"architectures": None}, "architectures is None; known: one of BertForSequenceClassification, BertModel"),
-        ({"hidden_act": "silu"}, "hidden_act is 'silu'; known:"),
+        (
+            {"architectures": ["BertForTokenClassification"]},
+            "architectures is ['BertForTokenClassification']; it",
+        ),
+        ({"architectures": None}, "architectures is None; it must be one of BertForSequenceClassification, BertModel"),
+        ({"hidden_act": "silu"}, "hidden_act is 'silu'; it must be one of"),
         ({"hidden_act": "tanh"}, 'hidden_act is "tanh"; it can be imported with "gelu" or "gelu_new"'),
         ({"hidden_act": "gelu_erf"}, 'hidden_act is "gelu_erf"'),
         ({"position_embedding_type": "relative_key"}, 'position_embedding_type is "relative_key"; it can be imported'),
@@ -231,21 +236,21 @@ def refused(source: Path, tmp_path: Path, *parts: str) -> None:
         ({"layer_norm_eps": 0}, "layer_norm_eps is 0; it must be a number above 0"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label must name the labels 0, 1 and so on, at least two"),
         ({"id2label": {"0": "a"}}, "at least two"),
-        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label has 'a' twice; every class needs a name of its own"),
-        ({"id2label": {"0": "a", "1": "b\nc", "2": "d"}}, "label 1 is 'b\\nc', and labels.txt holds one a line"),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label has 'a' twice; give every class its own name"),
+        ({"id2label": {"0": "a", "1": "b\nc", "2": "d"}}, "label 1 is 'b\\nc', but labels.txt has one label per line"),
         (
             {"id2label": {"0": "a", "1": "b"}},
-            "model.safetensors: classifier.weight has shape [3, 16], and config.json asks for [2, 16]",
+            "model.safetensors: classifier.weight has shape [3, 16], but by config.json it has [2, 16]",
         ),
         (
             {"intermediate_size": 64},
-            "bert.encoder.layer.0.intermediate.dense.weight has shape [32, 16], and config.json asks for [64, 16]",
+            "bert.encoder.layer.0.intermediate.dense.weight has shape [32, 16], but by config.json it has [64, 16]",
         ),
         ({"num_hidden_layers": 3}, "has no tensor bert.encoder.layer.2.attention.self.query.weight"),
-        ({"vocab_size": 50}, "tokenizer.json: has 60 tokens and config.json says vocab_size 50; give the vocabulary"),
+        ({"vocab_size": 50}, "tokenizer.json: has 60 tokens, but vocab_size in config.json is 50; give the vocabulary"),
     ],
 )
-def test_a_config_that_the_graph_would_not_follow_is_refused(change, message, tmp_path):
+def test_a_config_that_the_graph_cannot_compute_is_refused(change, message, tmp_path):
     refused(altered(tmp_path, "gelu", config=change), tmp_path, message)
 
 
@@ -255,7 +260,7 @@ def test_directories_that_lack_a_file_are_refused(tmp_path):
     (source / "model.safetensors").rename(tmp_path / "kept")
     refused(source, tmp_path, "has no model.safetensors; give a Hugging Face model directory")
     (source / "pytorch_model.bin").write_bytes(b"")
-    refused(source, tmp_path, "pytorch_model.bin can run code when read, so it is not; save the model")
+    refused(source, tmp_path, "pytorch_model.bin is not read, since it can execute code; save the model again")
     (tmp_path / "kept").rename(source / "model.safetensors")
     (source / "tokenizer.json").rename(source / "tokens.json")
     refused(source, tmp_path, "has no vocabulary; add its vocab.txt or tokenizer.json")
@@ -266,16 +271,19 @@ def test_directories_that_lack_a_file_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("bert.pooler.dense.weight"), "bert.pooler.dense.weight (it was saved without its pooler"),
-        (lambda w: w.pop("classifier.bias"), "has no tensor classifier.bias; take the model as it was trained"),
+        (
+            lambda w: w.pop("bert.pooler.dense.weight"),
+            "bert.pooler.dense.weight (the model was saved without its",
+        ),
+        (lambda w: w.pop("classifier.bias"), "has no tensor classifier.bias; save the whole model again"),
         (lambda w: w.pop("bert.embeddings.word_embeddings.weight"), "has no tensor bert.embeddings.word_embeddings"),
         (
             lambda w: w.update({"bert.pooler.dense.bias": np.full(16, np.nan, np.float32)}),
-            "bert.pooler.dense.bias holds NaN or infinity in 16 of 16 places; the training diverged",
+            "bert.pooler.dense.bias holds NaN or infinity in 16 of 16 places: the training diverged",
         ),
         (
             lambda w: w.update({"bert.pooler.dense.weight": np.ones((8, 16), np.float32)}),
-            "bert.pooler.dense.weight has shape [8, 16], and config.json asks for [16, 16]",
+            "bert.pooler.dense.weight has shape [8, 16], but by config.json it has [16, 16]",
         ),
     ],
 )
@@ -291,10 +299,14 @@ def test_a_bare_model_without_its_pooler_is_refused(tmp_path):
     source = altered(tmp_path, "base")
     tensors = load_file(source / "model.safetensors")
     write(source, {name: weight for name, weight in tensors.items() if not name.startswith("pooler")})
-    refused(source, tmp_path, "has no tensor pooler.dense.weight (it was saved without its pooler, which a classifier")
+    refused(
+        source,
+        tmp_path,
+        "has no tensor pooler.dense.weight (the model was saved without its pooler, which",
+    )
 
 
-def test_a_safetensors_file_that_is_cut_short_or_damaged_is_refused(tmp_path):
+def test_a_truncated_or_damaged_safetensors_file_is_refused(tmp_path):
     source = altered(tmp_path, "gelu")
     path = source / "model.safetensors"
     whole = path.read_bytes()
@@ -306,7 +318,7 @@ def test_a_safetensors_file_that_is_cut_short_or_damaged_is_refused(tmp_path):
         assert changed != header
         return len(changed).to_bytes(8, "little") + changed + whole[8 + length :]
 
-    damage = "; it is cut short or damaged, copy it again"
+    damage = ": it is truncated or damaged; copy it again"
     for content, message in (
         (b"", damage),
         (whole[:5], damage),
@@ -316,14 +328,14 @@ def test_a_safetensors_file_that_is_cut_short_or_damaged_is_refused(tmp_path):
         (b"PK\x03\x04" + whole, damage),
         (with_header(b'{"', b"{!"), "invalid JSON in header"),
         (with_header(b'"shape":[16]', b'"shape":[17]'), damage),
-        (with_header(b'"dtype":"F32"', b'"dtype":"I32"'), "holds int32, not floats; save it as float32"),
+        (with_header(b'"dtype":"F32"', b'"dtype":"I32"'), "has type int32, not float; save it as float32"),
     ):
         path.write_bytes(content)
         refused(source, tmp_path, "model.safetensors", message)
 
 
 def test_half_precision_becomes_float32(tmp_path, imported):
-    """Of bfloat16 nothing is lost: it is a float32's upper half."""
+    """The conversion of bfloat16 is exact: it is the upper half of a float32."""
     source = altered(tmp_path, "gelu")
     tensors = {name: weight.copy() for name, weight in load_file(source / "model.safetensors").items()}
     for kind, to_bits in (
@@ -356,14 +368,14 @@ def test_shards_give_the_same_as_one_file(tmp_path, imported):
         save_file({name: w for name, w in tensors.items() if weight_map[name] == file}, source / file)
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    made = import_directory(source, tmp_path / "sharded")
+    converted = import_directory(source, tmp_path / "sharded")
     name = "model.ckpt.data-00000-of-00001"
-    assert (made / name).read_bytes() == (imported["gelu"] / name).read_bytes()
-    assert len(json.loads((made / "import.json").read_text())["files"]) == 6
+    assert (converted / name).read_bytes() == (imported["gelu"] / name).read_bytes()
+    assert len(json.loads((converted / "import.json").read_text())["files"]) == 6
     (source / "model-00002-of-00002.safetensors").unlink()
-    refused(source, tmp_path, "model-00002-of-00002.safetensors: is missing, and the index names it; copy it too")
+    refused(source, tmp_path, "model-00002-of-00002.safetensors: is missing, but the index names it; copy it too")
     index.write_text(json.dumps({"weight_map": {name: "../model.safetensors" for name in tensors}}))
-    refused(source, tmp_path, "its weight_map names no files beside it")
+    refused(source, tmp_path, "its weight_map must name files of the same directory")
 
 
 def vocab_of(content: dict) -> dict:
@@ -373,64 +385,70 @@ def vocab_of(content: dict) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t["model"].update(type="BPE"), "its model is 'BPE', and BERT's is 'WordPiece'; give BERT's"),
+        (
+            lambda t: t["model"].update(type="BPE"),
+            "its model is 'BPE', but BERT's is 'WordPiece'; give a",
+        ),
         (lambda t: t["model"].update(continuing_subword_prefix="@@"), "continuing_subword_prefix is '@@'"),
-        (lambda t: t["model"].update(unk_token="<unk>"), "its model's unk_token is '<unk>', and BERT's is '[UNK]'"),
-        (lambda t: t.update(normalizer={"type": "NFKC"}), "its normalizer is 'NFKC', and BERT's is 'BertNormalizer'"),
-        (lambda t: t.update(pre_tokenizer=None), "its pre_tokenizer is None, and BERT's is 'BertPreTokenizer'"),
+        (lambda t: t["model"].update(unk_token="<unk>"), "its model's unk_token is '<unk>', but BERT's is '[UNK]'"),
+        (lambda t: t.update(normalizer={"type": "NFKC"}), "its normalizer is 'NFKC', but BERT's is 'BertNormalizer'"),
+        (lambda t: t.update(pre_tokenizer=None), "its pre_tokenizer is None, but BERT's is 'BertPreTokenizer'"),
         (lambda t: t["normalizer"].update(strip_accents=False), "accents are kept while lower-casing is True"),
-        (lambda t: t["normalizer"].update(handle_chinese_chars=False), "Chinese characters are not cut apart"),
+        (lambda t: t["normalizer"].update(handle_chinese_chars=False), "Chinese characters are not split"),
         (lambda t: t["normalizer"].update(lowercase=False), "tokenizer.json and tokenizer_config.json disagree on low"),
-        (lambda t: vocab_of(t).update(pay=6), "tokens 'pay' and 'bill' both have id 6; mend it there"),
-        (lambda t: vocab_of(t).pop("pay"), "no token has id 5, or one token stands twice; mend the vocabulary"),
-        (lambda t: vocab_of(t).update({"a b\n": 60}), "token 'a b\\n' cannot stand in a vocab.txt, one a line"),
+        (lambda t: vocab_of(t).update(pay=6), "tokens 'pay' and 'bill' both have id 6; fix this file"),
+        (lambda t: vocab_of(t).pop("pay"), "no token has id 5, or a token occurs twice; fix the vocabulary"),
+        (
+            lambda t: vocab_of(t).update({"a b\n": 60}),
+            "token 'a b\\n' cannot be written to vocab.txt",
+        ),
         (lambda t: vocab_of(t).update({"<s>": vocab_of(t).pop("[CLS]")}), "has no token [CLS]; give a BERT vocab"),
-        (lambda t: vocab_of(t).update(new=60), "has 61 tokens and config.json says vocab_size 60"),
+        (lambda t: vocab_of(t).update(new=60), "has 61 tokens, but vocab_size in config.json is 60"),
     ],
 )
-def test_a_tokenizer_that_is_not_berts_is_refused(change, message, tmp_path):
+def test_a_tokenizer_unlike_berts_is_refused(change, message, tmp_path):
     refused(altered(tmp_path, "gelu", tokenizer=change), tmp_path, message)
 
 
-def test_a_vocabulary_that_is_doubled_or_differs_is_refused(tmp_path):
+def test_a_vocabulary_with_a_token_twice_or_unlike_the_tokenizers_is_refused(tmp_path):
     source = altered(tmp_path, "relu")
     lines = (source / "vocab.txt").read_text().splitlines()
     (source / "vocab.txt").write_text("\n".join([*lines[:-1], "pay"]) + "\n")
-    refused(source, tmp_path, "vocab.txt line 60: token 'pay' stands at line 6 too")
+    refused(source, tmp_path, "vocab.txt line 60: token 'pay' is on line 6 too")
     (source / "vocab.txt").write_text("\n".join([*lines[:-1], "other"]) + "\n")
-    refused(source, tmp_path, "vocab.txt and tokenizer.json hold different tokens; delete the wrong one")
+    refused(source, tmp_path, "vocab.txt and tokenizer.json have different tokens; delete the wrong file")
     (source / "tokenizer.json").write_text("[]")
-    refused(source, tmp_path, "tokenizer.json: is no JSON object; copy it again")
+    refused(source, tmp_path, "tokenizer.json: is not a JSON object; copy it again")
 
 
-def test_the_tokenizers_settings_count_and_may_be_missing(tmp_path):
+def test_the_tokenizers_settings_are_checked_and_may_be_missing(tmp_path):
     refused(
         altered(tmp_path, "gelu_new", settings={"tokenizer_class": "BertJapaneseTokenizer"}),
         tmp_path,
-        "tokenizer_config.json: tokenizer_class is 'BertJapaneseTokenizer'; known: BertTokenizer,",
+        "tokenizer_config.json: tokenizer_class is 'BertJapaneseTokenizer'; it must be one of BertTokenizer,",
     )
     source = tmp_path / "source"
     (source / "tokenizer_config.json").unlink()
-    made = import_directory(source, tmp_path / "vocabulary-alone")
-    assert json.loads((made / "import.json").read_text())["do_lower_case"] is None
+    converted = import_directory(source, tmp_path / "vocabulary-alone")
+    assert json.loads((converted / "import.json").read_text())["do_lower_case"] is None
 
 
-def test_nothing_is_overwritten_but_an_import_by_an_import(tmp_path):
-    made = import_directory(DATA / "gelu", tmp_path / "made")
-    before = {path: path.read_bytes() for path in made.iterdir()}
-    with pytest.raises(CascadeLabError, match="made exists already; choose another output, or ask to overwrite it"):
-        import_directory(DATA / "relu", made)
-    assert before == {path: path.read_bytes() for path in made.iterdir()}
-    import_directory(DATA / "relu", made, overwrite=True)
-    assert spec_of(made).labels == ("billing", "music", "weather")
-    assert json.loads((made / "bert_config.json").read_text())["hidden_act"] == "relu"
+def test_an_import_overwrites_only_an_earlier_import(tmp_path):
+    converted = import_directory(DATA / "gelu", tmp_path / "converted")
+    before = {path: path.read_bytes() for path in converted.iterdir()}
+    with pytest.raises(CascadeLabError, match="converted exists already; choose another output, or pass --overwrite"):
+        import_directory(DATA / "relu", converted)
+    assert before == {path: path.read_bytes() for path in converted.iterdir()}
+    import_directory(DATA / "relu", converted, overwrite=True)
+    assert spec_of(converted).labels == ("billing", "music", "weather")
+    assert json.loads((converted / "bert_config.json").read_text())["hidden_act"] == "relu"
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "bert_config.json").write_text("{}")
     with pytest.raises(CascadeLabError, match="trained exists and is not a converted checkpoint, so it is not over"):
         import_directory(DATA / "gelu", tmp_path / "trained", overwrite=True)
-    with pytest.raises(CascadeLabError, match="made exists and is not a Hugging Face directory"):
-        export_directory(spec_of(made), made, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "trained"]
+    with pytest.raises(CascadeLabError, match="converted exists and is not a Hugging Face directory"):
+        export_directory(spec_of(converted), converted, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "trained"]
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +460,7 @@ def transformers():
 
 @pytest.fixture(scope="module")
 def live(transformers, tmp_path_factory):
-    """The fixtures, made anew by the transformers that is installed."""
+    """The directories of `data/huggingface`, written again by the installed transformers."""
     root = tmp_path_factory.mktemp("live")
     runpy.run_path(str(DATA / "make.py"))["main"](root)
     return root
@@ -458,7 +476,7 @@ def pytorch_logits(transformers, folder: Path, batch: dict[str, np.ndarray]) -> 
 
 
 @pytest.mark.parametrize("hidden_act", ACTIVATIONS)
-def test_live_in_and_out_pytorchs_logits_stay(hidden_act, live, transformers, tmp_path):
+def test_live_import_and_export_keep_pytorchs_logits(hidden_act, live, transformers, tmp_path):
     batch = np.load(live / hidden_act / "expected.npz")
     expected = pytorch_logits(transformers, live / hidden_act, batch)
     spec = spec_of(import_directory(live / hidden_act, tmp_path / "in"))
@@ -467,7 +485,7 @@ def test_live_in_and_out_pytorchs_logits_stay(hidden_act, live, transformers, tm
     np.testing.assert_allclose(pytorch_logits(transformers, folder, batch), expected, atol=1e-5, rtol=0)
 
 
-def test_live_a_stage_answers_in_pytorch_as_here(tiny, transformers, tmp_path):
+def test_live_an_exported_stage_gives_the_same_logits_in_pytorch(tiny, transformers, tmp_path):
     """From text to logits: AutoTokenizer and AutoModel on the export, against `Stage`."""
     for spec in CascadeSpec.read(tiny).stages:
         folder = export_directory(spec, tmp_path / spec.name)

@@ -1,86 +1,146 @@
-"""Figures of a stage and of a cascade against scikit-learn, scipy and simulations."""
+"""Metrics of a stage and of a cascade: by hand, against scikit-learn, and by simulation."""
 
 from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from random_runs import random_run
-from scipy.stats import norm
+from helpers import GATE, memory_run, random_run, run_of_probabilities
+from scipy.stats import mannwhitneyu
 from sklearn.metrics import (
-    accuracy_score,
     average_precision_score,
     confusion_matrix,
-    f1_score,
     precision_recall_fscore_support,
-    precision_score,
-    recall_score,
     roc_auc_score,
     top_k_accuracy_score,
 )
+from test_classification import macro_metrics
 
 from cascade_lab.analysis.metrics import (
-    class_figures,
     confused_pairs,
     confusion,
-    figures,
-    figures_of,
-    in_scope_answers,
-    judged,
-    wilson,
+    in_scope_predictions,
+    label_metrics,
+    labelled_decisions,
+    metric_intervals,
+    outcome_intervals,
+    prediction_metrics,
+    summarize,
 )
-from cascade_lab.analysis.resamples import cell_figures, ranking_figures
-from cascade_lab.errors import RunError, SpecError
-from cascade_lab.run import Run, Scores
+from cascade_lab.analysis.outcomes import FRACTIONS, outcome_counts
+from cascade_lab.exceptions import RunError, SpecError
+from cascade_lab.run import Run
 
 FEW = {"n_resamples": 50}
+
+
+def test_six_texts_by_hand():
+    """A gate at 0.5, then four classes.
+
+    =====  =====  =====  ======  ===================================================
+    label  p(in)  class  answer  what it is
+    =====  =====  =====  ======  ===================================================
+    0      .9     0      0       right
+    1      .8     2      2       wrong class
+    2      .3     2      oos     false reject (the class would have been right)
+    oos    .2     1      oos     right reject
+    oos    .6     3      3       false accept
+    oos    .1     0      oos     right reject
+    =====  =====  =====  ======  ===================================================
+    """
+    p_in = np.array([0.9, 0.8, 0.3, 0.2, 0.6, 0.1])
+    p = {"gate": np.stack([1 - p_in, p_in], axis=1), "intent": 0.01 + 0.96 * np.eye(4)[[0, 2, 2, 1, 3, 0]]}
+    run = run_of_probabilities(
+        [GATE, {"name": "intent", "labels": list("0123")}], ["0", "1", "2", "oos", "oos", "oos"], p
+    )
+    metrics = summarize(run)
+    gate, intent = metrics["stages"]["gate"], metrics["stages"]["intent"]
+    assert (metrics["n_examples"], metrics["n_labelled"]) == (6, 6)
+    assert metrics["end_to_end"] == pytest.approx(
+        {
+            "accuracy": 3 / 6,
+            # F1 of 0: 1; of 1: 0; of 2: 0; of 3: 0 (predicted, never true); of oos: 2/3
+            "macro_f1": (1 + 0 + 0 + 0 + 2 / 3) / 5,
+            "in_scope_accuracy": 1 / 3,
+            "reject_recall": 2 / 3,
+            "reject_precision": 2 / 3,
+        }
+    )
+    assert gate == pytest.approx(
+        {
+            "reach": 1.0,
+            "n_reached": 6,
+            "n_with_target": 6,
+            "accuracy": 4 / 6,
+            "macro_f1": 2 / 3,
+            "auroc": mannwhitneyu(p_in[:3], p_in[3:]).statistic / 9,
+            "average_precision": (1 / 1 + 2 / 2 + 3 / 4) / 3,
+        }
+    )
+    assert (intent["reach"], intent["n_reached"], intent["n_with_target"]) == (0.5, 3, 2)
+    assert intent["accuracy"] == pytest.approx(1 / 2)
+
+
+def test_what_is_undefined_is_nan_and_null_in_the_file(tmp_path):
+    last = {"name": "i", "labels": ["a", "b"]}
+    run = run_of_probabilities([GATE, last], ["a"], {"gate": [[0.1, 0.9]], "i": [[0.9, 0.1]]})
+    assert math.isnan(run.metrics["end_to_end"]["reject_recall"])
+    assert math.isnan(run.metrics["stages"]["gate"]["auroc"])
+    content = json.loads((run.write(tmp_path / "run").directory / "metrics.json").read_text())
+    assert content["end_to_end"]["reject_recall"] is None
+    assert content["end_to_end"]["in_scope_accuracy"] == 1.0
+
+
+def test_unlabelled_texts_count_only_in_the_reach():
+    """t1 is right and t2 a false reject; t3 (passed) and t4 (stopped) have no label."""
+    last = {"name": "i", "labels": ["a", "b"]}
+    p = {"gate": [[0.1, 0.9], [0.9, 0.1], [0.1, 0.9], [0.9, 0.1]], "i": [[0.9, 0.1]] * 4}
+    run = run_of_probabilities([GATE, last], ["a", "b", None, None], p)
+    metrics = summarize(run)
+    assert (metrics["n_examples"], metrics["n_labelled"]) == (4, 2)
+    assert metrics["end_to_end"]["accuracy"] == 0.5
+    gate, intent = metrics["stages"]["gate"], metrics["stages"]["i"]
+    assert (gate["n_reached"], gate["n_with_target"], gate["accuracy"]) == (4, 2, 0.5)
+    assert (intent["reach"], intent["n_reached"], intent["n_with_target"]) == (0.5, 2, 1)
+    assert confusion(run).to_numpy().sum() == confusion(run, "gate").to_numpy().sum() == 2
+    assert metric_intervals(run).loc["accuracy", "value"] == 0.5
+    assert labelled_decisions(run, "i").rows.tolist() == [0]
+    assert in_scope_predictions(run).correct.tolist() == [True, False]
+    with pytest.raises(RunError, match="no example has a label"):
+        summarize(run_of_probabilities([GATE, last], [None] * 4, p))
+
+
+def test_the_clinc150_cascade_has_the_accuracies_of_the_independent_implementation(clinc150_run):
+    """Its makers computed these for validation with PyTorch, at three thresholds."""
+    for threshold, expected in ((0.5, (0.9557, 0.540, 0.9423)), (0.9, (0.9470, 0.630, 0.9368)),
+                                (0.99, (0.9157, 0.750, 0.9103))):  # fmt: skip
+        predictions = clinc150_run.replay({"gate": threshold})
+        metrics = prediction_metrics(clinc150_run.spec, predictions)
+        values = [round(metrics[name], 4) for name in ("in_scope_accuracy", "reject_recall", "accuracy")]
+        assert values == pytest.approx(expected, abs=1e-4)
+    assert clinc150_run.replay().equals(clinc150_run.predictions)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def run(request, tmp_path_factory) -> Run:
     """Random cascades of two, three and four stages."""
-    folder = tmp_path_factory.mktemp("runs") / "one"
+    folder = tmp_path_factory.mktemp("runs") / "run"
     return random_run(folder, n=240, n_gates=request.param, n_labels=6, seed=request.param, skill=2.0)
 
 
-def macro(y_true, y_pred) -> dict[str, float]:
-    how = {"average": "macro", "zero_division": 0.0}
-    return {
-        "accuracy": accuracy_score(y_true, y_pred),
-        "macro_precision": precision_score(y_true, y_pred, **how),
-        "macro_recall": recall_score(y_true, y_pred, **how),
-        "macro_f1": f1_score(y_true, y_pred, **how),
-    }
-
-
-def test_figures_of_resamples_are_those_of_scikit_learn_on_the_drawn_texts():
-    rng = np.random.default_rng(0)
-    y_true, y_pred = rng.integers(0, 12, 60), rng.integers(0, 12, 60)
-    y_pred[:30] = y_true[:30]
-    counts = confusion_matrix(y_true, y_pred, labels=range(12))
-    gold, said = counts.nonzero()
-    score = rng.integers(0, 9, 60) / 8  # with ties
-    drawn = rng.integers(0, 60, (40, 60))
-    weights = np.array([np.bincount(texts, minlength=60) for texts in drawn])
-    cells = np.array([confusion_matrix(y_true[t], y_pred[t], labels=range(12))[gold, said] for t in drawn])
-    found = cell_figures(gold, said, 12, cells)
-    auroc, precision = ranking_figures(y_true > 5, score, weights=weights)
-    for i, texts in enumerate(drawn):
-        for name, expected in macro(y_true[texts], y_pred[texts]).items():
-            assert found[name][i] == pytest.approx(expected), name
-        assert auroc[i] == pytest.approx(roc_auc_score(y_true[texts] > 5, score[texts]))
-        assert precision[i] == pytest.approx(average_precision_score(y_true[texts] > 5, score[texts]))
-
-
 @pytest.mark.parametrize("on", ["reached", "all"])
-def test_a_stages_figures_are_those_of_scikit_learn(run, on):
-    place = [stage.name for stage in run.spec.stages]
-    arrives = run.predictions["decided_by"].map(place.index).to_numpy()
+def test_the_metrics_of_a_stage_are_those_of_scikit_learn(run, on):
+    names = [stage.name for stage in run.spec.stages]
+    decided_at = run.predictions["decided_by"].map(names.index).to_numpy()
     for i, stage in enumerate(run.spec.stages):
-        table = figures(run, stage.name, on=on, **FEW)
-        kept = pd.notna(run.gold(stage.name)) & ((arrives >= i) | (on == "all"))
-        y_true = run.gold(stage.name)[kept].astype(str)
-        logits = run.scores(stage.name).logits[kept]
+        table = metric_intervals(run, stage.name, on=on, **FEW)
+        rows = pd.notna(run.targets(stage.name)) & ((decided_at >= i) | (on == "all"))
+        y_true = run.targets(stage.name)[rows].astype(str)
+        logits = run.scores(stage.name).logits[rows]
         if stage.is_gate:
             p = 1 / (1 + np.exp(logits[:, 0].astype(float) - logits[:, 1]))
             y_pred = np.where(p >= 0.5, "in", stage.labels[0])
@@ -95,7 +155,7 @@ def test_a_stages_figures_are_those_of_scikit_learn(run, on):
             expected = {
                 f"top_{k}_accuracy": top_k_accuracy_score(y_true, logits, k=k, labels=labels) for k in (1, 3, 5)
             }
-        assert dict(table["value"]) == pytest.approx({**macro(y_true, y_pred), **expected})
+        assert dict(table["value"]) == pytest.approx({**macro_metrics(y_true, y_pred), **expected})
         assert ((table["low"] <= table["value"] + 0.02) & (table["value"] <= table["high"] + 0.02)).all()
         matrix = confusion(run, stage.name, on=on)
         np.testing.assert_array_equal(
@@ -104,50 +164,35 @@ def test_a_stages_figures_are_those_of_scikit_learn(run, on):
         assert matrix.to_numpy().sum() == len(y_true)
 
 
-def test_the_cascades_figures_are_those_of_metrics_json_and_of_the_definitions(run):
-    table = figures(run, **FEW)["value"]
-    answers = run.predictions
-    kept = figures_of(run.spec, answers)
-    assert {name: table[name] for name in kept} == pytest.approx(kept)
-    y_true, y_pred = answers["label"].to_numpy(str), answers["predicted"].to_numpy(str)
-    assert {name: table[name] for name in macro(y_true, y_pred)} == pytest.approx(macro(y_true, y_pred))
-    answered = ~answers["predicted"].isin(run.spec.reject_labels)
-    assert table["coverage"] == pytest.approx(answered.mean())
-    assert table["risk"] == pytest.approx((y_true != y_pred)[answered].mean())
+def test_the_metrics_of_a_cascade_are_those_of_metrics_json_and_of_their_definitions(run):
+    values = metric_intervals(run, **FEW)["value"]
+    predictions = run.predictions
+    metrics = prediction_metrics(run.spec, predictions)
+    assert {name: values[name] for name in metrics} == pytest.approx(metrics)
+    y_true, y_pred = predictions["label"].to_numpy(str), predictions["predicted"].to_numpy(str)
+    assert {name: values[name] for name in macro_metrics(y_true, y_pred)} == pytest.approx(
+        macro_metrics(y_true, y_pred)
+    )
+    answered = ~predictions["predicted"].isin(run.spec.reject_labels)
+    assert values["coverage"] == pytest.approx(answered.mean())
+    assert values["risk"] == pytest.approx((y_true != y_pred)[answered].mean())
+    intervals = outcome_intervals(outcome_counts(run.spec, predictions).to_numpy(), **FEW)
+    assert {name: values[name] for name in FRACTIONS} == pytest.approx(
+        {name: row.value for name, row in intervals.items()}
+    )
 
 
 @pytest.mark.parametrize("stage", [None, "gate0", "last"])
-def test_each_labels_figures_are_those_of_scikit_learn_and_nan_where_undefined(run, stage):
-    table = class_figures(run, stage).set_index(["label", "figure"])
+def test_the_metrics_of_labels_are_those_of_scikit_learn(run, stage):
+    table = label_metrics(run, stage).set_index(["label", "metric"])
     if stage is None:
         y_true, y_pred, labels = run.predictions["label"], run.predictions["predicted"], list(run.spec.labels)
     else:
-        found = judged(run, stage)
-        y_true, y_pred, labels = found.y_true, found.y_pred, list(confusion(run, stage).index)
+        decisions = labelled_decisions(run, stage)
+        y_true, y_pred, labels = decisions.y_true, decisions.y_pred, list(confusion(run, stage).index)
     expected = precision_recall_fscore_support(list(y_true), list(y_pred), labels=labels, zero_division=np.nan)
     for i, name in enumerate(("precision", "recall", "f1")):
-        values = table.xs(name, level="figure").loc[labels]
-        np.testing.assert_allclose(values["value"], expected[i])
-        np.testing.assert_array_equal(values["support"], expected[3])
-        inside = (values["low"] <= values["value"]) & (values["value"] <= values["high"])
-        assert (inside | values["value"].isna()).all()
-
-
-def test_wilsons_interval_is_its_formula_and_undefined_of_nothing():
-    z = norm.ppf(0.95)
-    p, n = 7 / 20, 20
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert wilson(7, 20, level=0.9) == pytest.approx((p, middle - half, middle + half))
-    assert np.isnan(wilson(0, 0)).all()
-
-
-@pytest.mark.parametrize(("normalize", "like"), [("true", "true"), ("pred", "pred"), ("all", "all")])
-def test_normalised_matrices_are_those_of_scikit_learn(run, normalize, like):
-    matrix = confusion(run, normalize=normalize)
-    y_true, y_pred = run.predictions["label"], run.predictions["predicted"]
-    expected = confusion_matrix(list(y_true), list(y_pred), labels=list(run.spec.labels), normalize=like)
-    np.testing.assert_allclose(np.nan_to_num(matrix), expected)
+        np.testing.assert_allclose(table.xs(name, level="metric").loc[labels]["value"], expected[i])
 
 
 def test_confused_pairs_are_the_matrix_off_its_diagonal(run):
@@ -156,68 +201,64 @@ def test_confused_pairs_are_the_matrix_off_its_diagonal(run):
         assert pairs["n_examples"].sum() == matrix.to_numpy().sum() - np.trace(matrix)
         assert pairs["n_examples"].is_monotonic_decreasing
         for row in pairs.itertuples():
-            assert row.n_examples == matrix.loc[row.gold, row.answer] > 0
-            assert row.fraction_of_gold == pytest.approx(row.n_examples / matrix.loc[row.gold].sum())
+            assert row.n_examples == matrix.loc[row.label, row.predicted] > 0
+            assert row.fraction_of_label == pytest.approx(row.n_examples / matrix.loc[row.label].sum())
     assert len(confused_pairs(run, n=3)) == 3
 
 
-def test_the_best_class_in_scope_is_the_cascades_answer_where_it_gives_one(run):
-    found, answers = in_scope_answers(run), run.predictions
-    answered = ~answers["predicted"].isin(run.spec.reject_labels).to_numpy()
-    right = (answers["label"] == answers["predicted"]).to_numpy()
-    np.testing.assert_array_equal(found.right[answered], right[answered])
-    np.testing.assert_allclose(found.p_class[answered], answers["probability"][answered])
-    live = in_scope_answers(run, on="reached")
-    np.testing.assert_array_equal(live.right, found.right[answered])
-    np.testing.assert_array_equal(live.p_gates, found.p_gates[answered])
+def test_the_prediction_in_scope_is_the_answer_where_the_cascade_gives_one(run):
+    table, predictions = in_scope_predictions(run), run.predictions
+    answered = ~predictions["predicted"].isin(run.spec.reject_labels).to_numpy()
+    right = (predictions["label"] == predictions["predicted"]).to_numpy()
+    np.testing.assert_array_equal(table.correct[answered], right[answered])
+    np.testing.assert_allclose(table.p_class[answered], predictions["probability"][answered])
+    reached = in_scope_predictions(run, on="reached")
+    np.testing.assert_array_equal(reached.correct, table.correct[answered])
+    np.testing.assert_array_equal(reached.p_gates, table.p_gates[answered])
 
 
-def test_what_was_not_scored_is_not_made_up(run):
-    bare = Run.read(run.directory)
-    whole = run.scores("last")
-    kept = ~whole.shadow
-    bare._scores["last"] = Scores(whole.rows[kept], whole.logits[kept], whole.shadow[kept])
-    pd.testing.assert_frame_equal(figures(bare, "last", **FEW), figures(run, "last", **FEW))
-    with pytest.raises(RunError, match="scored only what reached it; run the cascade again with shadow scores"):
-        figures(bare, "last", on="all")
+def test_scores_that_are_missing_are_an_error_where_they_are_needed(run):
+    logits = {stage.name: run.scores(stage.name).logits for stage in run.spec.stages}
+    bare = memory_run(run.spec, run.examples, logits, shadow=False)
+    pd.testing.assert_frame_equal(metric_intervals(bare, "last", **FEW), metric_intervals(run, "last", **FEW))
+    for function in (metric_intervals, labelled_decisions, confusion):
+        with pytest.raises(RunError, match=r"'last' never scored \d+ of .*run the cascade again with shadow scores"):
+            function(bare, "last", on="all")
+    with pytest.raises(RunError, match="'last' never scored"):
+        in_scope_predictions(bare)
     with pytest.raises(RunError, match="must be 'reached'"):
-        figures(run, "last", on="live")
+        metric_intervals(run, "last", on="live")
     with pytest.raises(RunError, match="normalize is 'row'"):
         confusion(run, normalize="row")
     with pytest.raises(SpecError, match="did you mean 'gate"):
-        class_figures(run, "gate")
+        label_metrics(run, "gate")
 
 
-def test_a_stage_that_nothing_reached_has_figures_that_are_nan(run):
-    empty = Run.read(run.directory)
-    whole = run.scores("last")
-    empty._scores["last"] = Scores(whole.rows, whole.logits, np.ones(len(whole.rows), dtype=bool))
-    assert figures(empty, "last", **FEW).isna().all(axis=None)
-    assert class_figures(empty, "last")[["value", "low", "high"]].isna().all(axis=None)
-    assert confused_pairs(empty, "last").empty
-    assert confusion(empty, "last", normalize="all").isna().all(axis=None)
+def test_the_metrics_of_a_stage_that_no_text_reached_are_nan(run):
+    stages = [replace(run.spec.stages[0], threshold=1.0), *run.spec.stages[1:]]
+    closed = run.with_spec(replace(run.spec, stages=tuple(stages)))
+    assert closed.predictions["decided_by"].eq("gate0").all()
+    assert metric_intervals(closed, "last", **FEW).isna().all(axis=None)
+    assert label_metrics(closed, "last")[["value", "low", "high"]].isna().all(axis=None)
+    assert confused_pairs(closed, "last").empty
+    assert confusion(closed, "last", normalize="all").isna().all(axis=None)
 
 
 def test_intervals_cover_at_their_nominal_rate(tmp_path):
-    """Of many eval sets drawn from one large one, nine in ten intervals at 90% hold the large one's figure."""
+    """Of many eval sets drawn from a large one, nine in ten intervals at 90% contain the metric of the large one."""
     population = random_run(tmp_path / "all", n=20000, n_labels=3, seed=9, skill=1.5)
-    truth = {stage: figures(population, stage, n_resamples=1)["value"] for stage in (None, "gate0")}
-    f1 = class_figures(population).set_index(["label", "figure"])["value"]
+    truth = {stage: metric_intervals(population, stage, n_resamples=1)["value"] for stage in (None, "gate0")}
+    of_labels = label_metrics(population).set_index(["label", "metric"])["value"]
     rng = np.random.default_rng(0)
-    held: dict[str, list[bool]] = {}
+    covered: dict[str, list[bool]] = {}
     for _ in range(50):
-        rows = np.sort(rng.choice(20000, 250, replace=False))
-        run = Run(population.directory)
-        run.examples = population.examples.iloc[rows].reset_index(drop=True)
-        run.predictions = population.predictions.iloc[rows].reset_index(drop=True)
-        for stage in run.spec.stages:
-            whole = population.scores(stage.name)
-            run._scores[stage.name] = Scores(np.arange(250), whole.logits[rows], whole.shadow[rows])
+        run = population.select(np.sort(rng.choice(20000, 250, replace=False)))
         for stage, expected in truth.items():
-            for name, row in figures(run, stage, level=0.9, n_resamples=200).iterrows():
-                held.setdefault(f"{stage} {name}", []).append(row["low"] <= expected[name] <= row["high"])
-        for row in class_figures(run, level=0.9).itertuples():
-            held.setdefault(f"labels' {row.figure}", []).append(row.low <= f1[row.label, row.figure] <= row.high)
-    rates = {name: np.mean(hits) for name, hits in held.items()}
+            for name, row in metric_intervals(run, stage, level=0.9, n_resamples=200).iterrows():
+                covered.setdefault(f"{stage} {name}", []).append(row["low"] <= expected[name] <= row["high"])
+        for row in label_metrics(run, level=0.9).itertuples():
+            is_covered = row.low <= of_labels[row.label, row.metric] <= row.high
+            covered.setdefault(f"of labels: {row.metric}", []).append(is_covered)
+    rates = {name: np.mean(hits) for name, hits in covered.items()}
     assert all(0.8 <= rate <= 0.98 for rate in rates.values()), rates
     assert np.mean(list(rates.values())) == pytest.approx(0.9, abs=0.05)

@@ -1,4 +1,4 @@
-"""The notebooks, run as they stand, and the reports made of them: whole, harmless, and the same whoever makes them."""
+"""Tests that the notebooks run, and that their reports are complete, rebuilt to the same bytes and compared."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import papermill
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import memory_run, random_run
 from typer.testing import CliRunner
 
-import cascade_lab.report as report_module
+import cascade_lab.reporting.report as report_module
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Run
-from cascade_lab.analysis.goals import Goal
-from cascade_lab.analysis.thresholds import choose
-from cascade_lab.analysis.tuning import figures_at, optimism, write_tuned
+from cascade_lab.analysis.tuned_on import WARNING
 from cascade_lab.cli import app
-from cascade_lab.errors import RunError
+from cascade_lab.exceptions import RunError
 from cascade_lab.provenance import sha256
-from cascade_lab.report import NOTEBOOK, notebook_path, write_figures, write_report
-from cascade_lab.verification import verify_report
+from cascade_lab.reporting.report import NOTEBOOK, notebook_path, write_figures, write_report
+from cascade_lab.reporting.verify import verify_report
+from cascade_lab.thresholds import Goal, tune
 
 DATA = Path(__file__).parents[1] / "data"
 FOLDER = notebook_path(NOTEBOOK).parent
@@ -41,17 +41,13 @@ def outputs(notebook):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """What `make demo` leaves in runs/, and the tuned cascade on the very set that it was tuned on."""
+    """The runs of `make demo`, and a run of the tuned cascade on the set that it was tuned on."""
     folder = tmp_path_factory.mktemp("demo")
     dev, test = (EvalSet.read(DATA / f"{name}.tsv") for name in ("dev", "test"))
     with Cascade.load(DATA / "cascade.toml") as cascade:
         run = cascade.run(dev, output=folder / "demo-dev")
         cascade.run(test, output=folder / "demo")
-    goal = Goal(maximize="accuracy")
-    chosen = choose(run, goal)
-    intervals = {name: [found.low, found.high] for name, found in figures_at(run, chosen.thresholds, goal).items()}
-    more = {"intervals": intervals, "optimism": optimism(run, goal, n_repeats=1)["optimism"].to_dict()}
-    write_tuned(run, chosen, goal, folder / "demo-tuned.toml", more=more)
+    tune(run, Goal(maximize="accuracy"), n_resamples=50, n_repeats=1).write(folder / "demo-tuned.toml")
     with Cascade.load(CascadeSpec.read(folder / "demo-tuned.toml")) as cascade:
         cascade.run(test, output=folder / "demo-tuned")
         cascade.run(dev, output=folder / "same-texts")
@@ -60,7 +56,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(demo):
-    """The tuned run, with its report in it."""
+    """The run of the tuned cascade, with its report."""
     run = Run.read(demo / "demo-tuned")
     write_report(run)
     return run
@@ -68,7 +64,7 @@ def tuned(demo):
 
 @pytest.fixture
 def small(tmp_path):
-    """A notebook that shows a number in each of the ways there are; quicker than the real ones."""
+    """A notebook that shows a number in each possible way; it runs faster than the real ones."""
     cells = [
         nbformat.v4.new_markdown_cell("# Why\n\nBecause of [this](#figures)."),
         nbformat.v4.new_code_cell('run_dir = None\nfactor = 1\nother = "../runs/x"', metadata={"tags": ["parameters"]}),
@@ -94,7 +90,7 @@ def small(tmp_path):
     return path
 
 
-def test_the_notebook_drives_the_package_on_checkpoints(tiny, tiny_evalset, tmp_path):
+def test_the_first_notebook_runs_a_cascade_from_checkpoints(tiny, tiny_evalset, tmp_path):
     parameters = {"cascade_file": str(tiny), "evalset_file": str(tiny_evalset), "split": None}
     parameters["output_dir"] = str(tmp_path / "run")
     executed = papermill.execute_notebook(
@@ -109,9 +105,11 @@ def test_the_notebook_drives_the_package_on_checkpoints(tiny, tiny_evalset, tmp_
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_every_notebook_runs_as_it_stands(path, demo, tmp_path):
-    """As a newcomer runs it after `make demo`: the runs that its parameters name, and nothing else changed."""
-    defaults = {name: known["default"].strip("'\"") for name, known in papermill.inspect_notebook(str(path)).items()}
+def test_every_notebook_runs(path, demo, tmp_path):
+    """After `make demo`, with the runs that the default parameters name."""
+    defaults = {
+        name: parameter["default"].strip("'\"") for name, parameter in papermill.inspect_notebook(str(path)).items()
+    }
     parameters = {name: str(demo / Path(value).name) for name, value in defaults.items() if "../runs/" in value}
     parameters |= {"output_dir": str(tmp_path / "run")} if "output_dir" in defaults else {}
     executed = papermill.execute_notebook(
@@ -121,16 +119,15 @@ def test_every_notebook_runs_as_it_stands(path, demo, tmp_path):
     assert not [output for output in outputs(executed) if output.output_type == "error"]
 
 
-def test_a_report_is_one_file_that_asks_the_network_for_nothing(clinc150_run):
+def test_a_report_is_one_file_that_loads_nothing(clinc150_run):
     html = (clinc150_run.directory / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)\s*=\s*["\'](?!data:|#)[^"\']', html)
     assert not re.findall(r"<script|<link|<iframe|@import|url\(|<[^>]* on\w+=", html)
     assert "default-src 'none'" in html
-    assert (
-        len(re.findall(r'<img[^>]*src="data:image/png;base64', html)) == 6
-    )  # gate, intent twice, end to end twice, latency
+    # gate, intent twice, end to end twice, latency
+    assert len(re.findall(r'<img[^>]*src="data:image/png;base64', html)) == 6
     accuracy = clinc150_run.metrics["end_to_end"]["accuracy"]
-    assert re.search(rf"answers {accuracy:.1%} \([\d.]+% to [\d.]+%\) of all texts", html)
+    assert re.search(rf"answers {accuracy:.1%} \([\d.]+% to [\d.]+%\) of 3,100 texts correctly", html)
     assert "Traceback" not in html
 
 
@@ -142,11 +139,11 @@ def test_a_report_has_a_table_of_contents_its_numbers_and_its_origin(tuned):
     assert re.findall(r'<a href="#([^"]+)"', html) == headings
     words = re.sub(r"(?<=\d),(?=\d{3})", "", unescape(html))
     shown = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", words)}
-    tables = [one for one in record["shown"] if one["kind"] == "table"]
-    numbers = [value for one in tables for row in one["rows"] for value in row if value is not None]
+    tables = [output for output in record["outputs"] if output["kind"] == "table"]
+    numbers = [value for table in tables for row in table["rows"] for value in row if value is not None]
     assert len(numbers) > 90
     assert {round(value, 4) for value in numbers} <= shown
-    pictures = [one for one in record["shown"] if one["kind"] == "figure"]
+    pictures = [output for output in record["outputs"] if output["kind"] == "figure"]
     assert len(pictures) == html.count("<img ") == 4
     assert np.nansum(np.array(pictures[2]["axes"][0]["images"][0], dtype=float)) == len(tuned.examples)
     manifest = tuned.manifest
@@ -159,63 +156,63 @@ def test_a_report_has_a_table_of_contents_its_numbers_and_its_origin(tuned):
 
 def test_the_report_of_a_tuned_cascade_shows_both_sets_with_intervals(tuned, demo):
     record = json.loads((tuned.directory / "report.json").read_text(encoding="utf-8"))
-    (table,) = [one for one in record["shown"] if "on the tuning set / optimism" in one.get("columns", [])]
+    (table,) = [output for output in record["outputs"] if "on the tuning set / optimism" in output.get("columns", [])]
     row = dict(zip(table["columns"], table["rows"][table["index"].index("reject_recall")], strict=True))
-    said = tuned.manifest["tuned_on"]
-    low, high = said["intervals"]["reject_recall"]
-    expected = [said["figures"]["reject_recall"], low, high, said["optimism"]["reject_recall"]]
+    tuned_on = tuned.manifest["tuned_on"]
+    low, high = tuned_on["intervals"]["reject_recall"]
+    expected = [tuned_on["figures"]["reject_recall"], low, high, tuned_on["optimism"]["reject_recall"]]
     assert list(row.values())[:4] == pytest.approx(expected)
     assert row["on this set / value"] == pytest.approx(tuned.metrics["end_to_end"]["reject_recall"])
     assert row["on this set / low"] < row["on this set / value"] < row["on this set / high"]
-    loud = "This set is the tuning set"
-    assert loud not in (tuned.directory / "report.html").read_text(encoding="utf-8")
-    assert loud in write_report(Run.read(demo / "same-texts")).read_text(encoding="utf-8")
+    assert WARNING not in (tuned.directory / "report.html").read_text(encoding="utf-8")
+    assert WARNING in write_report(Run.read(demo / "same-texts")).read_text(encoding="utf-8")
 
 
-def test_a_report_is_the_same_bytes_wherever_whenever_and_whoever(tuned, tmp_path, monkeypatch):
+def test_a_report_does_not_depend_on_place_or_user(tuned, tmp_path, monkeypatch):
     shutil.copytree(tuned.directory, tmp_path / "elsewhere")
     (tmp_path / "matplotlibrc").write_text("font.size: 30\n")
     monkeypatch.chdir(tmp_path)
-    for name, value in {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "IPYTHONDIR": str(tmp_path / "mine")}.items():
+    user = {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "IPYTHONDIR": str(tmp_path / "mine"), "MPLBACKEND": "agg"}
+    for name, value in user.items():
         monkeypatch.setenv(name, value)
     startup = tmp_path / "mine" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "00-mine.py").write_text("import pandas as pd\npd.set_option('display.precision', 1)\nprint('mine')\n")
-    made = write_report(Run.read("elsewhere"), "there/mine.html")
-    assert made.read_bytes() == (tuned.directory / "report.html").read_bytes()
-    assert made.with_suffix(".json").read_bytes() == (tuned.directory / "report.json").read_bytes()
+    report = write_report(Run.read("elsewhere"), "there/mine.html")
+    assert report.read_bytes() == (tuned.directory / "report.html").read_bytes()
+    assert report.with_suffix(".json").read_bytes() == (tuned.directory / "report.json").read_bytes()
 
 
-def test_verify_says_identical_or_what_differs(tuned, small, tmp_path, monkeypatch):
+def test_verify_prints_identical_or_what_differs(tuned, small, tmp_path, monkeypatch):
     run = shutil.copytree(tuned.directory, tmp_path / "run")
     (tmp_path / "file.txt").write_text("a")
-    mine = ("--notebook", small, "-p", f"other={tmp_path / 'file.txt'}")
-    assert cascade_lab("report", run, *mine).exit_code == 0
+    options = ("--notebook", small, "-p", f"other={tmp_path / 'file.txt'}")
+    assert cascade_lab("report", run, *options).exit_code == 0
     report = run / "small.html"
     html = report.read_text(encoding="utf-8")
     assert "<title>Why – service-desk</title>" in html
     assert "not for the reader" not in html
     record = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
-    assert [one["kind"] for one in record["shown"]] == ["text", "table", "table", "figure", "text"]
+    assert [output["kind"] for output in record["outputs"]] == ["text", "table", "table", "figure", "text"]
     assert record["files"] == {"other": {"file.txt": sha256(tmp_path / "file.txt")}}
-    said = cascade_lab("verify", report, "--notebook", small)
-    assert said.exit_code == 2
-    assert "its notebook read another run or file as other; give it: -p other=PATH" in said.stderr
-    said = cascade_lab("verify", report, *mine)
-    assert said.exit_code == 0
-    assert said.stdout == f"{report}: identical\n"
+    result = cascade_lab("verify", report, "--notebook", small)
+    assert result.exit_code == 2
+    assert "its notebook read another run or file as other; give it: -p other=PATH" in result.stderr
+    result = cascade_lab("verify", report, *options)
+    assert result.exit_code == 0
+    assert result.stdout == f"{report}: identical\n"
     monkeypatch.setattr(report_module, "environment", lambda: {"packages": {**record["packages"], "pandas": "9.9"}})
-    said = cascade_lab("verify", report, *mine)
-    assert said.exit_code == 0, said.output
+    result = cascade_lab("verify", report, *options)
+    assert result.exit_code == 0, result.output
     version = record["packages"]["pandas"]
-    assert f"identical but for the versions of packages (pandas was {version}, is 9.9)" in said.stdout
+    assert f"identical except for versions of packages (pandas was {version}, is 9.9)" in result.stdout
     report.write_text(html.replace("Because of", "Because off"), encoding="utf-8")
-    said = cascade_lab("verify", report, *mine)
-    assert said.exit_code == 1
-    assert "every number is the same, and the page is not" in said.stdout
+    result = cascade_lab("verify", report, *options)
+    assert result.exit_code == 1
+    assert "every number is the same, but the page is not" in result.stdout
 
 
-def test_a_changed_logit_is_caught_both_ways(tuned, tmp_path):
+def test_report_and_verify_refuse_a_changed_logit(tuned, tmp_path):
     run = shutil.copytree(tuned.directory, tmp_path / "run")
     path = run / "scores" / "gate.parquet"
     table = pq.read_table(path)
@@ -224,29 +221,29 @@ def test_a_changed_logit_is_caught_both_ways(tuned, tmp_path):
     kind = table.schema.field("logits").type
     pq.write_table(table.set_column(1, "logits", pa.array(logits, kind)), path)
     for command in ("report", "verify"):
-        said = cascade_lab(command, run / "report.html" if command == "verify" else run)
-        assert said.exit_code == 2
-        assert said.stderr.startswith(f"error: {path}: changed since the run")
-        assert said.stderr.count("\n") == 1
+        result = cascade_lab(command, run / "report.html" if command == "verify" else run)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {path}: changed since the run")
+        assert result.stderr.count("\n") == 1
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     manifest["contents"]["scores/gate.parquet"] = sha256(path)
     (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    moved = verify_report(tuned.directory / "report.html", Run.read(run)).moved
-    names = {name for name, *_ in moved}
+    changed_values = verify_report(tuned.directory / "report.html", Run.read(run)).changed_values
+    names = {name for name, *_ in changed_values}
     assert "runs › run_dir › contents › scores/gate.parquet" in names
-    assert "How good each stage is › table 2 › accuracy › gate / value" in names
+    assert "Each stage › table 2 › accuracy › gate / value" in names
     # One text is decided the other way: a cell of the gate's matrix has one fewer, another one more.
     cells = [name for name in names if name.startswith("What each stage confuses › figure 1 ") and name.count("›") == 4]
-    assert sorted(new - old for name, old, new in moved if name in cells) == [-1, 1]
+    assert sorted(new - old for name, old, new in changed_values if name in cells) == [-1, 1]
 
 
-def test_what_cannot_be_reported_is_one_line(tuned, demo, small, tmp_path):
+def test_an_error_of_a_report_is_one_line(tuned, demo, small, tmp_path):
     def refused(message, *arguments):
-        said = cascade_lab(*arguments)
-        assert said.exit_code == 2, said.output
-        assert said.stderr.startswith("error: ")
-        assert message in said.stderr
-        assert said.stderr.count("\n") == 1
+        result = cascade_lab(*arguments)
+        assert result.exit_code == 2, result.output
+        assert result.stderr.startswith("error: ")
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
 
     run = tuned.directory
     refused("no notebook is named '01_run'; did you mean '01_run_cascade'?", "report", run, "--notebook", "01_run")
@@ -255,8 +252,8 @@ def test_what_cannot_be_reported_is_one_line(tuned, demo, small, tmp_path):
     refused("has no parameter 'faktor'; did you mean 'factor'?", "report", run, "--notebook", small, "-p", "faktor=2")
     refused("other is another run that it reads; give it: -p other=RUN", "report", run, "--notebook", small)
     refused("'factor' is not NAME=VALUE", "report", run, "--notebook", small, "-p", "factor")
-    refused("name it something.html", "report", run, "--output", tmp_path / "report.pdf")
-    refused("exists, and is no report's", "report", run, "--output", run / "manifest.html")
+    refused("give a name that ends in .html", "report", run, "--output", tmp_path / "report.pdf")
+    refused("exists, and is not the JSON of a report", "report", run, "--output", run / "manifest.html")
     refused("TypeError", "report", run, "--notebook", small, "-p", "factor=null", "-p", "other=x")
     refused(f"is of run {tuned.manifest['run_id']}", "verify", run / "report.html", "--run", demo / "demo")
     refused("not the JSON of a report", "verify", run / "metrics.json")
@@ -275,10 +272,66 @@ def test_figures_are_beside_the_report(clinc150_run):
     ]  # fmt: skip
 
 
-def test_a_report_says_where_it_cannot_go(tiny_run, small, tmp_path):
+def test_a_report_that_cannot_be_written_leaves_no_file(tiny_run, small, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot be written \(.*; choose another place"):
+    with pytest.raises(RunError, match=r"cannot be written \(.*; choose another output"):
         write_figures(tiny_run, tmp_path / "file" / "figures")
-    with pytest.raises(RunError, match=r"cannot be written \(.*; choose another place"):
+    with pytest.raises(RunError, match=r"cannot be written \(.*; choose another output"):
         write_report(tiny_run, tmp_path / "file" / "report.html", notebook=small, parameters={"other": None})
     assert not list(tmp_path.glob(".*"))
+
+
+def test_figures_of_a_run_without_timings_or_labels(tmp_path):
+    run = random_run(tmp_path / "run", n=60)
+    logits = {stage.name: run.scores(stage.name).logits for stage in run.spec.stages}
+    timeless = Run.from_logits(run.spec, run.examples, logits)
+    names = [path.name for path in write_figures(timeless, tmp_path / "timeless")]
+    assert names == ["confusion-end-to-end.png", "confusion-gate0.png", "confusion-last.png"]
+    unlabelled = memory_run(run.spec, run.examples.assign(label=None), logits)
+    assert [path.name for path in write_figures(unlabelled, tmp_path / "unlabelled")] == ["latency.png"]
+
+
+def logits_run(folder, seed):
+    """Write a run made from the logits of a random cascade: it has no timings, checkpoints or digests of inputs."""
+    source = random_run(folder / f"source{seed}", n=120, seed=seed)
+    logits = {stage.name: source.scores(stage.name).logits for stage in source.spec.stages}
+    examples = source.examples.assign(example_id=[f"{seed}-{i}" for i in range(120)])
+    return Run.from_logits(source.spec, examples, logits).write(folder / f"run{seed}")
+
+
+@pytest.mark.parametrize("notebook", ["01_run_cascade", "03_analyse_errors", "04_tune_thresholds", "06_compare_runs"])
+def test_a_run_from_logits_has_the_reports(notebook, tmp_path):
+    run = logits_run(tmp_path, seed=1)
+    defaults = papermill.inspect_notebook(str(notebook_path(notebook)))
+    parameters = {"test_dir": str(logits_run(tmp_path, seed=2).directory)} if "test_dir" in defaults else {}
+    if "run_b" in defaults:
+        parameters["run_b"] = str(run.with_thresholds({"gate0": 0.3}).write(tmp_path / "other").directory)
+    report = write_report(run, notebook=notebook, parameters=parameters)
+    assert "<td>logits</td>" in report.read_text(encoding="utf-8")
+
+
+def test_a_run_in_memory_is_written_before_its_report(small, tmp_path):
+    written = random_run(tmp_path / "run", n=60)
+    logits = {stage.name: written.scores(stage.name).logits for stage in written.spec.stages}
+    run = Run.from_logits(written.spec, written.examples, logits)
+    for write in (write_report, write_figures):
+        with pytest.raises(RunError, match=rf"^run {run.manifest['run_id']} is only in memory; write the run first"):
+            write(run)
+    with pytest.raises(RunError, match="write the run first"):
+        write_report(run, tmp_path / "report.html", notebook=small, parameters={"other": None})
+    with pytest.raises(RunError, match="write the run first"):
+        write_report(written.with_thresholds({"gate0": 0.9}), notebook=small, parameters={"other": None})
+    report = write_report(run.write(tmp_path / "written"), notebook=small, parameters={"other": None})
+    assert report == tmp_path / "written" / "small.html"
+    assert verify_report(report, notebook=small, parameters={"other": None}).holds
+
+
+def test_a_report_of_an_older_schema_version_may_be_replaced(tiny_run, small, tmp_path):
+    report = write_report(tiny_run, tmp_path / "report.html", notebook=small, parameters={"other": None})
+    json_path = report.with_suffix(".json")
+    record = json.loads(json_path.read_text(encoding="utf-8"))
+    json_path.write_text(json.dumps({**record, "schema_version": 1}), encoding="utf-8")
+    with pytest.raises(RunError, match="has schema version 1, and this package reads 2; write the report again"):
+        verify_report(report, tiny_run, notebook=small)
+    write_report(tiny_run, report, notebook=small, parameters={"other": None})
+    assert json.loads(json_path.read_text(encoding="utf-8")) == record

@@ -1,4 +1,4 @@
-"""`cascade.toml` in: what is taken, and each thing that is refused."""
+"""`cascade.toml`: what is read and written, and each thing that is refused."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from conftest import SPEC
+from helpers import SPEC
 
 from cascade_lab import CascadeSpec
-from cascade_lab.errors import SpecError
+from cascade_lab.exceptions import SpecError
 
 
 def write(folder: Path, content: str) -> Path:
@@ -75,22 +75,25 @@ BAD = {
     "no stage": ('name = "x"', "has no stage"),
     "unknown key": (SPEC.replace("threshold", "treshold"), "stage 'gate': unknown key 'treshold'; did you mean 'thr"),
     "unknown common key": ("max_seq_len = 3\n" + SPEC, "unknown key 'max_seq_len'; did you mean 'max_seq_length'"),
-    "missing key": (SPEC.replace("init_checkpoint", "# ", 1), "stage 'gate': init_checkpoint is missing"),
+    "missing key": (SPEC.replace("vocab_file", "# ", 1), "stage 'gate': vocab_file is missing"),
     "missing labels": (SPEC.replace(GATE_LABELS, ""), "stage 'gate': labels is missing"),
     "threshold above 1": (SPEC.replace("0.5", "1.5"), "stage 'gate': threshold is 1.5; it must be a number from 0"),
     "threshold is text": (SPEC.replace("0.5", '"0.5"'), "threshold is '0.5'; it must be a number"),
     "no threshold": (SPEC.replace("threshold = 0.5", ""), "stage 'gate': threshold is missing"),
     "no pass label": (SPEC.replace('pass_label = "in"', ""), "stage 'gate': pass_label is missing"),
     "two of one name": (SPEC.replace('"intent"\n    init', '"GATE"\n    init'), "two stages have that name"),
-    "pass label is no label": (SPEC.replace('pass_label = "in"', 'pass_label = "on"'), "'on' is none of its labels"),
-    "doubled label": (SPEC.replace('"2", "3"', '"2", "2"'), "stage 'intent': label '2' stands twice"),
+    "pass label is no label": (SPEC.replace('pass_label = "in"', 'pass_label = "on"'), "'on' is not one of its labels"),
+    "doubled label": (SPEC.replace('"2", "3"', '"2", "2"'), "stage 'intent': label '2' occurs twice"),
     "one label": (SPEC.replace('["0", "1", "2", "3"]', '["0"]'), "at least 2 labels, not 1"),
     "label not text": (SPEC.replace('["0", "1", "2", "3"]', "[0, 1]"), "labels must be a list of strings"),
     "labels file missing": (SPEC.replace('["0", "1", "2", "3"]', '"no.txt"'), "labels file .*no.txt cannot be read"),
-    "last stage is a gate": (SPEC + '    pass_label = "1"\n    threshold = 0.5\n', "stage 'intent': .* are for gates"),
+    "last stage is a gate": (
+        SPEC + '    pass_label = "1"\n    threshold = 0.5\n',
+        "stage 'intent': .* belong to gates",
+    ),
     "reject at a gate": (
         SPEC.replace("threshold", 'reject_label = "x"\n    threshold'),
-        "reject_label is for the last",
+        "reject_label belongs to the last",
     ),
     "min without reject": (SPEC + "    min_probability = 0.5\n", "min_probability needs a reject_label"),
     "wrong type": (SPEC.replace("= 24", '= "24"'), "max_seq_length must be a whole number, not '24'"),

@@ -1,17 +1,19 @@
-"""A stage: parity with an independent implementation, isolation, and nothing left behind."""
+"""A stage: equal to an independent implementation, isolated from other sessions, and freed when closed."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
 import pytest
-from conftest import texts
+from helpers import texts
 
-from cascade_lab import CascadeSpec, EvalSet, Stage
+from cascade_lab import Cascade, CascadeSpec, EvalSet, Stage
+from cascade_lab.exceptions import CheckpointError
 
 
 def score(stage, batch):
@@ -19,12 +21,12 @@ def score(stage, batch):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_logits_equal_pytorchs_on_clinc150_in_whatever_batches(clinc150, batch_size):
+def test_logits_equal_pytorchs_on_clinc150_at_every_batch_size(clinc150, batch_size):
     """expected_val.npz was made by PyTorch and transformers in float32, from the same weights."""
     expected = np.load(clinc150 / "expected_val.npz")
     batch = EvalSet.read(clinc150 / "data_full.json", split="val").examples["text"].tolist()
     assert batch == expected["text"].tolist()
-    # Small batches are slow and add nothing on all of them.
+    # Small batches are slow: score only some of the texts with them.
     rows = np.arange(len(batch))[:: {1: 25, 7: 5, 64: 1}[batch_size]]
     rows = np.random.default_rng(batch_size).permutation(rows)
     for spec in CascadeSpec.read(clinc150 / "cascade.toml").stages:
@@ -35,8 +37,8 @@ def test_logits_equal_pytorchs_on_clinc150_in_whatever_batches(clinc150, batch_s
                 np.testing.assert_allclose(got, expected[spec.name][part], atol=1e-4, rtol=0)
 
 
-def test_stages_of_the_same_variable_names_never_mix_in_either_order_thrice(tiny):
-    """Shared graphs or sessions would give one stage's weights, or an error, to the other."""
+def test_stages_with_the_same_variable_names_do_not_mix(tiny):
+    """With a shared graph or session, one stage would get the weights of the other, or an error."""
     specs = CascadeSpec.read(tiny).stages
     alone = {}
     for spec in specs:
@@ -52,7 +54,7 @@ def test_stages_of_the_same_variable_names_never_mix_in_either_order_thrice(tiny
             for name, stage in opened.items():
                 np.testing.assert_array_equal(score(stage, texts(5)), alone[name])
             first, second = opened.values()
-            first.close()  # the other lives on
+            first.close()  # the other still works
             np.testing.assert_array_equal(score(second, texts(5)), alone[second.spec.name])
             second.close()
 
@@ -101,7 +103,7 @@ print(json.dumps(logits))
 """
 
 
-def test_the_callers_tensorflow_stays_as_it_was_whoever_imports_first(tiny):
+def test_the_tensorflow_of_the_caller_does_not_change_whoever_imports_first(tiny):
     results = []
     for first in ("cascade_lab first", "tensorflow first", "graph mode"):
         command = [sys.executable, "-c", CALLERS_STATE, str(tiny), first]
@@ -126,7 +128,20 @@ print(sizes[-1] / sizes[0], [size >> 20 for size in sizes])
 """
 
 
-def test_ten_rounds_of_opening_and_closing_both_grow_the_process_by_less_than_a_tenth(clinc150):
+def test_opening_and_closing_ten_times_grows_the_process_by_less_than_a_tenth(clinc150):
     command = [sys.executable, "-c", MEMORY, str(clinc150 / "cascade.toml")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[0]) < 1.1, done.stdout
+
+
+def test_a_cascade_that_was_scored_elsewhere_cannot_be_loaded(tiny):
+    """The whole message is one line that names the stage and the keys to add."""
+    spec = CascadeSpec.read(tiny)
+    without_files = {"init_checkpoint": None, "bert_config_file": None, "vocab_file": None}
+    elsewhere = replace(spec, stages=(spec.stages[0], replace(spec.last, **without_files)))
+    message = (
+        "^stage 'intent': has no init_checkpoint: its logits were computed elsewhere; add init_checkpoint, "
+        "bert_config_file and vocab_file to run it$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        Cascade.load(elsewhere)

@@ -1,16 +1,16 @@
-"""A whole study on small data: trainings, cascades, thresholds on validation, one results file."""
+"""A whole study on small data: trainings, cascades, thresholds chosen on validation, one results file."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from conftest import write_checkpoint
+from helpers import write_checkpoint
 from test_finetune import keyword_texts
 from typer.testing import CliRunner
 
 from cascade_lab.cli import app
-from cascade_lab.errors import SpecError
+from cascade_lab.exceptions import SpecError
 from cascade_lab.study import run_study
 
 STUDY = """
@@ -51,7 +51,7 @@ paper = { in_scope_accuracy = 0.9, reject_recall = 0.4 }
 """
 
 
-def test_a_study_trains_scores_and_chooses_on_validation_alone(tmp_path):
+def test_a_study_trains_scores_and_chooses_thresholds_on_validation_only(tmp_path):
     splits = {"train": 240, "val": 60, "test": 60}
     full, binary = {}, {}
     for split, n in splits.items():
@@ -78,10 +78,10 @@ def test_a_study_trains_scores_and_chooses_on_validation_alone(tmp_path):
         assert row["validation"]["accuracy"] > 0.4
     assert results["rows"][2]["validation"]["in_scope_accuracy"] >= 0.3
     assert len(results["models"]["two-seed1"]["curve"]) == 3
-    made = (tmp_path / "out" / "models" / "two-seed0" / "training.json").stat().st_mtime_ns
+    trained_at = (tmp_path / "out" / "models" / "two-seed0" / "training.json").stat().st_mtime_ns
     again = run_study(tmp_path / "study.toml", data=tmp_path, init=tmp_path / "init", output=tmp_path / "out")
     assert again["rows"] == results["rows"]
-    assert (tmp_path / "out" / "models" / "two-seed0" / "training.json").stat().st_mtime_ns == made
+    assert (tmp_path / "out" / "models" / "two-seed0" / "training.json").stat().st_mtime_ns == trained_at
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_study_trains_scores_and_chooses_on_validation_alone(tmp_path):
     [
         (("learning_rate = 2e-3", "learning_rate ="), "not TOML"),
         (("leave_out", "leave_uot"), "model 'two': unknown key 'leave_uot'; did you mean 'leave_out'"),
-        (('stages = ["gate", "two"]', 'stages = ["gaet", "two"]'), "no model 'gaet'; did you mean 'gate'"),
+        (('stages = ["gate", "two"]', 'stages = ["gaet", "two"]'), "no model is named 'gaet'; did you mean 'gate'"),
         (('out_of_scope = "oos"', ""), "out_of_scope is missing"),
     ],
 )

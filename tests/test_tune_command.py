@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from random_runs import random_run
+from helpers import random_run
 from typer.testing import CliRunner
 
 from cascade_lab.cli import app
@@ -20,17 +21,10 @@ def tune(*arguments):
     return CliRunner().invoke(app, ["tune", *(str(argument) for argument in arguments)])
 
 
-def test_tune_writes_the_cascade_that_serves_the_goal(run, tmp_path):
-    said = tune(
-        run.directory,
-        "--maximize",
-        "reject_recall",
-        "--at-least",
-        "in_scope_accuracy=0.4",
-        "--output",
-        tmp_path / "t.toml",
-    )
-    assert said.exit_code == 0, said.output
+def test_tune_writes_the_cascade_that_satisfies_the_goal(run, tmp_path):
+    goal = ["--maximize", "reject_recall", "--at-least", "in_scope_accuracy=0.4"]
+    result = tune(run.directory, *goal, "--output", tmp_path / "t.toml")
+    assert result.exit_code == 0, result.output
     spec = CascadeSpec.read(tmp_path / "t.toml")
     replayed = Run.read(run.directory).replay(spec.thresholds)
     in_scope = replayed["label"].isin(spec.in_scope_labels)
@@ -39,52 +33,45 @@ def test_tune_writes_the_cascade_that_serves_the_goal(run, tmp_path):
     assert spec.tuned_on["figures"]["reject_recall"] == pytest.approx(right[~in_scope].mean())
     low, high = spec.tuned_on["intervals"]["reject_recall"]
     assert low <= right[~in_scope].mean() <= high
-    assert "by cross-validation" in said.output
+    assert "held out (cross-validation)" in result.output
+    assert f"{right[~in_scope].mean():.4f}" in result.output
+    assert max(map(len, result.output.replace(str(tmp_path), "").splitlines())) <= 80
 
 
 def test_tune_takes_costs_a_guarantee_and_labels(run, tmp_path):
     output = tmp_path / "t.toml"
     costs = ["--minimize", "mean_cost", "--cost", "false accept=5", "--cost", "false reject=1", "--by-label"]
     assert tune(run.directory, *costs, "--output", output).exit_code == 0
-    said = tune(
-        run.directory,
-        "--maximize",
-        "reject_recall",
-        "--guarantee",
-        "in_scope_accuracy=0.3",
-        "--overwrite",
-        "--output",
-        output,
-    )
-    assert said.exit_code == 0, said.output
+    goal = ["--maximize", "reject_recall", "--guarantee", "in_scope_accuracy=0.3"]
+    result = tune(run.directory, *goal, "--overwrite", "--output", output)
+    assert result.exit_code == 0, result.output
     assert CascadeSpec.read(output).tuned_on["guarantee"] == "in_scope_accuracy at least 0.3 with probability 0.9"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        ([], "one figure to maximize or to minimize"),
+        ([], "one metric to maximize or to minimize"),
         (["--maximize", "reject_recal"], "did you mean 'reject_recall'"),
         (["--maximize", "accuracy", "--at-least", "coverage"], "is not NAME=NUMBER"),
         (["--maximize", "accuracy", "--at-least", "in_scope_accuracy=0.999"], "infeasible"),
         (["--maximize", "accuracy", "--stage", "gat0"], "did you mean 'gate0'"),
     ],
 )
-def test_what_cannot_be_tuned_is_refused_and_nothing_is_written(run, tmp_path, arguments, says):
-    said = tune(run.directory, *arguments, "--output", tmp_path / "t.toml")
-    assert said.exit_code == 2
-    assert says in said.output
+def test_what_cannot_be_tuned_is_refused_and_nothing_is_written(run, tmp_path, arguments, message):
+    result = tune(run.directory, *arguments, "--output", tmp_path / "t.toml")
+    assert result.exit_code == 2
+    assert message in result.output
     assert not list(tmp_path.iterdir())
 
 
-def test_a_set_without_the_texts_that_a_figure_counts_is_refused(tmp_path):
-    from cascade_lab.analysis.goals import Goal
-    from cascade_lab.analysis.thresholds import choose
-    from cascade_lab.errors import InfeasibleError
-
-    run = random_run(tmp_path / "run", n=40)
-    run.examples["label"] = "label1"
-    with pytest.raises(InfeasibleError, match="reject_recall is undefined on them"):
-        choose(run, Goal("reject_recall"))
-    with pytest.raises(InfeasibleError, match=r"nearest, gate0 .*, give in_scope_accuracy 0\.[0-9]+; ask for less"):
-        choose(run, Goal("accuracy", at_least={"in_scope_accuracy": 0.999}))
+def test_texts_on_which_the_metric_is_undefined_are_refused(run, tmp_path):
+    in_scope = run.select(np.flatnonzero(run.examples["label"].str.startswith("label"))).write(tmp_path / "in-scope")
+    refused = tune(in_scope.directory, "--maximize", "reject_recall", "--output", tmp_path / "t.toml")
+    assert refused.exit_code == 2
+    assert "reject_recall is undefined on these texts" in refused.output
+    bound = ["--maximize", "accuracy", "--at-least", "in_scope_accuracy=0.999"]
+    refused = tune(in_scope.directory, *bound, "--output", tmp_path / "t.toml")
+    assert "the nearest, gate0 " in refused.output
+    assert refused.output.rstrip().endswith("ask for less")
+    assert not (tmp_path / "t.toml").exists()

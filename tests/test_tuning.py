@@ -1,231 +1,190 @@
-"""Trust in chosen thresholds: against brute force, other runs, and simulations of what is promised."""
+"""`tune`: that its parts are those of the functions behind it, and what it writes."""
 
 from __future__ import annotations
 
-import itertools
-from contextlib import suppress
-from dataclasses import replace
-
 import numpy as np
 import pytest
-from random_runs import random_run
-from scipy.stats import binomtest
+from helpers import memory_run, random_run
 
-from cascade_lab.analysis.bootstrap import fraction_interval
-from cascade_lab.analysis.goals import Goal
-from cascade_lab.analysis.metrics import figures_of
 from cascade_lab.analysis.outcomes import outcome_counts
-from cascade_lab.analysis.per_class import per_class
-from cascade_lab.analysis.quadrants import points
-from cascade_lab.analysis.thresholds import choose, choose_among
-from cascade_lab.analysis.tuning import (
-    certainty,
-    check_apart,
-    controlled,
-    figures_at,
-    folds,
-    gate_worth,
-    held_out,
-    optimism,
-    write_tuned,
-)
-from cascade_lab.errors import GoalError, InfeasibleError, RunError
-from cascade_lab.serial import serve
+from cascade_lab.exceptions import CascadeLabError, GoalError
+from cascade_lab.run import Run
 from cascade_lab.spec import CascadeSpec
+from cascade_lab.thresholds import (
+    Choice,
+    Goal,
+    ThresholdGrid,
+    bootstrap_thresholds,
+    choose,
+    choose_by_prevalence,
+    choose_with_guarantee,
+    compare_without_gate,
+    cross_validate,
+    held_out,
+    metrics_at,
+    tune,
+)
+from cascade_lab.thresholds.tuning import write_tuned
 
 ACCURACY = Goal(maximize="accuracy")
+
+
+def run_with_texts(folder, prefix, **options):
+    """Return a random run with texts that no other has."""
+    run = random_run(folder, **options)
+    texts = [f"{prefix} {i}" for i in range(len(run.examples))]
+    logits = {stage.name: run.scores(stage.name).logits for stage in run.spec.stages}
+    return memory_run(run.spec, run.examples.assign(text=texts), logits)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return [with_texts(random_run(folder / f"{seed}", n=300, seed=seed), f"set {seed}") for seed in (1, 2)]
+    return [run_with_texts(folder / f"{seed}", f"set {seed}", n=200, seed=seed) for seed in (1, 2)]
 
 
-def with_texts(run, prefix):
-    """Give a random run texts that no other has."""
-    run.examples["text"] = [f"{prefix} {i}" for i in range(len(run.examples))]
-    return run
+@pytest.fixture(scope="module")
+def tuning(runs):
+    return tune(runs[0], ACCURACY, test=runs[1], n_resamples=30, n_repeats=1)
 
 
-def test_figures_come_with_the_interval_that_resampling_rows_gives(runs):
-    run, _ = runs
-    replayed = run.replay({"gate0": 0.6})
-    right = (replayed["label"] == replayed["predicted"]).to_numpy()
-    found = figures_at(run, {"gate0": 0.6}, ACCURACY)["accuracy"]
-    expected = fraction_interval(right, np.ones_like(right), seed=1)
-    assert found == pytest.approx(expected, abs=0.01)
-    for name, value in figures_of(run.spec, replayed).items():
-        if name != "macro_f1":
-            assert figures_at(run, {"gate0": 0.6}, ACCURACY)[name].value == pytest.approx(value)
-
-
-def test_a_choice_on_resamples_varies_around_the_choice(runs):
-    found = certainty(runs[0], ACCURACY, n_resamples=100)
-    chosen = choose(runs[0], ACCURACY)
-    assert found.infeasible == 0
-    assert found.thresholds.shape == (100, 2)
-    assert found.thresholds["gate0"].nunique() > 5
-    accuracy = found.figures["accuracy"]
-    assert accuracy.value == pytest.approx(chosen.figures["accuracy"])
-    assert accuracy.low < accuracy.value < accuracy.high
-
-
-def test_a_goal_that_is_barely_met_is_infeasible_on_some_resamples(runs):
-    best = choose(runs[0], Goal(maximize="in_scope_accuracy")).figures["in_scope_accuracy"]
-    found = certainty(runs[0], Goal(maximize="accuracy", at_least={"in_scope_accuracy": best}), n_resamples=60)
-    assert 0.1 < found.infeasible < 0.9
-
-
-def test_optimism_is_that_of_choosing_and_replaying_by_hand(runs):
-    run, _ = runs
-    found = optimism(run, ACCURACY, n_repeats=2, n_folds=3)
-    seen = points(run)
-    tuned, left_out = [], []
-    for train, test in folds(seen, 2, 3, 0):
-        thresholds = choose_among(seen, ACCURACY, weights=train).thresholds
-        replayed = run.replay(thresholds)
-        right = (replayed["label"] == replayed["predicted"]).to_numpy()
-        tuned.append(right[train == 1].mean())
-        left_out.append(right[test == 1].mean())
-    row = found.loc["accuracy"]
-    assert (row["tuned"], row["held_out"]) == pytest.approx((np.mean(tuned), np.mean(left_out)))
-    differences = np.subtract(tuned, left_out)
-    # Nadeau and Bengio's variance: the plain one, and that of test folds half as large as training parts.
-    assert row["standard_error"] == pytest.approx(np.sqrt((1 / 6 + 1 / 2) * differences.var(ddof=1)))
-
-
-def test_chosen_thresholds_look_better_on_the_texts_they_were_chosen_on(tmp_path):
-    found = [
-        optimism(random_run(tmp_path / f"{seed}", n=80, skill=0.3, seed=seed), ACCURACY, n_repeats=2)
-        for seed in range(6)
-    ]
-    assert np.mean([table.loc["accuracy", "optimism"] for table in found]) > 0.01
-
-
-def test_what_is_held_out_is_a_replay_of_the_other_run(runs):
-    tuned, other = runs
-    thresholds = choose(tuned, ACCURACY).thresholds
-    table = held_out(tuned, other, thresholds, ACCURACY)
-    assert table.loc["accuracy", "held_out"] == pytest.approx(
-        figures_of(other.spec, other.replay(thresholds))["accuracy"]
-    )
-    assert table.loc["accuracy", "low"] < table.loc["accuracy", "held_out"] < table.loc["accuracy", "high"]
-
-
-def test_choosing_and_reporting_on_one_set_is_refused(runs):
-    with pytest.raises(GoalError, match="report on a run of another set"):
-        held_out(runs[0], runs[0], {}, ACCURACY)
-    with pytest.raises(GoalError, match="report on a run of another set"):
-        gate_worth(runs[0], runs[0], ACCURACY)
-    check_apart(*runs)
-
-
-def test_the_guarantee_holds_over_draws_of_the_tuning_set(tmp_path):
-    """Of 150 tuning sets, at most a tenth may give thresholds that break the bound on the population."""
-    population = random_run(tmp_path / "population", n=20_000, seed=10_000, skill=0.7)
-    goal, level, delta = Goal(maximize="reject_recall"), 0.3, 0.1
-    broken, given = {"guaranteed": 0, "plain": 0}, {"guaranteed": 0, "plain": 0}
-    for seed in range(150):
-        run = random_run(tmp_path / f"{seed}", n=150, seed=seed, skill=0.7)
-        chosen = {"plain": choose(run, replace(goal, at_least={"in_scope_accuracy": level}))}
-        # Where the test does not pass, nothing is promised.
-        with suppress(InfeasibleError):
-            chosen["guaranteed"] = controlled(run, goal, "in_scope_accuracy", level, delta=delta)
-        for name, choice in chosen.items():
-            given[name] += 1
-            truth = figures_of(population.spec, population.replay(choice.thresholds))["in_scope_accuracy"]
-            broken[name] += truth < level
-    # 150 draws at 10% have a standard deviation of 3.7.
-    assert given["guaranteed"] > 100
-    assert broken["guaranteed"] <= 15 + 3 * 3.7
-    assert broken["plain"] >= 50
-
-
-def test_a_guaranteed_reject_recall_is_tested_from_the_high_end(runs):
-    found = controlled(runs[0], Goal(maximize="in_scope_accuracy"), "reject_recall", 0.6)
-    misses, of = found.counts[[3, 5]].sum(), found.counts[[1, 3, 5]].sum()
-    assert binomtest(int(misses), int(of), 0.4, alternative="less").pvalue <= 0.1 / 10
-    assert outcome_counts(runs[0].spec, runs[0].replay(found.thresholds)).tolist() == found.counts.tolist()
-    with pytest.raises(InfeasibleError, match=r"with probability 0\.9"):
-        controlled(runs[0], Goal(maximize="accuracy"), "in_scope_accuracy", 0.99)
-    with pytest.raises(GoalError, match="cannot be guaranteed"):
-        controlled(runs[0], ACCURACY, "risk", 0.9)
-
-
-def test_a_gates_worth_is_tested_as_mcnemar_tests_it(runs):
-    tuned, other = runs
-    table = gate_worth(tuned, other, ACCURACY)
-    right = []
-    for thresholds in table["thresholds"]:
-        replayed = other.replay(thresholds)
-        right.append((replayed["label"] == replayed["predicted"]).to_numpy())
-    discordant = right[0] != right[1]
-    # By hand: twice the tail of fair coins beyond the rarer kind.
-    n, k = int(discordant.sum()), int(min((right[0] & discordant).sum(), (right[1] & discordant).sum()))
-    tail = sum(float(np.prod([(n - i) / (i + 1) for i in range(m)])) for m in range(k + 1)) / 2.0**n
-    assert table["p_value"].tolist() == pytest.approx([min(1.0, 2 * tail)] * 2)
-    assert table.loc["last stage alone", "thresholds"]["gate0"] == 0.0
-    assert table.loc["cascade", "mean_ms"] > 0
-
-
-def test_thresholds_by_label_are_the_best_of_all_combinations(tmp_path):
-    run = random_run(tmp_path / "r", n=60, n_labels=2, seed=5, skill=1.0)
-    found = per_class(run, ACCURACY, {"gate0": 0.3}, n_repeats=1)
-    logits = {stage.name: run.scores(stage.name).logits for stage in run.spec.stages}
-
-    def accuracy(least):
-        last = replace(run.spec.last, min_probability=None, min_probabilities=least)
-        gate = replace(run.spec.stages[0], threshold=0.3)
-        answers = serve(replace(run.spec, stages=(gate, last)), logits)
-        return (answers["predicted"] == run.examples["label"]).mean()
-
-    values = [0.0, *points(run, ["last"]).thresholds[0][1:]]
-    best = max(accuracy({"label0": a, "label1": b}) for a, b in itertools.product(values[::1], values))
-    assert accuracy(found.min_probabilities) == pytest.approx(best)
-
-
-def test_thresholds_by_label_keep_a_constraint_and_are_kept_only_if_they_pay(runs):
-    goal = Goal(maximize="reject_recall", at_least={"in_scope_accuracy": 0.4})
-    thresholds = choose(runs[0], goal).thresholds
-    found = per_class(runs[0], goal, thresholds, n_repeats=2)
-    assert found.min_probabilities
-    assert found.gain.low <= found.gain.value <= found.gain.high
-    # The labels of a random run are alike, so nothing of their own can pay.
-    assert not found.pays
-    with pytest.raises(GoalError, match="thresholds by label cannot be chosen for risk"):
-        per_class(runs[0], Goal(minimize="risk"), thresholds)
-
-
-def test_thresholds_by_label_pay_where_labels_differ(tmp_path):
-    """One label's texts are all right at any probability, the other's are mostly out of scope."""
-    run = random_run(tmp_path / "r", n=600, n_labels=2, seed=1, skill=0.0)
-    gold = run.examples["label"].to_numpy(dtype=object).copy()
-    predicted = run.scores("last").logits.argmax(axis=1)
-    gold[predicted == 0] = "label0"
-    gold[predicted == 1] = "oos0"
-    run.examples["label"] = gold
-    found = per_class(run, ACCURACY, {"gate0": 0.0}, n_repeats=2)
-    assert found.pays
-    assert found.gain.value > 0.2
-    assert set(found.min_probabilities) == {"label1"}
-
-
-def test_the_tuned_cascade_says_where_its_thresholds_come_from(runs, tmp_path):
-    run, _ = runs
+def test_a_tuning_holds_what_the_single_functions_return(runs, tuning):
+    run, test = runs
     choice = choose(run, ACCURACY)
-    write_tuned(run, choice, ACCURACY, tmp_path / "deep" / "tuned.toml", min_probabilities={"label1": 0.25})
-    spec = CascadeSpec.read(tmp_path / "deep" / "tuned.toml")
+    assert tuning.choice.thresholds == choice.thresholds
+    assert tuning.stages == ("gate0", "last")
+    assert tuning.intervals == metrics_at(run, choice.thresholds, ACCURACY)
+    bootstrap = bootstrap_thresholds(run, ACCURACY, n_resamples=30)
+    assert tuning.bootstrap.thresholds.equals(bootstrap.thresholds)
+    assert tuning.cross_validation.equals(cross_validate(run, ACCURACY, n_repeats=1))
+    assert tuning.held_out.equals(held_out(run, test, choice.thresholds, ACCURACY))
+    assert tuning.by_prevalence.equals(choose_by_prevalence(run, ACCURACY, [0.01, 0.1, 0.5]))
+    assert tuning.without_gate.equals(compare_without_gate(run, test, ACCURACY))
+    assert tuning.guarantee is None
+    assert tuning.per_label is None
+
+
+def test_the_tables_of_a_tuning_join_its_parts(tuning):
+    thresholds, metrics = tuning.thresholds, tuning.metrics
+    assert thresholds["chosen"].to_dict() == tuning.choice.thresholds
+    assert thresholds.loc["gate0", "own"] == 0.5
+    assert np.isnan(thresholds.loc["last", "own"])
+    expected = tuning.bootstrap.thresholds["gate0"].quantile([0.025, 0.5, 0.975]).tolist()
+    assert thresholds.loc["gate0", ["low", "median", "high"]].tolist() == pytest.approx(expected)
+    assert metrics["value"].to_dict() == pytest.approx(tuning.choice.metrics)
+    assert metrics["cross_validated"].equals(tuning.cross_validation["held_out"].rename("cross_validated"))
+    assert metrics["test"].equals(tuning.held_out["held_out"].rename("test"))
+    assert metrics.loc["accuracy", "chosen_again_low"] == tuning.bootstrap.metrics["accuracy"].low
+
+
+def test_the_written_cascade_has_the_thresholds_and_where_they_come_from(runs, tuning, tmp_path):
+    path = tmp_path / "deep" / "tuned.toml"
+    tuning.write(path)
+    spec = CascadeSpec.read(path)
+    assert spec.thresholds == tuning.choice.thresholds
+    tuned_on = spec.tuned_on
+    assert set(tuned_on) == {"run_id", "evalset", "goal", "figures", "intervals", "optimism"}
+    assert tuned_on["run_id"] == runs[0].manifest["run_id"]
+    assert tuned_on["evalset"] == {"path": "random.tsv", "sha256": f"{0:064x}", "n_examples": 200}
+    assert tuned_on["goal"] == "maximize accuracy"
+    assert tuned_on["figures"] == tuning.choice.metrics
+    assert tuned_on["intervals"]["accuracy"] == [tuning.intervals["accuracy"].low, tuning.intervals["accuracy"].high]
+    assert tuned_on["optimism"] == tuning.cross_validation["optimism"].to_dict()
+    predictions = runs[0].with_spec(spec).predictions
+    assert outcome_counts(spec, predictions).tolist() == tuning.choice.counts.tolist()
+    assert [file.name for file in path.parent.iterdir()] == ["tuned.toml"]
+    with pytest.raises(CascadeLabError, match="exists already"):
+        tuning.write(path)
+    tuning.write(path, overwrite=True)
+
+
+def test_a_guarantee_and_costs_are_written(runs, tmp_path):
+    goal = Goal(minimize="mean_cost", costs={"false accept": 5.0, "false reject": 1.0}, prevalence=0.2)
+    tuning = tune(runs[0], goal, guarantee=("in_scope_accuracy", 0.3), n_repeats=1)
+    assert tuning.choice.thresholds == choose_with_guarantee(runs[0], goal, "in_scope_accuracy", 0.3).thresholds
+    assert tuning.bootstrap is None
+    assert tuning.thresholds[["low", "median", "high"]].isna().all(axis=None)
+    tuned_on = tuning.spec.tuned_on
+    assert tuned_on["guarantee"] == "in_scope_accuracy at least 0.3 with probability 0.9"
+    assert (tuned_on["costs"], tuned_on["prevalence"]) == ({"false accept": 5.0, "false reject": 1.0}, 0.2)
+    assert "Guarantee: in_scope_accuracy at least 0.3 with probability 0.9." in tuning.summary()
+
+
+def test_thresholds_per_label_are_written_if_they_improve(tmp_path):
+    """Texts with one predicted label are all right, those with the other all out of scope."""
+    run = random_run(tmp_path / "r", n=200, n_labels=2, seed=1, skill=0.0)
+    logits = {stage.name: run.scores(stage.name).logits for stage in run.spec.stages}
+    options = {"by_label": True, "n_resamples": 5, "n_repeats": 1, "stages": ["last"]}
+    assert not tune(run, ACCURACY, **options).spec.last.min_probabilities
+    labels = np.where(logits["last"].argmax(axis=1) == 0, "label0", "oos0")
+    tuning = tune(memory_run(run.spec, run.examples.assign(label=labels), logits), ACCURACY, **options)
+    assert tuning.per_label.improves
+    assert tuning.spec.last.min_probabilities == tuning.per_label.min_probabilities
+    assert tuning.spec.tuned_on["by_label"].startswith(f"a gain of {tuning.per_label.gain.value:.4f} (")
+    assert any("A threshold per label is used" in sentence for sentence in tuning.summary())
+
+
+def test_three_stages_are_tuned(tmp_path):
+    runs = [run_with_texts(tmp_path / f"{k}", f"set {k}", n=80, n_gates=2, seed=k) for k in range(2)]
+    tuning = tune(runs[0], ACCURACY, test=runs[1], n_resamples=5, n_repeats=1)
+    assert list(tuning.choice.thresholds) == ["gate0", "gate1", "last"]
+    assert len(tuning.thresholds) == 3
+    assert tuning.by_prevalence.columns[:3].tolist() == ["gate0", "gate1", "last"]
+    assert len(tuning.without_gate) == 2
+
+
+def test_the_summary_tells_of_broken_bounds_and_of_prevalences(runs):
+    """The bound is the best that the tuning set allows, so other texts and resamples break it."""
+    best = [choose(run, Goal("in_scope_accuracy")).metrics["in_scope_accuracy"] for run in runs]
+    tuned, test = runs if best[0] > best[1] else reversed(runs)
+    goal = Goal("reject_recall", at_least={"in_scope_accuracy": max(best)})
+    tuning = tune(tuned, goal, test=test, n_resamples=40, n_repeats=1)
+    text = "\n".join(tuning.summary())
+    assert "In scope accuracy breaks its bound of at least" in text
+    assert "A guarantee makes a bound hold on new texts too" in text
+    assert f"{tuning.held_out.loc['reject_recall', 'held_out']:.4f}" in text
+    assert "of the resamples no thresholds satisfy the goal" in text
+    # Reject recall and in-scope accuracy do not depend on the prevalence, so accuracy is maximized there.
+    assert tuning.prevalence_goal == ACCURACY
+    assert "the thresholds to maximize accuracy are: " in text
+    assert f"{tuning.by_prevalence.loc[0.5, 'gate0']:.4f}" in text
+
+
+def test_without_a_test_run_the_parts_that_need_one_are_absent(runs):
+    tuning = tune(runs[0], ACCURACY, n_resamples=5, n_repeats=1)
+    assert tuning.test is tuning.held_out is tuning.without_gate is None
+    assert "test" not in tuning.metrics
+    assert not any("test texts" in sentence for sentence in tuning.summary())
+
+
+def test_a_tuning_shows_itself(tuning):
+    assert repr(tuning).count("\n") == 0
+    assert "maximize accuracy" in repr(tuning)
+    html = tuning._repr_html_()
+    assert html.count("<table") == 2
+    assert f"{tuning.choice.metrics['accuracy']:.4f}" in html
+
+
+def test_the_tuning_set_is_refused_as_test_set(runs):
+    with pytest.raises(GoalError, match="report on a run of another set"):
+        tune(runs[0], ACCURACY, test=runs[0])
+
+
+def test_logits_from_elsewhere_are_tuned(runs):
+    run, _ = runs
+    logits = {stage.name: run.scores(stage.name).logits for stage in run.spec.stages}
+    imported = Run.from_logits(run.spec, run.examples[["text", "label"]], logits)
+    tuning = tune(imported, ACCURACY, n_resamples=5, n_repeats=1)
+    assert tuning.choice.thresholds == choose(run, ACCURACY).thresholds
+    assert tuning.spec.tuned_on["run_id"] == imported.manifest["run_id"]
+
+
+def test_thresholds_chosen_by_hand_are_written(runs, tmp_path):
+    run, _ = runs
+    counts = ThresholdGrid.from_run(run).counts_at(np.array([0.3]), np.array([0.2]))[0, 0]
+    choice = Choice({"gate0": 0.3, "last": 0.2}, counts, {"accuracy": 0.5, "risk": np.nan})
+    write_tuned(run, choice, "chosen by hand", tmp_path / "tuned.toml")
+    spec = CascadeSpec.read(tmp_path / "tuned.toml")
     assert spec.thresholds == choice.thresholds
-    assert spec.last.min_probabilities == {"label1": 0.25}
-    assert spec.tuned_on["run_id"] == run.manifest["run_id"]
-    assert spec.tuned_on["goal"] == "maximize accuracy"
-    assert spec.tuned_on["figures"]["accuracy"] == pytest.approx(choice.figures["accuracy"])
-    assert spec.stages[0].init_checkpoint.resolve() == run.spec.stages[0].init_checkpoint.resolve()
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["tuned.toml"]
-
-
-def test_a_gate_alone_has_no_worth_to_compare(tmp_path):
-    runs = [with_texts(random_run(tmp_path / f"{k}", n=30, n_gates=0), f"{k}") for k in range(2)]
-    with pytest.raises(RunError, match="takes a gate"):
-        gate_worth(*runs, ACCURACY)
+    assert spec.tuned_on["goal"] == "chosen by hand"
+    assert spec.tuned_on["figures"] == {"accuracy": 0.5}

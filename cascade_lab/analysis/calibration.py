@@ -1,104 +1,158 @@
-"""Do probabilities mean what they say? Reliability, ECE, Brier and log loss, of a stage or of p(gate) · p(class).
+"""Measure whether confidences are true probabilities: reliability curve, ECE, Brier score and log loss.
 
-What is looked at is one probability of one event a text:
+Each text has one confidence, the predicted probability of one event:
 
-- a gate: its probability of the pass label, and whether the text should pass;
-- the last stage: its highest probability, and whether that label is right;
-- the cascade (no stage is named): p(gate) · p(class) of the best class in scope, and whether that class is right.
+- a gate: its probability of the pass label; the event is that the text should pass;
+- the last stage: its highest probability; the event is that this label is correct;
+- the cascade (no stage is named): p(gate) · p(class) of the most probable in-scope label; the event is that this label
+  is correct.
 
-A stage is judged where it has a gold label: on what the gates before it let pass, or on everything.
+A stage is measured on the texts that have a target at that stage: those that reached it, or all.
+
+`reliability_curve` and `calibration_error` take plain arrays; `reliability` and `calibration_metrics` take a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 from scipy.special import log_softmax
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, interval, resample_counts
-from cascade_lab.analysis.metrics import On, in_scope_answers, judged, wilson
-from cascade_lab.analysis.resamples import blocks
-from cascade_lab.errors import CalibrationError
-from cascade_lab.run import Run
+from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, blocks, interval, resample_counts, wilson
+from cascade_lab.analysis.metrics import On, in_scope_predictions, labelled_decisions
+from cascade_lab.exceptions import CalibrationError
+
+if TYPE_CHECKING:
+    from cascade_lab.run import Run
 
 Bins = Literal["equal_mass", "equal_width"]
 N_BINS = 15
+METRICS = ("ece", "ece_if_calibrated", "overconfidence", "brier", "log_loss")
 
 
-class Claims(NamedTuple):
-    """Probabilities and what came of them.
+class Confidences(NamedTuple):
+    """The confidence of each text, and whether its event came true.
 
     Attributes
     ----------
-    p : ndarray of float64, shape (n,)
-        The probability that was claimed.
-    came : ndarray of bool, shape (n,)
-        The event came true.
+    confidence : ndarray of float64, shape (n,)
+    correct : ndarray of bool, shape (n,)
+        The event came true: the label is correct, or the text should pass.
     brier, log_loss : ndarray of float64, shape (n,)
-        Each text's part: of the event or, for the last stage, of all its labels.
+        The score of each text: of the event or, for the last stage, of the probabilities of all its labels.
     """
 
-    p: np.ndarray
-    came: np.ndarray
+    confidence: np.ndarray
+    correct: np.ndarray
     brier: np.ndarray
     log_loss: np.ndarray
 
 
-def claims(run: Run, stage: str | None = None, *, on: On = "reached", fitted_here: bool = False) -> Claims:
-    """Return what one stage claims or, without one, what the cascade does, as the module's first lines say.
-
-    Brier is (p - y)² of the event, and for the last stage the sum of that over its labels; log loss is the natural
-    logarithm. Probabilities of an event are kept off 0 and 1 by float64's epsilon in it, as in scikit-learn.
+def confidences(
+    run: Run, stage: str | None = None, *, on: On = "reached", allow_fitted_set: bool = False
+) -> Confidences:
+    """Return the confidences of one stage or, without one, of the cascade, as the top of this module defines them.
 
     Parameters
     ----------
     run : Run
     stage : str, optional
     on : {"reached", "all"}
-        What the stage was asked live, or everything, through shadow scores; of the cascade: what reached its last
-        stage, or everything.
-    fitted_here : bool
-        Say twice that calibration is to be reported on the eval set that its temperature was fitted on.
+        The texts that reached the stage (for the cascade: its last stage), or all texts, which needs shadow scores.
+    allow_fitted_set : bool
+        Allow texts on which a temperature was fitted. Calibration looks better there than elsewhere.
 
     Raises
     ------
     CalibrationError
-        A temperature was fitted on this run's eval set, and `fitted_here` is not said.
+        A temperature was fitted on this eval set, and `allow_fitted_set` is False.
     SpecError, RunError
-        No such stage; no shadow scores.
+        The stage is unknown; there are no shadow scores, or no labels.
     """
-    if not fitted_here:
+    if not allow_fitted_set:
         check_unfitted(run, stage)
+    run = run.labelled
     if stage is None:
-        found = in_scope_answers(run, on=on)
-        return _of_event(found.p_gates * found.p_class, found.right)
-    spec, said = run.spec.stage(stage), judged(run, stage, on=on)
+        best = in_scope_predictions(run, on=on)
+        return yes_no_confidences(best.correct, best.p_gates * best.p_class)
+    spec, decisions = run.spec.stage(stage), labelled_decisions(run, stage, on=on)
     if spec.is_gate:
-        return _of_event(said.decisive, said.y_true == spec.pass_label)
-    logs = log_softmax(said.logits.astype(np.float64) / spec.temperature, axis=1)
-    codes = pd.Index(spec.labels).get_indexer(said.y_true)
-    gold = np.arange(len(codes)), codes
-    p = np.exp(logs)
-    brier = (p**2).sum(axis=1) - 2 * p[gold] + 1
-    return Claims(said.decisive, p.argmax(axis=1) == codes, brier, -logs[gold])
+        return yes_no_confidences(decisions.y_true == spec.pass_label, decisions.confidence)
+    codes = pd.Index(spec.labels).get_indexer(decisions.y_true)
+    scores = class_confidences(codes, decisions.logits, temperature=spec.temperature)
+    return scores._replace(confidence=decisions.confidence)
+
+
+def yes_no_confidences(correct: Any, confidence: Any) -> Confidences:
+    """Return the scores of predicted probabilities of one event.
+
+    The Brier score of a text is (confidence - correct)². The log loss is the natural logarithm; as in scikit-learn,
+    float64's epsilon keeps probabilities away from 0 and 1 in it.
+
+    Parameters
+    ----------
+    correct : array-like of bool, shape (n,)
+    confidence : array-like of float, shape (n,)
+
+    Raises
+    ------
+    CalibrationError
+        The shapes differ, or a confidence is not in [0, 1].
+
+    Examples
+    --------
+    >>> yes_no_confidences([True, False], [0.75, 0.5]).brier.tolist()
+    [0.0625, 0.25]
+    """
+    correct, confidence = _checked(correct, confidence)
+    epsilon = np.finfo(np.float64).eps
+    clipped = np.clip(confidence, epsilon, 1 - epsilon)
+    log_loss = -np.log(np.where(correct, clipped, 1 - clipped))
+    return Confidences(confidence, correct, (confidence - correct) ** 2, log_loss)
+
+
+def class_confidences(y_true: Any, logits: Any, *, temperature: float = 1.0) -> Confidences:
+    """Return the confidence of each most probable class, and the scores of the probabilities of all classes.
+
+    The Brier score of a text is the sum of (p - y)² over the classes, from 0 to 2.
+
+    Parameters
+    ----------
+    y_true : array-like of int, shape (n,)
+        The column of the true class.
+    logits : array-like of float, shape (n, n_classes)
+    temperature : float
+
+    Examples
+    --------
+    >>> scores = class_confidences([0, 1], np.log([[0.8, 0.2], [0.6, 0.4]]))
+    >>> scores.confidence.round(3).tolist(), scores.correct.tolist(), scores.brier.round(3).tolist()
+    ([0.8, 0.6], [True, False], [0.08, 0.72])
+    """
+    log_p = log_softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
+    p, y_true = np.exp(log_p), np.asarray(y_true)
+    of_truth = np.arange(len(y_true)), y_true
+    brier = (p**2).sum(axis=1) - 2 * p[of_truth] + 1
+    return Confidences(p.max(axis=1), p.argmax(axis=1) == y_true, brier, -log_p[of_truth])
 
 
 def check_unfitted(run: Run, stage: str | None = None) -> None:
-    """Raise CalibrationError if a temperature, of `stage` or of any, was fitted on the eval set of `run`."""
-    fitted = run.spec.calibrated_on or {}
-    own = run.manifest["evalset"]
+    """Raise CalibrationError if a temperature, of `stage` or of any stage, was fitted on the eval set of `run`."""
+    evalset = run.manifest["evalset"]
 
-    def is_own(evalset: Mapping[str, Any]) -> bool:
-        return all(own.get(key) == evalset.get(key) for key in ("sha256", "split"))
+    def is_fitted_here(source: Mapping[str, Any]) -> bool:
+        fitted_on = source.get("evalset", {})
+        return all(evalset.get(key) == fitted_on.get(key) for key in ("sha256", "split"))
 
-    same = [name for name, said in fitted.items() if stage in (None, name) and is_own(said.get("evalset", {}))]
-    if same:
+    sources = run.spec.calibrated_on or {}
+    fitted = [name for name, source in sources.items() if stage in (None, name) and is_fitted_here(source)]
+    if fitted:
         raise CalibrationError(
-            f"{run.directory}: the temperature of {', '.join(same)} was fitted on this eval set, and calibration "
-            "looks better there than it is; report on a run of another set, or say fitted_here=True"
+            f"{run.name}: the temperature of {', '.join(fitted)} was fitted on this eval set, so calibration looks "
+            "better here than it is; use a run of another set, or pass allow_fitted_set=True"
         )
 
 
@@ -110,40 +164,73 @@ def reliability(
     n_bins: int = N_BINS,
     bins: Bins = "equal_mass",
     level: float = 0.95,
-    fitted_here: bool = False,
+    allow_fitted_set: bool = False,
 ) -> pd.DataFrame:
-    """Return how often the event came true against how often it was claimed to, bin by bin.
+    """Return the reliability curve of a stage or, without one, of the cascade: see `reliability_curve`.
 
     Parameters
     ----------
-    run, stage, on, fitted_here
-        As for `claims`.
-    n_bins : int
-        The most bins; one that would be empty is left out, and texts of one probability share a bin.
-    bins : {"equal_mass", "equal_width"}
-        As many texts in each, or the interval from 0 to 1 cut evenly.
-
-    Returns
-    -------
-    DataFrame
-        A bin a row: `from`, `to` (the least and the highest probability in it), `n_examples`, `claimed` (the mean
-        probability), and `value`, the fraction that came true, with Wilson's interval, `low` and `high`.
+    run, stage, on, allow_fitted_set
+        As for `confidences`.
+    n_bins, bins, level
+        As for `reliability_curve`.
 
     Raises
     ------
     CalibrationError, SpecError, RunError
-        As `claims` does, and for bins that make no sense.
+        As for `confidences` and `assign_bins`.
     """
-    found = claims(run, stage, on=on, fitted_here=fitted_here)
-    bin_of = assign_bins(found.p, n_bins=n_bins, bins=bins)
-    table = pd.DataFrame({"p": found.p, "came": found.came}).groupby(bin_of)
-    made = table["p"].agg(["min", "max", "size", "mean"]).set_axis(["from", "to", "n_examples", "claimed"], axis=1)
-    hits = zip(table["came"].sum(), made["n_examples"], strict=True)
-    made[list(Interval._fields)] = np.array([wilson(*pair, level=level) for pair in hits]).reshape(-1, 3)
-    return made.rename_axis("bin")
+    table = confidences(run, stage, on=on, allow_fitted_set=allow_fitted_set)
+    return reliability_curve(table.correct, table.confidence, n_bins=n_bins, bins=bins, level=level)
 
 
-def calibration_figures(
+def reliability_curve(
+    correct: Any, confidence: Any, *, n_bins: int = N_BINS, bins: Bins = "equal_mass", level: float = 0.95
+) -> pd.DataFrame:
+    """Return how often the event came true in each bin of confidences.
+
+    Parameters
+    ----------
+    correct : array-like of bool, shape (n,)
+        Whether the event came true.
+    confidence : array-like of float, shape (n,)
+        The predicted probability of the event.
+    n_bins, bins
+        As for `assign_bins`. Empty bins are left out.
+    level : float
+        The level of the intervals.
+
+    Returns
+    -------
+    DataFrame
+        One row per bin: `from`, `to` (the lowest and the highest confidence in it), `n_examples`, `mean_confidence`,
+        and the fraction of correct texts as `value`, with Wilson's interval as `low` and `high`.
+
+    Raises
+    ------
+    CalibrationError
+        The arrays or the bins are not usable.
+
+    Examples
+    --------
+    >>> curve = reliability_curve([False, True, True, True], [0.2, 0.4, 0.8, 0.9], n_bins=2)
+    >>> curve[["mean_confidence", "value"]].round(2).to_dict("list")
+    {'mean_confidence': [0.3, 0.85], 'value': [0.5, 1.0]}
+    """
+    correct, confidence = _checked(correct, confidence)
+    bin_of = assign_bins(confidence, n_bins=n_bins, bins=bins)
+    groups = pd.DataFrame({"confidence": confidence, "correct": correct}).groupby(bin_of)
+    curve = groups["confidence"].agg(["min", "max", "size", "mean"])
+    curve = curve.set_axis(["from", "to", "n_examples", "mean_confidence"], axis=1)
+    intervals = [
+        wilson(int(n_correct), int(n), level=level)
+        for n_correct, n in zip(groups["correct"].sum(), curve["n_examples"], strict=True)
+    ]
+    curve[list(Interval._fields)] = np.array(intervals, dtype=float).reshape(-1, 3)
+    return curve.rename_axis("bin")
+
+
+def calibration_metrics(
     run: Run,
     stage: str | None = None,
     *,
@@ -153,88 +240,160 @@ def calibration_figures(
     level: float = 0.95,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
-    fitted_here: bool = False,
+    allow_fitted_set: bool = False,
 ) -> pd.DataFrame:
-    """Return how well calibrated a stage is or, without one, the cascade, with bootstrap intervals over texts.
+    """Return how well a stage or, without one, the cascade is calibrated, with intervals: see `calibration_error`.
 
     Parameters
     ----------
-    run, stage, on, n_bins, bins, fitted_here
-        As for `reliability`.
+    run, stage, on, allow_fitted_set
+        As for `confidences`.
+    n_bins, bins, level, n_resamples, seed
+        As for `calibration_error`.
 
     Returns
     -------
     DataFrame
-        A figure a row: `value`, `low`, `high`.
-
-        - `ece`: the expected calibration error (Naeini et al. 2015), the mean over texts of |came true - claimed| of
-          their bin. Chance alone keeps it above 0, and resampling adds chance to chance, so that its interval is the
-          bootstrap's turned around the value (the basic form; Efron and Tibshirani 1993), its low end moved once more
-          by what resampling added, and 0 where the value is no more than `ece_if_calibrated` has it.
-        - `ece_if_calibrated`: what `ece` would be if every probability were true, by simulation.
-        - `overclaim`: the mean of claimed less came true; above 0 is overconfident.
-        - `brier`, `log_loss`: as in `claims`.
-
-        `attrs` has `n_examples`, `n_bins` (those that are not empty) and `bins`.
+        As `calibration_error` returns it. The Brier score and the log loss of the last stage are those of the
+        probabilities of all its labels.
 
     Raises
     ------
     CalibrationError, SpecError, RunError
-        As `reliability` does.
+        As for `confidences` and `assign_bins`.
     """
-    found = claims(run, stage, on=on, fitted_here=fitted_here)
-    bin_of = assign_bins(found.p, n_bins=n_bins, bins=bins)
-    n, gap = len(found.p), found.p - found.came
-    result = pd.DataFrame(columns=list(Interval._fields), dtype=float).rename_axis("figure")
-    result.attrs = {"n_examples": n, "n_bins": len(np.unique(bin_of)), "bins": bins}
-    if not n:
-        return result.reindex(["ece", "ece_if_calibrated", "overclaim", "brier", "log_loss"])
-    parts = np.stack([gap, found.brier, found.log_loss], axis=1)
-    member = np.eye(bin_of.max() + 1)[bin_of]
-    rng = np.random.default_rng(seed)
-    weights, drawn, eces, by_chance = resample_counts(n, n_resamples=n_resamples, seed=seed), [], [], []
-    for rows in blocks(n_resamples, n):
-        counts = weights[rows].astype(np.float64)
-        drawn.append(counts @ parts / n)
-        eces.append(np.abs((counts * gap) @ member).sum(axis=1) / n)
-        came = rng.random(counts.shape) < found.p
-        by_chance.append(np.abs((found.p - came) @ member).sum(axis=1) / n)
-    ece = float(np.abs(gap @ member).sum() / n)
-    chance = np.concatenate(by_chance)
-    result.loc["ece"] = _turned(ece, np.concatenate(eces), chance, level)
-    result.loc["ece_if_calibrated"] = interval(float(chance.mean()), chance, level=level)
-    for name, value, resamples in zip(
-        ("overclaim", "brier", "log_loss"), parts.mean(axis=0), np.concatenate(drawn).T, strict=True
-    ):
-        result.loc[name] = interval(float(value), resamples, level=level)
-    return result
+    table = confidences(run, stage, on=on, allow_fitted_set=allow_fitted_set)
+    return _calibration_table(table, n_bins=n_bins, bins=bins, level=level, n_resamples=n_resamples, seed=seed)
 
 
-def assign_bins(p: np.ndarray, *, n_bins: int = N_BINS, bins: Bins = "equal_mass") -> np.ndarray:
-    """Return the bin, from 0, of each probability: int, shape (n,). Equal probabilities share a bin.
+def calibration_error(
+    correct: Any,
+    confidence: Any,
+    *,
+    n_bins: int = N_BINS,
+    bins: Bins = "equal_mass",
+    level: float = 0.95,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return how well predicted probabilities of one event are calibrated, with bootstrap intervals over texts.
 
+    Parameters
+    ----------
+    correct : array-like of bool, shape (n,)
+        Whether the event came true.
+    confidence : array-like of float, shape (n,)
+        The predicted probability of the event.
+    n_bins, bins
+        As for `assign_bins`.
+    level, n_resamples, seed
+        Of the bootstrap.
+
+    Returns
+    -------
+    DataFrame
+        One row per metric: `value`, `low`, `high`.
+
+        - `ece`: the expected calibration error (Naeini et al. 2015): the mean over texts of |fraction correct - mean
+          confidence| of their bin. Chance keeps it above 0 even for perfect probabilities, and resampling adds more
+          chance. So its interval is the basic bootstrap interval (Efron and Tibshirani 1993), with the low end reduced
+          once more by what resampling added. The low end is 0 if `ece` is within the interval of `ece_if_calibrated`.
+        - `ece_if_calibrated`: what `ece` would be if all confidences were true probabilities, by simulation.
+        - `overconfidence`: mean confidence - fraction correct. Above 0 means overconfident.
+        - `brier`, `log_loss`: as in `yes_no_confidences`.
+
+        `attrs` has `n_examples`, `n_bins` (the number of bins that are not empty) and `bins`. All values are NaN if
+        there are no texts.
+
+    Raises
+    ------
+    CalibrationError
+        The arrays or the bins are not usable.
+    """
+    table = yes_no_confidences(correct, confidence)
+    return _calibration_table(table, n_bins=n_bins, bins=bins, level=level, n_resamples=n_resamples, seed=seed)
+
+
+def assign_bins(confidence: np.ndarray, *, n_bins: int = N_BINS, bins: Bins = "equal_mass") -> np.ndarray:
+    """Return the bin of each confidence: int from 0, shape (n,). Equal confidences are in the same bin.
+
+    Parameters
+    ----------
+    confidence : ndarray, shape (n,)
+    n_bins : int
+        The largest number of bins; some may be empty.
+    bins : {"equal_mass", "equal_width"}
+        Bins with equally many texts, or intervals of [0, 1] with equal width.
+
+    Raises
+    ------
+    CalibrationError
+        `bins` is unknown, or `n_bins` is below 1.
+
+    Examples
+    --------
     >>> assign_bins(np.array([0.1, 0.4, 0.8, 0.9]), n_bins=2).tolist()
     [0, 0, 1, 1]
     >>> assign_bins(np.array([0.1, 0.4, 0.8, 0.9]), n_bins=4, bins="equal_width").tolist()
     [0, 1, 3, 3]
     """
-    if bins not in get_args(Bins) or n_bins < 1:
-        raise CalibrationError(f"{n_bins} bins of '{bins}': bins are 'equal_mass' or 'equal_width', and at least one")
+    if bins not in get_args(Bins):
+        raise CalibrationError(f"bins '{bins}' are unknown; they are 'equal_mass' or 'equal_width'")
+    if n_bins < 1:
+        raise CalibrationError(f"n_bins is {n_bins}; give at least 1")
     if bins == "equal_width":
-        return np.minimum((p * n_bins).astype(np.int64), n_bins - 1)
-    # The bin of a probability is that of the middle of its ranks.
-    ordered = np.sort(p)
-    middle = (np.searchsorted(ordered, p, "left") + np.searchsorted(ordered, p, "right")) / 2
-    return np.minimum((middle / max(len(p), 1) * n_bins).astype(np.int64), n_bins - 1)
+        return np.minimum((confidence * n_bins).astype(np.int64), n_bins - 1)
+    # The mean rank of equal confidences decides their bin.
+    ordered = np.sort(confidence)
+    rank = (np.searchsorted(ordered, confidence, "left") + np.searchsorted(ordered, confidence, "right")) / 2
+    return np.minimum((rank / max(len(confidence), 1) * n_bins).astype(np.int64), n_bins - 1)
 
 
-def _of_event(p: np.ndarray, came: np.ndarray) -> Claims:
-    kept = np.clip(p, np.finfo(np.float64).eps, 1 - np.finfo(np.float64).eps)
-    return Claims(p, came, (p - came) ** 2, -np.log(np.where(came, kept, 1 - kept)))
+def _checked(correct: Any, confidence: Any) -> tuple[np.ndarray, np.ndarray]:
+    correct, confidence = np.asarray(correct, dtype=bool), np.asarray(confidence, dtype=np.float64)
+    if correct.ndim != 1 or correct.shape != confidence.shape:
+        raise CalibrationError(
+            f"correct has shape {correct.shape} and confidence {confidence.shape}; give one value of each per text"
+        )
+    if not ((confidence >= 0) & (confidence <= 1)).all():
+        raise CalibrationError("a confidence is not in [0, 1]; give probabilities")
+    return correct, confidence
 
 
-def _turned(ece: float, drawn: np.ndarray, chance: np.ndarray, level: float) -> Interval:
-    """Return ECE with the interval that `calibration_figures` describes."""
-    _, low, high = interval(ece, 2 * ece - drawn, level=level)
-    is_chance = ece <= interval(0.0, chance, level=level).high
-    return Interval(ece, 0.0 if is_chance else max(low - (drawn.mean() - ece), 0.0), max(high, 0.0))
+def _calibration_table(
+    table: Confidences, *, n_bins: int, bins: Bins, level: float, n_resamples: int, seed: int
+) -> pd.DataFrame:
+    """Return what `calibration_error` describes."""
+    bin_of = assign_bins(table.confidence, n_bins=n_bins, bins=bins)
+    n, gap = len(table.confidence), table.confidence - table.correct
+    result = pd.DataFrame(columns=list(Interval._fields), dtype=float).rename_axis("metric")
+    result.attrs = {"n_examples": n, "n_bins": len(np.unique(bin_of)), "bins": bins}
+    if not n:
+        return result.reindex(METRICS)
+    text_scores = np.stack([gap, table.brier, table.log_loss], axis=1)
+    in_bin = np.eye(bin_of.max() + 1)[bin_of]
+    rng = np.random.default_rng(seed)
+    weights = resample_counts(n, n_resamples=n_resamples, seed=seed)
+    score_blocks, ece_blocks, chance_blocks = [], [], []
+    for block in blocks(n_resamples, n):
+        counts = weights[block].astype(np.float64)
+        score_blocks.append(counts @ text_scores / n)
+        ece_blocks.append(np.abs((counts * gap) @ in_bin).sum(axis=1) / n)
+        simulated = rng.random(counts.shape) < table.confidence
+        chance_blocks.append(np.abs((table.confidence - simulated) @ in_bin).sum(axis=1) / n)
+    ece = float(np.abs(gap @ in_bin).sum() / n)
+    by_chance = np.concatenate(chance_blocks)
+    result.loc["ece"] = _ece_interval(ece, np.concatenate(ece_blocks), by_chance, level)
+    result.loc["ece_if_calibrated"] = interval(float(by_chance.mean()), by_chance, level=level)
+    for name, value, resampled in zip(
+        ("overconfidence", "brier", "log_loss"), text_scores.mean(axis=0), np.concatenate(score_blocks).T, strict=True
+    ):
+        result.loc[name] = interval(float(value), resampled, level=level)
+    return result
+
+
+def _ece_interval(ece: float, resampled: np.ndarray, by_chance: np.ndarray, level: float) -> Interval:
+    """Return the ECE with the interval that `calibration_error` describes."""
+    _, low, high = interval(ece, 2 * ece - resampled, level=level)
+    is_chance = ece <= interval(0.0, by_chance, level=level).high
+    return Interval(ece, 0.0 if is_chance else max(low - (resampled.mean() - ece), 0.0), max(high, 0.0))

@@ -1,37 +1,47 @@
-"""Two runs of the same texts: whether B is better than A, by how much, where, and which stage's doing it is."""
+"""Compare two runs on the same texts: whether B is better than A, by how much, where, and because of which stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, interval
-from cascade_lab.analysis.latency import stage_latencies
-from cascade_lab.analysis.paired import paired_figures, paired_tests, sorted_with_holm, with_resamples
-from cascade_lab.errors import RunError, did_you_mean
-from cascade_lab.run import Run
-from cascade_lab.serial import serve
+from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, interval, with_resamples
+from cascade_lab.analysis.latency import PERCENTILES, is_timed, stage_latencies
+from cascade_lab.analysis.paired import paired_metrics, paired_tests, sorted_with_holm
+from cascade_lab.analysis.sentences import Summary, percent, points
+from cascade_lab.decisions import require_scored, route
+from cascade_lab.exceptions import RunError, did_you_mean
 from cascade_lab.spec import CascadeSpec
 
-WIN, LOSS, OTHERWISE_WRONG = "win", "loss", "wrong otherwise"
-MAX_VALUES = 50  # a column with more values than that makes no slices of its own accord
+if TYPE_CHECKING:
+    from cascade_lab.run import Run
+
+WIN, LOSS, BOTH_WRONG = "win", "loss", "both wrong, differently"
+CHANGES = {
+    WIN: "B is right, A is wrong",
+    LOSS: "A is right, B is wrong",
+    BOTH_WRONG: "both are wrong, with different answers",
+}
+"""The kinds of change from A to B, and what each means."""
+MAX_VALUES = 50  # a column with more different values is not used for slices, unless it is named
+ALPHA = 0.05  # of McNemar's tests, in sentences
 
 
 class Decomposition(NamedTuple):
-    """Whose doing the difference of two accuracies is: a 2×2 factorial design, gates by last stages.
+    """Which part of the cascade changes the accuracy: a 2×2 factorial design of gates and last stages.
 
-    With `acc(g, c)` the accuracy of the gates of run g before the last stage of run c, *gate* is
-    acc(B, A) - acc(A, A), *classifier* acc(A, B) - acc(A, A), and *interaction* what the two changes do together
-    beyond their sum, acc(B, B) - acc(B, A) - acc(A, B) + acc(A, A). The three add up to acc(B, B) - acc(A, A).
+    Let acc(g, c) be the accuracy of the gates of run g in front of the last stage of run c. Then *gate* is
+    acc(B, A) - acc(A, A), *classifier* is acc(A, B) - acc(A, A), and *interaction* is what both changes do beyond
+    their sum, acc(B, B) - acc(B, A) - acc(A, B) + acc(A, A). The three add up to acc(B, B) - acc(A, A).
 
     Attributes
     ----------
     accuracies : dict of str to float
-        Of `AA`, `BA`, `AB` and `BB`: the first letter is whose gates, the second whose last stage.
+        Of `AA`, `BA`, `AB` and `BB`: the first letter is the run of the gates, the second the run of the last stage.
     effects : dict of str to Interval
         `gate`, `classifier` and `interaction`, with paired bootstrap intervals.
     """
@@ -39,71 +49,138 @@ class Decomposition(NamedTuple):
     accuracies: dict[str, float]
     effects: dict[str, Interval]
 
+    def frame(self) -> pd.DataFrame:
+        """Return the effects, one row each: `accuracy_gained`, `low`, `high`."""
+        columns = ["accuracy_gained", "low", "high"]
+        return pd.DataFrame.from_dict(self.effects, orient="index", columns=columns).rename_axis("effect")
+
+    def _repr_html_(self) -> str:
+        return self.frame().to_html()
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` finds; A is the run to beat.
+    """The result of `compare`: run B beside run A, on the texts of both.
 
     Attributes
     ----------
     runs : tuple of two dicts
-        Of A and of B: `directory`, `run_id`, `cascade`, `thresholds`, `batch_size`, `processor`, and `n_alone`, how
-        many of its texts the other run lacks.
-    figures : DataFrame
-        See `paired_figures`.
+        Of A and of B: `name`, `directory` (None in memory), `run_id`, `cascade`, `thresholds`, `batch_size`,
+        `processor`, and `n_alone`, how many of its labelled texts the other run lacks.
+    metrics : DataFrame
+        See `paired_metrics`.
     pairs : DataFrame
-        A text of both runs a row, in A's order: `example_id`, `text`, `text_b`, `label`, `a` and `b` (the answers),
-        `decided_by_a`, `decided_by_b`, `probability_a`, `probability_b`, and `change`: `win` (A wrong, B right),
-        `loss`, `wrong otherwise` (both wrong, with different answers) or None.
-    classes, slices : DataFrame
-        A gold label, and a value of a column, a row: see `paired_tests`.
+        One row per text, in A's order: `example_id`, `text`, `text_b`, `label`, `a` and `b` (the labels that A and B
+        predict), `decided_by_a`, `decided_by_b`, `probability_a`, `probability_b`, and `change`, one of `CHANGES` or
+        None.
+    labels, slices : DataFrame
+        One row per true label, and one per value of a column: see `paired_tests`.
     latency : DataFrame or None
-        See `latencies`; None where a run timed nothing. The runs were made apart, on whatever else the machine did.
+        See `latencies`; None where a run was not timed.
     decomposition : Decomposition or None
     not_decomposed : str
         Why there is no decomposition.
+    level : float
+        Of the intervals.
     """
 
     runs: tuple[dict[str, Any], dict[str, Any]]
-    figures: pd.DataFrame
+    metrics: pd.DataFrame
     pairs: pd.DataFrame
-    classes: pd.DataFrame
+    labels: pd.DataFrame
     slices: pd.DataFrame
     latency: pd.DataFrame | None
     decomposition: Decomposition | None
     not_decomposed: str = ""
+    level: float = 0.95
+
+    def __repr__(self) -> str:
+        a, b = (run["name"] for run in self.runs)
+        return f"<Comparison of {a} (A) and {b} (B): {len(self.pairs):,} texts. {self.verdict}>"
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether one run is right more often than the other: McNemar's exact test at 0.05."""
+        return bool(self.metrics.loc["accuracy", "p_value"] < ALPHA)
 
     @property
     def verdict(self) -> str:
-        """Whether B is more often right than A, in a sentence; told by McNemar's test at 0.05."""
-        found = self.figures.loc["accuracy"]
-        size = f"{100 * found['difference']:+.2f} points of accuracy, {100 * found['low']:+.2f} to "
-        size += f"{100 * found['high']:+.2f}, p = {found['p_value']:.2g}"
-        if found["p_value"] >= 0.05:
-            return f"Which is more often right cannot be told from these texts ({size})"
-        return f"B is {'more' if found['difference'] > 0 else 'less'} often right than A ({size})"
+        """Whether B is right more often than A, as a sentence."""
+        row = self.metrics.loc["accuracy"]
+        numbers = f"{points(row['difference'])} points of accuracy, {self.level:.0%} interval {points(row['low'])} to "
+        numbers += f"{points(row['high'])}, p = {row['p_value']:.2g}"
+        if not self.is_decided:
+            return f"These texts do not show which run is right more often (B - A: {numbers})."
+        return f"B is right {'more' if row['difference'] > 0 else 'less'} often than A ({numbers})."
 
-    def changes(self, kind: str) -> pd.DataFrame:
-        """Return the `pairs` of one kind of change, the most confident wrong answer first."""
-        found = self.pairs[self.pairs["change"] == kind]
-        wrong = {WIN: found["probability_a"], LOSS: found["probability_b"]}
-        confidence = wrong.get(kind, found[["probability_a", "probability_b"]].max(axis=1))
-        return found.iloc[np.lexsort((found["example_id"], -confidence))]
+    def runs_table(self) -> pd.DataFrame:
+        """Return `runs` as a table, one row per run: `name`, `cascade`, `thresholds`, `batch_size`, `n_alone`."""
+        columns = ["name", "cascade", "thresholds", "batch_size", "n_alone"]
+        table = pd.DataFrame(list(self.runs), index=pd.Index(["A", "B"], name="run"))[columns]
+        return table.astype({"thresholds": str})
+
+    def changed_labels(self, n: int | None = None) -> pd.DataFrame:
+        """Return the first `n` rows of `labels` (None: all) in which a text was won or lost."""
+        changed = self.labels[self.labels["wins"] + self.labels["losses"] > 0]
+        return changed if n is None else changed.head(n)
+
+    def changes(self, kind: str, n: int | None = None) -> pd.DataFrame:
+        """Return the first `n` of `pairs` (None: all) with one kind of change, the most probable wrong answer first."""
+        changed = self.pairs[self.pairs["change"] == kind]
+        of_wrong = {WIN: changed["probability_a"], LOSS: changed["probability_b"]}
+        probability = of_wrong.get(kind, changed[["probability_a", "probability_b"]].max(axis=1))
+        changed = changed.iloc[np.lexsort((changed["example_id"], -probability))]
+        return changed if n is None else changed.head(n)
+
+    def summary(self) -> Summary:
+        """Return the result in a few sentences, the verdict first and the advice last."""
+        counts = self.pairs["change"].value_counts()
+        (in_a, in_b), (out_a, out_b) = self.metrics.loc[["in_scope_accuracy", "reject_recall"], ["a", "b"]].to_numpy()
+        n_differing = int((self.labels["p_holm"] < ALPHA).sum())
+        sentences = [
+            self.verdict,
+            f"Of the texts in scope, A answers {percent(in_a)} correctly and B {percent(in_b)}. "
+            f"Of the other texts, A rejects {percent(out_a)} and B {percent(out_b)}.",
+            f"B is right and A is wrong on {counts.get(WIN, 0):,} texts; A is right and B is wrong on "
+            f"{counts.get(LOSS, 0):,} texts.",
+            f"{n_differing:,} of {len(self.labels):,} true labels differ clearly (p < {ALPHA:g}, corrected).",
+        ]
+        if self.decomposition is not None:
+            effects = self.decomposition.effects
+            largest = max(effects, key=lambda name: abs(effects[name].value))
+            if effects[largest].value:
+                sentences.append(
+                    f"The largest part of the difference is the {largest}: {points(effects[largest].value)} points of "
+                    "accuracy."
+                )
+        if self.latency is not None:
+            a_ms, b_ms = (self.latency.loc[(run, "all stages"), "mean_ms"] for run in "AB")
+            sentences.append(f"The mean time per text was {a_ms:.2f} ms in A and {b_ms:.2f} ms in B.")
+        return Summary([*sentences, self._advice()])
+
+    def _advice(self) -> str:
+        if self.is_decided:
+            better, other = "BA" if self.metrics.loc["accuracy", "difference"] > 0 else "AB"
+            return f"Advice: prefer {better} to {other}, unless errors of one kind cost much more than others."
+        return (
+            "Advice: accuracy does not decide between A and B. Compare them on more texts, or keep the one that costs "
+            "less."
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain data, with the texts that changed."""
-        changed = pd.concat([self.changes(kind) for kind in (WIN, LOSS, OTHERWISE_WRONG)])
+        """Return everything as plain data; of the texts only those that changed."""
+        changed = pd.concat([self.changes(kind) for kind in CHANGES])
         split = self.decomposition
         return {
             "a": self.runs[0],
             "b": self.runs[1],
             "n_examples": len(self.pairs),
-            "figures": self.figures.reset_index().to_dict("records"),
+            "metrics": self.metrics.reset_index().to_dict("records"),
             "decomposition": None
             if split is None
             else {"accuracies": split.accuracies, "effects": {k: v._asdict() for k, v in split.effects.items()}},
             "not_decomposed": self.not_decomposed or None,
-            "classes": self.classes.reset_index().to_dict("records"),
+            "labels": self.labels.reset_index().to_dict("records"),
             "slices": self.slices.reset_index().to_dict("records"),
             "latency": None if self.latency is None else self.latency.reset_index().to_dict("records"),
             "changes": changed.astype({"text_b": object}).where(changed.notna(), None).to_dict("records"),
@@ -119,17 +196,17 @@ def compare(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> Comparison:
-    """Compare two runs on the texts that both have, joined on `example_id`.
+    """Compare two runs on the labelled texts that both have, joined on `example_id`.
 
-    The cascades may have other stages and other labels; only the gold labels must be the same. A label rejects if it
-    does in either cascade, so that a gate's `oos` and a class `oos` of one large stage are one thing.
+    The cascades may have different stages and labels; only the true labels must be the same. A label that rejects in
+    either cascade rejects in both here, so that a gate's `oos` and a class `oos` of one large stage count as the same.
 
     Parameters
     ----------
     run_a, run_b : Run
     columns : sequence of str, optional
-        Columns of the examples to slice by, besides the length of the text; by default those with 2 to 50 values, or
-        with numbers, which are cut at their quartiles.
+        Columns of the examples to slice by, besides the length of the text; by default those with 2 to 50 different
+        values. Numbers are cut at their quartiles.
     level : float
         Of the intervals.
     n_resamples, seed : int
@@ -138,135 +215,135 @@ def compare(
     Raises
     ------
     RunError
-        No common `example_id`, one with another text or label in each run, or no such column.
+        No common `example_id`, a common one with another text or label in each run, or no such column.
     """
-    ids, rows = _join(run_a, run_b)
-    examples = run_a.examples.iloc[rows[0]].reset_index(drop=True)
-    answers = [_answers(run, ids) for run in (run_a, run_b)]
+    a, b = run_a.labelled, run_b.labelled
+    rows_a, rows_b = _common_rows(a, b)
+    examples = a.examples.iloc[rows_a].reset_index(drop=True)
+    predictions = [run.predictions.iloc[rows] for run, rows in ((a, rows_a), (b, rows_b))]
     pairs = examples[["example_id", "text", "text_b", "label"]].copy()
-    for key, column in (("", "predicted"), ("decided_by_", "decided_by"), ("probability_", "probability")):
-        for side, said in zip("ab", answers, strict=True):
-            pairs[key + side] = said[column].to_numpy()
+    for prefix, column in (("", "predicted"), ("decided_by_", "decided_by"), ("probability_", "probability")):
+        for side, table in zip("ab", predictions, strict=True):
+            pairs[prefix + side] = table[column].to_numpy()
     right_a, right_b = ((pairs[side] == pairs["label"]).to_numpy() for side in "ab")
     kinds = [right_b & ~right_a, right_a & ~right_b, ~right_a & ~right_b & (pairs["a"] != pairs["b"]).to_numpy()]
-    pairs["change"] = np.select(kinds, np.array([WIN, LOSS, OTHERWISE_WRONG], dtype=object), None)
-    others = run_b.examples.iloc[rows[1]].reset_index(drop=True)
+    pairs["change"] = np.array([*CHANGES, None], dtype=object)[np.select(kinds, range(3), 3)]
+    others = b.examples.iloc[rows_b].reset_index(drop=True)
     examples = examples.join(others[others.columns.difference(examples.columns)])
-    slices = [
-        paired_tests(values, right_a, right_b, name=name) for name, values in _slices(examples, columns, run_a).items()
-    ]
+    groups = _groups(examples, columns, run_a)
+    slices = [paired_tests(values, right_a, right_b, name=name) for name, values in groups.items()]
     options: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
     split, reason = None, ""
     try:
         split = decompose(run_a, run_b, **options)
     except RunError as error:
         reason = str(error)
-    rejects = {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
+    reject_labels = {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
     return Comparison(
-        runs=(_described(run_a, len(ids)), _described(run_b, len(ids))),
-        figures=paired_figures(pairs["label"], pairs["a"], pairs["b"], rejects, **options),
+        runs=(_run_facts(a, len(pairs)), _run_facts(b, len(pairs))),
+        metrics=paired_metrics(pairs["label"], pairs["a"], pairs["b"], reject_labels, **options),
         pairs=pairs,
-        classes=paired_tests(pairs["label"], right_a, right_b).droplevel("column").rename_axis("label"),
+        labels=paired_tests(pairs["label"], right_a, right_b).droplevel("column").rename_axis("label"),
         slices=sorted_with_holm(pd.concat(slices)),
         latency=latencies(run_a, run_b),
         decomposition=split,
         not_decomposed=reason,
+        level=level,
     )
 
 
 def decompose(
     run_a: Run, run_b: Run, *, level: float = 0.95, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> Decomposition:
-    """Split the difference of two runs' accuracies into their gates', their last stages' and what both do together.
+    """Split the difference of two runs' accuracies into the effect of the gates, of the last stages, and of both.
 
-    The gates of each run are set before the last stage of the other, on kept logits.
+    The gates of each run are put in front of the last stage of the other, on kept logits.
 
     Raises
     ------
     RunError
-        No common texts; a cascade without a gate; last stages that answer with other labels; or a run without the
-        shadow scores that the other's gates ask for.
+        No common texts; a cascade without a gate; last stages with different labels; or a run that lacks the shadow
+        scores which the other run's gates need.
     """
-    _, (rows_a, rows_b) = _join(run_a, run_b)
     for run in (run_a, run_b):
         if len(run.spec.stages) < 2:
-            raise RunError(f"{run.directory}: has no gate, so gates and last stages cannot be swapped with another run")
-    rejects = {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
-    ours, theirs = (set(run.spec.last.labels) - rejects for run in (run_a, run_b))
-    if ours != theirs:
-        odd = min(ours ^ theirs)
+            raise RunError(f"{run.name}: has no gate, so gates and last stages cannot be swapped with another run")
+    reject_labels = {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
+    labels_a, labels_b = (set(run.spec.last.labels) - reject_labels for run in (run_a, run_b))
+    if labels_a != labels_b:
         raise RunError(
-            f"{run_a.directory} and {run_b.directory}: only one's last stage answers {odd!r}, so the two cannot be "
-            "swapped; compare them as wholes"
+            f"{run_a.name} and {run_b.name}: only one of the last stages has the label {min(labels_a ^ labels_b)!r}, "
+            "so they cannot be swapped; compare the cascades as a whole"
         )
-    a, b = (run_a, rows_a), (run_b, rows_b)
-    answers = {"AA": _mixed(a, a), "BA": _mixed(b, a), "AB": _mixed(a, b), "BB": _mixed(b, b)}
+    run_a, run_b = run_a.labelled, run_b.labelled
+    rows_a, rows_b = _common_rows(run_a, run_b)
+    sides = {"A": (run_a, rows_a), "B": (run_b, rows_b)}
+    pairs = {"AA": ("A", "A"), "BA": ("B", "A"), "AB": ("A", "B"), "BB": ("B", "B")}
     y_true = run_a.examples["label"].to_numpy(dtype=object)[rows_a]
-    right = np.array([predicted == y_true for predicted in answers.values()]).T
+    right = np.array([_mixed_answers(sides, *pair) == y_true for pair in pairs.values()]).T
     patterns, counts = np.unique(right, axis=0, return_counts=True)
-    hits = with_resamples(counts, n_resamples, seed) @ patterns  # right answers of the four cascades, per resample
+    hits = with_resamples(counts, n_resamples=n_resamples, seed=seed) @ patterns  # of each mixed cascade, per resample
     aa, ba, ab, bb = hits.T
     effects = {"gate": ba - aa, "classifier": ab - aa, "interaction": bb - ba - ab + aa}
     n = len(y_true)
     return Decomposition(
-        {name: float(k) / n for name, k in zip(answers, hits[0], strict=True)},
-        {name: interval(float(e[0]) / n, e[1:] / n, level=level) for name, e in effects.items()},
+        {name: float(n_right) / n for name, n_right in zip(pairs, hits[0], strict=True)},
+        {name: interval(float(effect[0]) / n, effect[1:] / n, level=level) for name, effect in effects.items()},
     )
 
 
 def latencies(run_a: Run, run_b: Run) -> pd.DataFrame | None:
-    """Return what a text takes in each run, or None where one of them timed nothing.
+    """Return how long a text takes in each run; None where one of them was not timed.
+
+    The two runs were made at different times: other work on their machines is part of the difference.
 
     Returns
     -------
     DataFrame
-        Indexed by `run` (`A`, `B`) and `stage`, the last of which is `all stages`: `n_texts` that reached it, `p50_ms`,
-        `p95_ms`, `p99_ms` a text there (NaN for all), and `mean_ms`, its seconds divided by all texts of the run.
-        Of two runs made apart: what else their machines did is part of the difference.
+        Indexed by `run` (`A`, `B`) and `stage`, the last of which is `all stages`: `n_texts` that reached the stage;
+        `p50_ms`, `p95_ms`, `p99_ms` per text there (NaN for all stages); and `mean_ms`, the stage's time divided by the
+        number of all texts of the run.
     """
+    if not (is_timed(run_a) and is_timed(run_b)):
+        return None
     rows = {}
-    for letter, run in zip("AB", (run_a, run_b), strict=True):
-        if not (run.timings["n_examples"].sum() and len(run.examples)):
-            return None
+    for letter, run in (("A", run_a), ("B", run_b)):
         n, total = len(run.examples), 0.0
-        for name, found in stage_latencies(run).items():
-            ms = [found.percentiles_ms[p] for p in (50, 95, 99)]
-            rows[letter, name] = [len(found.text_ms), *ms, 1000 * found.seconds / n]
-            total += found.seconds
+        for name, latency in stage_latencies(run).items():
+            percentiles = [latency.percentiles_ms[p] for p in PERCENTILES]
+            rows[letter, name] = [len(latency.text_ms), *percentiles, 1000 * latency.seconds / n]
+            total += latency.seconds
         rows[letter, "all stages"] = [n, np.nan, np.nan, np.nan, 1000 * total / n]
-    columns = ["n_texts", "p50_ms", "p95_ms", "p99_ms", "mean_ms"]
+    columns = ["n_texts", *(f"p{p}_ms" for p in PERCENTILES), "mean_ms"]
     index = pd.MultiIndex.from_tuples(rows, names=["run", "stage"])
     return pd.DataFrame(list(rows.values()), index=index, columns=columns)
 
 
-def _join(run_a: Run, run_b: Run) -> tuple[pd.Index, tuple[np.ndarray, np.ndarray]]:
-    """Return the common ids in A's order, and their rows in A and in B; check that they stand for the same texts."""
-    rows_a = np.arange(len(run_a.examples))
+def _common_rows(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows in A and in B of the common examples, in A's order; check that their texts and labels agree."""
     ids = pd.Index(run_a.examples["example_id"])
     rows_b = pd.Index(run_b.examples["example_id"]).get_indexer(ids)
-    rows_a, ids, rows_b = rows_a[rows_b >= 0], ids[rows_b >= 0], rows_b[rows_b >= 0]
-    both = f"{run_a.directory} and {run_b.directory}"
-    if not len(ids):
-        raise RunError(f"{both}: no example_id in common; compare runs of one eval set")
+    rows_a = np.flatnonzero(rows_b >= 0)
+    rows_b = rows_b[rows_a]
+    both = f"{run_a.name} and {run_b.name}"
+    if not len(rows_a):
+        raise RunError(f"{both}: no labelled example_id in common; compare runs of one eval set")
     for column in ("text", "text_b", "label"):
-        ours = run_a.examples[column].fillna("").to_numpy(dtype=object)[rows_a]
-        theirs = run_b.examples[column].fillna("").to_numpy(dtype=object)[rows_b]
-        if (ours != theirs).any():
-            first = str(ids[ours != theirs][0])
+        values_a, values_b = (
+            run.examples[column].fillna("").to_numpy(dtype=object)[rows]
+            for run, rows in ((run_a, rows_a), (run_b, rows_b))
+        )
+        differs = values_a != values_b
+        if differs.any():
+            first = str(ids[rows_a[differs][0]])
             raise RunError(f"{both}: example_id {first!r} has another {column} in each; compare runs of one eval set")
-    return ids, (rows_a, rows_b)
+    return rows_a, rows_b
 
 
-def _answers(run: Run, ids: pd.Index) -> pd.DataFrame:
-    rows = pd.Index(run.predictions["example_id"]).get_indexer(ids)
-    if (rows < 0).any():
-        raise RunError(f"{run.directory}: predictions.parquet lacks {str(ids[rows < 0][0])!r}; run again")
-    return run.predictions.iloc[rows]
-
-
-def _described(run: Run, n_common: int) -> dict[str, Any]:
+def _run_facts(run: Run, n_common: int) -> dict[str, Any]:
     return {
-        "directory": str(run.directory),
+        "name": run.name,
+        "directory": None if run.directory is None else str(run.directory),
         "run_id": run.manifest["run_id"],
         "cascade": run.spec.name,
         "thresholds": run.spec.thresholds,
@@ -276,48 +353,41 @@ def _described(run: Run, n_common: int) -> dict[str, Any]:
     }
 
 
-def _mixed(gates: tuple[Run, np.ndarray], last: tuple[Run, np.ndarray]) -> np.ndarray:
-    """Return the answers of one run's gates before the other's last stage, to the texts at the given rows of each."""
-    parts = [(*gates, stage) for stage in gates[0].spec.stages[:-1]] + [(*last, last[0].spec.last)]
-    stages, logits = [], {}
-    for place, (run, rows, stage) in enumerate(parts):
-        # The two runs may use one name for two stages.
-        stages.append(replace(stage, name=str(place)))
-        scores = run.scores(stage.name)
-        known = np.full((len(run.examples), len(stage.labels)), np.nan, dtype=np.float32)
-        known[scores.rows] = scores.logits
-        logits[str(place)] = known[rows]
-    predicted = serve(CascadeSpec("mixed", tuple(stages)), logits)["predicted"]
-    unknown = int(predicted.isna().sum())
-    if unknown:
-        raise RunError(
-            f"{last[0].directory}: {unknown} examples would reach its last stage, which never scored them; run the "
-            "cascade again with shadow scores"
-        )
-    return predicted.to_numpy(dtype=object)
+def _mixed_answers(sides: dict[str, tuple[Run, np.ndarray]], gates: str, last: str) -> np.ndarray:
+    """Return the answers of one side's gates in front of the other side's last stage, on the common examples."""
+    parts = [(gates, stage) for stage in sides[gates][0].spec.stages[:-1]] + [(last, sides[last][0].spec.last)]
+    stages, decisions = [], {}
+    for side, stage in parts:
+        run, rows = sides[side]
+        name = f"{stage.name} of {side}"  # both sides may use one name for two stages
+        stages.append(replace(stage, name=name))
+        decisions[name] = run.decision(stage.name).take(rows)
+    where = " and ".join(run.name for run, _ in sides.values())
+    return require_scored(route(CascadeSpec("mixed", tuple(stages)), decisions), where).predicted
 
 
-def _slices(examples: pd.DataFrame, columns: Sequence[str] | None, run: Run) -> dict[str, pd.Series]:
-    """Return the groups of texts to look at: by words, and by columns of the examples."""
-    own = [name for name in examples.columns if name not in ("example_id", "text", "text_b", "label")]
+def _groups(examples: pd.DataFrame, columns: Sequence[str] | None, run: Run) -> dict[str, pd.Series]:
+    """Return the group of each text by its number of words, and by each column of the examples."""
+    known = [name for name in examples.columns if name not in ("example_id", "text", "text_b", "label")]
     for name in columns or ():
-        if name not in own:
-            raise RunError(f"{run.directory}: the examples have no column '{name}'{did_you_mean(name, own)}")
-    words = (examples["text"] + " " + examples["text_b"].fillna("")).str.split().str.len()
-    found = {"words": _bands(words)}
-    for name in own if columns is None else columns:
+        if name not in known:
+            raise RunError(f"{run.name}: the examples have no column '{name}'{did_you_mean(name, known)}")
+    n_words = (examples["text"] + " " + examples["text_b"].fillna("")).str.split().str.len()
+    groups = {"words": _quartile_groups(n_words)}
+    for name in known if columns is None else columns:
         values = examples[name]
-        numbers = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-        said = _bands(values) if numbers else values.astype(object).where(values.notna(), "missing").astype(str)
-        if columns is not None or 2 <= said.nunique() <= MAX_VALUES:
-            found[name] = said
-    return found
+        is_number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+        text = values.astype(object).where(values.notna(), "missing").astype(str)
+        group = _quartile_groups(values) if is_number else text
+        if columns is not None or 2 <= group.nunique() <= MAX_VALUES:
+            groups[name] = group
+    return groups
 
 
-def _bands(values: pd.Series) -> pd.Series:
-    """Cut numbers at their quartiles, and name each band by the least and the greatest number in it."""
+def _quartile_groups(values: pd.Series) -> pd.Series:
+    """Cut numbers at their quartiles, and name each group by its lowest and highest number."""
     cuts = np.unique(values.quantile([0.25, 0.5, 0.75]))
-    band = np.searchsorted(cuts, values)
-    ends = values.groupby(band).agg(["min", "max"])
-    names = {k: f"{low:g}" if low == high else f"{low:g} to {high:g}" for k, low, high in ends.itertuples()}
-    return pd.Series(band).map(names).where(values.notna(), "missing")
+    group = np.searchsorted(cuts, values)
+    extremes = values.groupby(group).agg(["min", "max"])
+    names = {k: f"{low:g}" if low == high else f"{low:g} to {high:g}" for k, low, high in extremes.itertuples()}
+    return pd.Series(group).map(names).where(values.notna(), "missing")

@@ -1,10 +1,11 @@
-"""Duplicates: texts of one set, or of two, that are the same or nearly so, and whether their labels are."""
+"""Find texts that are equal or nearly equal, in one set or in two, and compare their labels."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm.auto import tqdm
 
 SIMILARITY = 0.85
-MOST = 5
+MAX_DUPLICATES = 5
 N_GRAM = 4
-_BLOCK = 4_000_000  # similarities held at once: some 50 MB
+MAX_SIMILARITIES = 4_000_000
+"""The most similarities that are computed at once: about 50 MB."""
 
 
 def duplicates(
@@ -23,62 +25,76 @@ def duplicates(
     others: pd.DataFrame | None = None,
     *,
     similarity: float = SIMILARITY,
-    most: int = MOST,
+    max_duplicates: int = MAX_DUPLICATES,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Return the duplicates within a set, or those that a set has in another.
+    """Return pairs of duplicate texts: within one set, or between two sets.
 
-    Two texts are *exact* duplicates if they differ in case, punctuation, white space and forms of Unicode at most, and
-    *near* ones if the cosine of their TF-IDF vectors over 4-grams of characters reaches `similarity`. In a pair, both
-    texts count.
+    Two texts are *exact* duplicates if they differ at most in case, punctuation, white space and Unicode form. They are
+    *near* duplicates if the cosine of their TF-IDF vectors over 4-grams of characters is at least `similarity`. If an
+    example has a second text, both of its texts are compared.
 
     Parameters
     ----------
     examples, others : DataFrame
-        With `example_id`, `text`, `text_b` and `label`, as `Run.examples` and `EvalSet.examples` are.
+        With columns `example_id`, `text`, `text_b` and `label` (None where unknown), as `Run.examples` and
+        `EvalSet.examples` have them. Without `others`, `examples` is searched for duplicates of itself.
     similarity : float
-        In (0, 1]; at 1, next to none but exact duplicates are left.
-    most : int
-        The most duplicates that are looked up for one example: first those with another label, then the most similar.
+        In (0, 1]. At 1 hardly any near duplicates are found.
+    max_duplicates : int
+        The most duplicates of each kind that are returned for one example. Duplicates with another label come first,
+        then the most similar.
     progress : bool
-        Show a progress bar, if it takes over two seconds.
+        Show a progress bar if the search takes more than two seconds.
 
     Returns
     -------
     DataFrame
-        A row a pair, in a set once: `example_id`, `label`, `duplicate_id`, `duplicate_label`, `similarity` (1 for an
-        exact one), `exact`, `conflict` (their labels differ); conflicts first, then the most similar.
+        One row per pair: `example_id`, `label`, `duplicate_id`, `duplicate_label`, `similarity` (1 for exact
+        duplicates), `exact`, `conflict` (both labels are known and differ). Conflicts come first, then the most similar
+        pairs. A pair within one set has one row.
+
+    Examples
+    --------
+    >>> examples = pd.DataFrame(
+    ...     {"example_id": ["a", "b", "c"], "text": ["Pay my bill!", "pay my bill", "play a song"], "text_b": None,
+    ...      "label": ["pay", "bill", "play"]}
+    ... )
+    >>> duplicates(examples)[["example_id", "duplicate_id", "exact", "conflict"]].to_dict("records")
+    [{'example_id': 'a', 'duplicate_id': 'b', 'exact': True, 'conflict': True}]
     """
-    within = others is None
-    other = examples if others is None else others
-    texts, other_texts = _normal(examples), _normal(other)
-    labels, other_labels = (t["label"].to_numpy(dtype=object) for t in (examples, other))
-    found = [
-        *_exact(texts, labels, other_texts, other_labels, most, within),
-        *_near(texts, labels, other_texts, other_labels, similarity, most, progress),
-    ]
-    table = pd.DataFrame(found, columns=["row", "other", "similarity", "exact"])
-    if within:
-        # Each of a pair may have found the other.
-        table[["row", "other"]] = np.sort(table[["row", "other"]].to_numpy(dtype=int), axis=1)
-        table = table.drop_duplicates(["row", "other"])
-    rows, columns = table["row"].to_numpy(dtype=int), table["other"].to_numpy(dtype=int)
+    is_same_set = others is None
+    first = _Texts.from_examples(examples)
+    second = first if others is None else _Texts.from_examples(others)
     pairs = pd.DataFrame(
+        [
+            *_exact_pairs(first, second, max_duplicates, is_same_set),
+            *_near_pairs(first, second, similarity, max_duplicates, progress),
+        ],
+        columns=list(_Pair._fields),
+    )
+    if is_same_set:
+        # Each text of a pair may have found the other.
+        pairs[["row", "other_row"]] = np.sort(pairs[["row", "other_row"]].to_numpy(dtype=int), axis=1)
+        pairs = pairs.drop_duplicates(["row", "other_row"])
+    rows, other_rows = pairs["row"].to_numpy(dtype=int), pairs["other_row"].to_numpy(dtype=int)
+    labels, other_labels = first.labels[rows], second.labels[other_rows]
+    table = pd.DataFrame(
         {
-            "example_id": examples["example_id"].to_numpy(dtype=object)[rows],
-            "label": labels[rows],
-            "duplicate_id": other["example_id"].to_numpy(dtype=object)[columns],
-            "duplicate_label": other_labels[columns],
-            "similarity": table["similarity"].to_numpy(dtype=float),
-            "exact": table["exact"].to_numpy(dtype=bool),
-            "conflict": labels[rows] != other_labels[columns],
+            "example_id": first.ids[rows],
+            "label": labels,
+            "duplicate_id": second.ids[other_rows],
+            "duplicate_label": other_labels,
+            "similarity": pairs["similarity"].to_numpy(dtype=float),
+            "exact": pairs["exact"].to_numpy(dtype=bool),
+            "conflict": _labels_conflict(labels, other_labels),
         }
     )
-    return pairs.sort_values(["conflict", "exact", "similarity"], ascending=False, kind="stable", ignore_index=True)
+    return table.sort_values(["conflict", "exact", "similarity"], ascending=False, kind="stable", ignore_index=True)
 
 
 def normalized(text: str) -> str:
-    """Return a text without what exact duplicates may differ in.
+    """Return a text without the differences that exact duplicates may have.
 
     >>> normalized("  What's  my BALANCE?")
     'whats my balance'
@@ -86,66 +102,81 @@ def normalized(text: str) -> str:
     '?!'
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = [" " if unicodedata.category(char)[0] == "P" else char for char in folded if char not in "'’`"]
-    return " ".join("".join(kept).split()) or " ".join(folded.split())
+    characters = [" " if unicodedata.category(char)[0] == "P" else char for char in folded if char not in "'’`"]
+    return " ".join("".join(characters).split()) or " ".join(folded.split())
 
 
-def _normal(examples: pd.DataFrame) -> list[str]:
-    second = [text if isinstance(text, str) else None for text in examples["text_b"]]
-    both = zip(examples["text"], second, strict=True)
-    return [normalized(a) if b is None else f"{normalized(a)}\n{normalized(b)}" for a, b in both]
+class _Texts(NamedTuple):
+    """The ids, normalized texts and labels of a set."""
+
+    ids: np.ndarray
+    texts: list[str]
+    labels: np.ndarray
+
+    @classmethod
+    def from_examples(cls, examples: pd.DataFrame) -> _Texts:
+        texts = [
+            f"{normalized(text)}\n{normalized(text_b)}" if isinstance(text_b, str) else normalized(text)
+            for text, text_b in zip(examples["text"], examples["text_b"], strict=True)
+        ]
+        return cls(examples["example_id"].to_numpy(dtype=object), texts, examples["label"].to_numpy(dtype=object))
 
 
-def _exact(
-    texts: list[str], labels: np.ndarray, other_texts: list[str], other_labels: np.ndarray, most: int, within: bool
-) -> list[tuple[int, int, float, bool]]:
-    by_text: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for column, text in enumerate(other_texts):
-        by_text[text][other_labels[column]].append(column)
-    found = []
-    for row, text in enumerate(texts):
-        same = by_text.get(text, {})
-        conflicting = (columns for label, columns in same.items() if label != labels[row])
-        in_order = chain(*conflicting, same.get(labels[row], []))
-        columns = (column for column in in_order if not (within and column == row))
-        found += [(row, column, 1.0, True) for column in islice(columns, most)]
-    return found
+class _Pair(NamedTuple):
+    """A duplicate: its row in each set."""
+
+    row: int
+    other_row: int
+    similarity: float
+    exact: bool
 
 
-def _near(
-    texts: list[str],
-    labels: np.ndarray,
-    other_texts: list[str],
-    other_labels: np.ndarray,
-    similarity: float,
-    most: int,
-    progress: bool,
-) -> list[tuple[int, int, float, bool]]:
-    distinct = pd.unique(np.array([*texts, *other_texts], dtype=object))
+def _labels_conflict(labels: np.ndarray, other_labels: np.ndarray) -> np.ndarray:
+    """Return whether both labels are known and differ."""
+    return (labels != other_labels) & pd.notna(labels) & pd.notna(other_labels)
+
+
+def _exact_pairs(first: _Texts, second: _Texts, max_duplicates: int, is_same_set: bool) -> list[_Pair]:
+    rows_of: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row, text in enumerate(second.texts):
+        rows_of[text][second.labels[row]].append(row)
+    pairs = []
+    for row, text in enumerate(first.texts):
+        rows_by_label = rows_of.get(text, {})
+        other_labels = (rows for label, rows in rows_by_label.items() if label != first.labels[row])
+        in_order = chain(*other_labels, rows_by_label.get(first.labels[row], []))
+        other_rows = (other_row for other_row in in_order if not (is_same_set and other_row == row))
+        pairs += [_Pair(row, other_row, 1.0, True) for other_row in islice(other_rows, max_duplicates)]
+    return pairs
+
+
+def _near_pairs(first: _Texts, second: _Texts, similarity: float, max_duplicates: int, progress: bool) -> list[_Pair]:
+    distinct = pd.unique(np.array([*first.texts, *second.texts], dtype=object))
     if not any(len(text) + 2 >= N_GRAM for text in distinct):
         return []
-    # A space at either end lets the ends of a text count, and lets very short ones have an n-gram at all.
+    # With a space at both ends, the ends of a text count, and very short texts have an n-gram.
     vectorizer = TfidfVectorizer(
         analyzer="char", ngram_range=(N_GRAM, N_GRAM), lowercase=False, sublinear_tf=True, dtype=np.float32
     ).fit(f" {text} " for text in distinct)
-    vectors = vectorizer.transform(f" {text} " for text in texts)
-    other_vectors = vectorizer.transform(f" {text} " for text in other_texts).T.tocsr()
-    place = pd.Index(distinct)
-    codes, other_codes = place.get_indexer(texts), place.get_indexer(other_texts)
-    found = []
-    step = max(1, _BLOCK // len(other_texts))
-    bar = tqdm(total=len(texts), desc="near duplicates", unit="text", delay=2, disable=not progress, leave=False)
+    vectors = vectorizer.transform(f" {text} " for text in first.texts)
+    other_vectors = vectorizer.transform(f" {text} " for text in second.texts).T.tocsr()
+    index = pd.Index(distinct)
+    codes, other_codes = index.get_indexer(first.texts), index.get_indexer(second.texts)
+    pairs = []
+    n_texts = len(first.texts)
+    step = max(1, MAX_SIMILARITIES // len(second.texts))
+    bar = tqdm(total=n_texts, desc="near duplicates", unit="text", delay=2, disable=not progress, leave=False)
     with bar:
-        for start in range(0, len(texts), step):
+        for start in range(0, n_texts, step):
             block = csr_matrix(vectors[start : start + step] @ other_vectors)
             rows = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr)) + start
-            # The same text is an exact duplicate, or the example itself.
-            hits = (block.data >= similarity) & (codes[rows] != other_codes[block.indices])
-            rows, columns, cosines = rows[hits], block.indices[hits], block.data[hits]
-            agrees = labels[rows] == other_labels[columns]
+            # Equal texts are exact duplicates, or the example itself.
+            is_near = (block.data >= similarity) & (codes[rows] != other_codes[block.indices])
+            rows, other_rows, cosines = rows[is_near], block.indices[is_near], block.data[is_near]
+            agrees = first.labels[rows] == second.labels[other_rows]
             order = np.lexsort((-cosines, agrees, rows))
             rank = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])
-            for i in order[rank < most]:
-                found.append((int(rows[i]), int(columns[i]), min(1.0, float(cosines[i])), False))
+            for i in order[rank < max_duplicates]:
+                pairs.append(_Pair(int(rows[i]), int(other_rows[i]), min(1.0, float(cosines[i])), False))
             bar.update(block.shape[0])
-    return found
+    return pairs

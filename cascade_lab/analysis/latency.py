@@ -1,32 +1,41 @@
-"""How long a text takes at each stage, from the seconds that a run keeps."""
+"""Compute how long texts take at each stage, from the times of a run.
+
+A run measures whole batches. The *amortised* time per text is the time of its batch divided by the number of texts in
+the batch. It is the inverse of the throughput; no caller waits for exactly that time.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cascade_lab.run import Run
+from cascade_lab.analysis.sentences import Summary
+from cascade_lab.exceptions import RunError
+
+if TYPE_CHECKING:
+    from cascade_lab.run import Run
 
 PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True)
 class StageLatency:
-    """Time a text at one stage: its batch's tokenization and run, divided by the batch's texts.
+    """The amortised milliseconds per text at one stage.
 
-    A run scores several batches side by side where there are several processors, each in a time of its own.
+    Where a machine has several cores, a run scores several batches at the same time. Each batch then has its own time.
 
     Attributes
     ----------
     text_ms : ndarray of float, shape (n_texts,)
-        Milliseconds a text; every text of a batch has the batch's figure.
+        Amortised milliseconds per text: every text of a batch has the same value.
     percentiles_ms : dict of int to float
-        The 50th, 95th and 99th percentile of `text_ms`.
+        The 50th, 95th and 99th percentile of `text_ms`; NaN where no text reached the stage.
     seconds : float
-        What the stage took in all.
+        The total time of the stage.
     share : float
-        Its fraction of what all stages took.
+        The fraction of the total time of all stages.
     """
 
     text_ms: np.ndarray
@@ -35,33 +44,76 @@ class StageLatency:
     share: float
 
 
+def is_timed(run: Run) -> bool:
+    """Return whether a run has times. A run from logits has none."""
+    return len(run.timings) > 0
+
+
+def amortized_ms(seconds: np.ndarray, n_examples: np.ndarray) -> np.ndarray:
+    """Return the milliseconds per text of every text, from the seconds and the sizes of the batches.
+
+    Parameters
+    ----------
+    seconds : ndarray, shape (n_batches,)
+    n_examples : ndarray of int, shape (n_batches,)
+
+    Returns
+    -------
+    ndarray of float, shape (n_texts,)
+
+    Examples
+    --------
+    >>> amortized_ms(np.array([0.010, 0.006]), np.array([2, 1])).tolist()
+    [5.0, 5.0, 6.0]
+    """
+    return np.repeat(1000 * np.asarray(seconds) / n_examples, n_examples)
+
+
 def stage_latencies(run: Run) -> dict[str, StageLatency]:
-    """Return each stage's latency on the serial path (shadow scores are not timed)."""
+    """Return the latency of each stage on the serial path. Shadow scores are not timed.
+
+    Raises
+    ------
+    RunError
+        The run was not timed.
+    """
+    _check_timed(run)
     timings = run.timings
     seconds = (timings["tokenize_seconds"] + timings["run_seconds"]).to_numpy()
     n_examples = timings["n_examples"].to_numpy()
-    stages = {}
+    latencies = {}
     for stage in run.spec.stages:
-        own = (timings["stage"] == stage.name).to_numpy()
-        text_ms = np.repeat(1000 * seconds[own] / n_examples[own], n_examples[own])
-        stages[stage.name] = StageLatency(
+        of_stage = (timings["stage"] == stage.name).to_numpy()
+        text_ms = amortized_ms(seconds[of_stage], n_examples[of_stage])
+        latencies[stage.name] = StageLatency(
             text_ms=text_ms,
-            percentiles_ms={p: _percentile(text_ms, p) for p in PERCENTILES},
-            seconds=float(seconds[own].sum()),
-            share=float(seconds[own].sum() / seconds.sum()),
+            percentiles_ms={p: float(np.percentile(text_ms, p)) if len(text_ms) else np.nan for p in PERCENTILES},
+            seconds=float(seconds[of_stage].sum()),
+            share=float(seconds[of_stage].sum() / seconds.sum()),
         )
-    return stages
+    return latencies
 
 
-def _percentile(values: np.ndarray, p: int) -> float:
-    return float(np.percentile(values, p)) if len(values) else float("nan")
+def latency_summary(run: Run) -> Summary:
+    """Return plain sentences about the times of a run, for people; no sentence if the run was not timed."""
+    if not is_timed(run):
+        return Summary()
+    latencies = stage_latencies(run)
+    slowest = max(latencies, key=lambda name: latencies[name].seconds)
+    share, p50_ms = latencies[slowest].share, latencies[slowest].percentiles_ms[50]
+    sentence = (
+        f"Stage {slowest} takes {share:.0%} of the time; half of its texts take {p50_ms:.2f} ms or less (the time of a "
+        "batch divided by its texts)."
+    )
+    return Summary([sentence])
 
 
 def predicted_latency(run: Run, reach: float | np.ndarray) -> dict[str, np.ndarray]:
-    """Return what a text would take if a fraction `reach` of the texts got beyond the first stage.
+    """Return the latency per text if a fraction `reach` of the texts went beyond the first stage.
 
-    Stage 1 + reach × the later stages, from the times of this run: at its batch size, and with a text that is slow at
-    one stage (a long one) as slow at the next.
+    The latency is that of the first stage + `reach` × that of the later stages, with the amortised times of this run.
+    It is valid at the batch size of the run. A text that is slow at one stage (a long text) is taken to be equally slow
+    at the next stages.
 
     Parameters
     ----------
@@ -71,40 +123,65 @@ def predicted_latency(run: Run, reach: float | np.ndarray) -> dict[str, np.ndarr
     Returns
     -------
     dict of str to ndarray, shape (n,)
-        `mean_ms`, `p50_ms`, `p95_ms`, `p99_ms`; NaN where the run timed nothing.
+        `mean_ms`, `p50_ms`, `p95_ms`, `p99_ms`.
+
+    Raises
+    ------
+    RunError
+        The run was not timed.
     """
     reach = np.atleast_1d(np.asarray(reach, dtype=np.float64))
     first, later = _first_and_later(run)
-    found = {"mean_ms": first.mean() + reach * later.mean()}
+    latency = {"mean_ms": first.mean() + reach * later.mean()}
     ms = np.concatenate([first, first + later])
     order = np.argsort(ms, kind="stable")
     for p in PERCENTILES:
         weights = np.concatenate([np.outer(1 - reach, np.ones(len(first))), np.outer(reach, np.ones(len(first)))], 1)
         below = weights[:, order].cumsum(axis=1) / len(first)
-        found[f"p{p}_ms"] = ms[order][np.minimum((below < p / 100 - 1e-12).sum(axis=1), len(ms) - 1)]
-    return found
+        latency[f"p{p}_ms"] = ms[order][np.minimum((below < p / 100 - 1e-12).sum(axis=1), len(ms) - 1)]
+    return latency
 
 
 def reach_within(run: Run, name: str, limit: float) -> float:
-    """Return the largest fraction of texts beyond the first stage at which latency `name` is at most `limit` ms.
+    """Return the largest fraction of texts beyond the first stage at which a latency is at most `limit` milliseconds.
 
-    `name` is of `predicted_latency`; the result is below 0 where not even the first stage alone is so fast.
+    Parameters
+    ----------
+    run : Run
+    name : str
+        A key of `predicted_latency`.
+    limit : float
+
+    Returns
+    -------
+    float
+        Below 0 if even the first stage alone takes longer than `limit`.
+
+    Raises
+    ------
+    RunError
+        The run was not timed.
     """
     first, later = _first_and_later(run)
     if name == "mean_ms":
-        room = limit - first.mean()
-        return float(np.clip(room / later.mean(), -1, 1)) if later.mean() else float(np.sign(room) or 1)
-    # Of the texts, (1 - reach) · alone + reach · both are within the limit.
-    share = int(name[1:-3]) / 100
-    alone, both = np.mean(first <= limit), np.mean(first + later <= limit)
-    if both >= share:
+        remaining = limit - first.mean()
+        return float(np.clip(remaining / later.mean(), -1, 1)) if later.mean() else float(np.sign(remaining) or 1)
+    # Within the limit is the fraction (1 - reach) · first_only + reach · all_stages of the texts.
+    fraction = int(name[1:-3]) / 100
+    first_only, all_stages = np.mean(first <= limit), np.mean(first + later <= limit)
+    if all_stages >= fraction:
         return 1.0
-    return float((alone - share) / (alone - both)) if alone >= share else -1.0
+    return float((first_only - fraction) / (first_only - all_stages)) if first_only >= fraction else -1.0
+
+
+def _check_timed(run: Run) -> None:
+    if not is_timed(run):
+        raise RunError(f"{run.name}: was not timed; latencies need a run that `cascade-lab run` made")
 
 
 def _first_and_later(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Return the percentiles of a text's milliseconds at the first stage, and at the later stages together."""
-    stages = list(stage_latencies(run).values())
+    """Return 1,000 quantiles of the milliseconds per text at the first stage, and at the later stages together."""
+    latencies = list(stage_latencies(run).values())
     ranks = (np.arange(1000) + 0.5) / 10
-    first, *later = (np.percentile(s.text_ms, ranks) if len(s.text_ms) else np.zeros(1000) for s in stages)
+    first, *later = (np.percentile(s.text_ms, ranks) if len(s.text_ms) else np.zeros(1000) for s in latencies)
     return first, np.sum(later, axis=0) if later else np.zeros(1000)

@@ -1,252 +1,299 @@
-"""How good a run is, per stage and end to end; undefined figures are NaN.
+"""How good a run is: metrics with intervals and confusion matrices, of one stage or of the whole cascade.
 
-`summarize` is what `metrics.json` holds. `figures`, `class_figures`, `confused_pairs` and `confusion` return tables, of
-one stage or, without one, of the whole cascade; figures come with an interval.
+`stage=None` means the whole cascade, end to end. Everything is computed on the labelled examples, and an undefined
+metric is NaN. The functions on arrays are in `classification`, `outcomes` and `bootstrap`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
-from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, roc_auc_score
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, fraction_interval, interval, resample_counts
-from cascade_lab.analysis.goals import FRACTIONS, figure_of
-from cascade_lab.analysis.outcomes import OUTCOMES, outcome_codes
-from cascade_lab.analysis.resamples import cell_figures, ranking_figures
-from cascade_lab.errors import RunError
-from cascade_lab.run import Run
-from cascade_lab.serial import answer, probabilities
-from cascade_lab.spec import CascadeSpec, StageSpec
+from cascade_lab.analysis.bootstrap import (
+    N_RESAMPLES,
+    Interval,
+    fraction_interval,
+    interval,
+    ranking_metrics,
+    resample_counts,
+)
+from cascade_lab.analysis.classification import (
+    Normalize,
+    confusion_matrix_frame,
+    confusion_metrics,
+    macro_f1_score,
+    matrix_confused_pairs,
+    matrix_label_metrics,
+)
+from cascade_lab.analysis.outcomes import FRACTIONS, OUTCOMES, Scope, metric_from_counts, outcome_codes
+from cascade_lab.decisions import missing_scores_error, softmax
+from cascade_lab.exceptions import RunError
+
+if TYPE_CHECKING:
+    from cascade_lab.run import Run
+    from cascade_lab.spec import StageSpec
 
 On = Literal["reached", "all"]
-Normalize = Literal["true", "pred", "all"]
 
 
-def summarize(run: Run) -> dict[str, Any]:
-    """Return what `metrics.json` holds: `n_examples`, `end_to_end` and `stages`."""
-    return {
-        "n_examples": len(run.examples),
-        "end_to_end": end_to_end(run),
-        "stages": {stage.name: of_stage(run, stage.name) for stage in run.spec.stages},
-    }
+def prediction_metrics(spec: Scope, predictions: pd.DataFrame) -> dict[str, float]:
+    """Return the metrics of a cascade's predictions, live or replayed.
 
-
-def end_to_end(run: Run) -> dict[str, float]:
-    """Return the cascade's figures, over all examples, as `figures_of` has them."""
-    return figures_of(run.spec, run.predictions)
-
-
-def figures_of(spec: CascadeSpec, predictions: pd.DataFrame) -> dict[str, float]:
-    """Return a cascade's figures on its live answers, or on those of a replay.
+    Parameters
+    ----------
+    spec : CascadeSpec or LabelScope
+    predictions : DataFrame
+        With `label` and `predicted`; every row has a label.
 
     Returns
     -------
     dict
-        `accuracy`; `macro_f1` over the labels that occur in gold or answers; `in_scope_accuracy`: the
-        fraction right of those whose gold label belongs to the last stage; `reject_recall`: the fraction of
-        the others that are answered with their reject label; `reject_precision`: the fraction right of the
-        answers that reject.
+        `accuracy`; `macro_f1`, as the function has it; `in_scope_accuracy`: the fraction right of the examples whose
+        true label is in scope (a label of the last stage that does not reject); `reject_recall`: the fraction of the
+        other examples that are rejected with their own label; `reject_precision`: the fraction right of the examples
+        that are rejected.
     """
-    y_true = predictions["label"].to_numpy(dtype=object)
-    y_pred = predictions["predicted"].to_numpy(dtype=object)
+    y_true, y_pred = (predictions[column].to_numpy(dtype=object) for column in ("label", "predicted"))
     right = y_true == y_pred
     in_scope = np.isin(y_true, spec.in_scope_labels)
     rejected = np.isin(y_pred, spec.reject_labels)
     return {
         "accuracy": _mean(right),
-        "macro_f1": float(f1_score(y_true, y_pred, average="macro", zero_division=0.0)),
+        "macro_f1": macro_f1_score(y_true, y_pred),
         "in_scope_accuracy": _mean(right[in_scope]),
         "reject_recall": _mean(right[~in_scope]),
         "reject_precision": _mean(right[rejected]),
     }
 
 
-def of_stage(run: Run, stage: str) -> dict[str, float]:
-    """Return one stage's figures, over the examples that reached it (shadow scores are left out).
+def outcome_intervals(
+    counts: np.ndarray,
+    names: Sequence[str] = tuple(FRACTIONS),
+    *,
+    costs: Mapping[str, float] | None = None,
+    prevalence: float | None = None,
+    level: float = 0.95,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Return metrics of `outcomes.METRICS` with their bootstrap intervals, from the numbers of texts of each outcome.
+
+    Parameters
+    ----------
+    counts : ndarray of int, shape (6,)
+        In the order of `OUTCOMES`.
+    names : sequence of str
+        The metrics.
+    costs, prevalence
+        As `outcomes.metric_from_counts` takes them.
+    level, n_resamples, seed
+        Of the bootstrap over texts.
+    """
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), n_resamples)
+    result = {}
+    for name in names:
+        value, resampled = (metric_from_counts(name, n, costs=costs, prevalence=prevalence) for n in (counts, drawn))
+        result[name] = interval(float(value), resampled, level=level)
+    return result
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Return the content of `metrics.json`: `n_examples`, `n_labelled`, `end_to_end` and `stages`.
+
+    `end_to_end` is as `prediction_metrics` returns it, and `stages` has the `stage_metrics` of each stage.
+    """
+    return {
+        "n_examples": len(run.examples),
+        "n_labelled": len(run.labelled.examples),
+        "end_to_end": prediction_metrics(run.spec, run.labelled.predictions),
+        "stages": {stage.name: stage_metrics(run, stage.name) for stage in run.spec.stages},
+    }
+
+
+def stage_metrics(run: Run, stage: str) -> dict[str, float]:
+    """Return the metrics of one stage on the examples that reached it (shadow scores are left out).
 
     Returns
     -------
     dict
-        `reach`: the fraction of all examples that arrive; `n_reached`; `n_gold`: how many of those have a
-        gold label at this stage (an example that an earlier gate should have stopped has none); over these
-        `accuracy` and `macro_f1` of the stage's decisions, and for a gate `auroc` and `average_precision` of
-        the probability of its pass label.
+        `reach`: the fraction of all examples that reach the stage; `n_reached`; `n_with_target`: how many of these have
+        a target at this stage (an example without a label has none, nor one that an earlier gate should have stopped);
+        on those with a target `accuracy` and `macro_f1` of the stage's decisions, and of a gate `auroc` and
+        `average_precision` of its confidence, for the examples that it should pass.
     """
-    spec, found = run.spec.stage(stage), judged(run, stage)
-    y_true, y_pred = found.y_true, found.y_pred
-    n_reached = int((~run.scores(stage).shadow).sum())
+    spec, decisions = run.spec.stage(stage), labelled_decisions(run, stage)
+    y_true, y_pred = decisions.y_true, decisions.y_pred
+    n_reached = int(_is_considered(run, stage, "reached").sum())
     result: dict[str, float] = {
         "reach": n_reached / len(run.examples),
         "n_reached": n_reached,
-        "n_gold": len(y_true),
+        "n_with_target": len(y_true),
         "accuracy": _mean(y_true == y_pred),
-        "macro_f1": (float(f1_score(y_true, y_pred, average="macro", zero_division=0.0)) if len(y_true) else math.nan),
+        "macro_f1": macro_f1_score(y_true, y_pred),
     }
     if spec.is_gate:
-        should_pass = y_true == spec.pass_label
-        both = len(set(should_pass)) == 2
-        result["auroc"] = float(roc_auc_score(should_pass, found.decisive)) if both else math.nan
-        result["average_precision"] = float(average_precision_score(should_pass, found.decisive)) if both else math.nan
+        weights = np.ones((1, len(y_true)), dtype=np.int32)
+        auroc, average_precision = ranking_metrics(y_true == spec.pass_label, decisions.confidence, weights=weights)
+        result |= {"auroc": float(auroc[0]), "average_precision": float(average_precision[0])}
     return result
 
 
-class Judged(NamedTuple):
-    """What a stage said of the examples that have a gold label there.
+class LabelledDecisions(NamedTuple):
+    """What a stage decided about the examples that have a target there, and what it should have decided.
 
     Attributes
     ----------
-    rows : ndarray of int, shape (n_judged,)
-        Their rows in `Run.examples`.
-    y_true, y_pred : ndarray of str, shape (n_judged,)
-        What the stage should have said, and what it did: a gate that lets pass says its pass label.
-    logits : ndarray of float32, shape (n_judged, n_labels)
-    decisive : ndarray of float64, shape (n_judged,)
-        A gate's probability of its pass label, the last stage's highest probability.
+    rows : ndarray of int, shape (n,)
+        The places of these examples in `Run.examples`.
+    y_true, y_pred : ndarray of str, shape (n,)
+        The stage's targets (see `decisions.stage_targets`), and its decisions as labels: its pass label where a gate
+        passes an example.
+    logits : ndarray of float32, shape (n, n_labels)
+    confidence : ndarray of float64, shape (n,)
+        A gate's probability of its pass label; the last stage's highest probability.
     """
 
     rows: np.ndarray
     y_true: np.ndarray
     y_pred: np.ndarray
     logits: np.ndarray
-    decisive: np.ndarray
+    confidence: np.ndarray
 
 
-def judged(run: Run, stage: str, *, on: On = "reached") -> Judged:
-    """Return what `stage` said where it has a gold label, on what reached it or on everything.
+def labelled_decisions(run: Run, stage: str, *, on: On = "reached") -> LabelledDecisions:
+    """Return the decisions of `stage` about the labelled examples that have a target there.
+
+    Parameters
+    ----------
+    run : Run
+    stage : str
+    on : {"reached", "all"}
+        The examples that reached the stage, or all, from shadow scores.
 
     Raises
     ------
     SpecError
         No such stage.
     RunError
-        `on` is "all" and the run has no shadow scores.
+        `on` is "all", and an example has no shadow scores.
     """
-    spec, scores = run.spec.stage(stage), run.scores(stage)
-    y_true = run.gold(stage)[scores.rows]
-    kept = pd.notna(y_true) & _asked(run, stage, on)
-    said = answer(spec, scores.logits[kept])
-    y_pred = np.where(said.passes, spec.pass_label, said.predicted)
-    return Judged(scores.rows[kept], y_true[kept], y_pred, scores.logits[kept], said.decisive)
+    targets = run.targets(stage)
+    has_target = pd.notna(targets) & run.examples["label"].notna().to_numpy()
+    rows = np.flatnonzero(has_target & _is_considered(run, stage, on, needed=has_target))
+    decision = run.decision(stage).take(rows)
+    return LabelledDecisions(rows, targets[rows], decision.label, run.scores(stage).logits[rows], decision.confidence)
 
 
-class InScopeAnswers(NamedTuple):
-    """The best class in scope for some texts, whatever the thresholds would have made of them.
+class InScopePredictions(NamedTuple):
+    """The most probable label in scope of each example, as if no stage rejected it.
 
     Attributes
     ----------
     p_gates : ndarray of float64, shape (n,)
         The product of the gates' probabilities of their pass labels; 1 without gates.
     p_class : ndarray of float64, shape (n,)
-        The last stage's probability of its most probable class in scope.
-    right : ndarray of bool, shape (n,)
-        That class is the text's gold label; never for a text out of scope.
+        The last stage's highest probability of a label in scope.
+    correct : ndarray of bool, shape (n,)
+        Whether that label is the true label; False for an example out of scope.
     """
 
     p_gates: np.ndarray
     p_class: np.ndarray
-    right: np.ndarray
+    correct: np.ndarray
 
 
-def in_scope_answers(run: Run, *, on: On = "all") -> InScopeAnswers:
-    """Return the best class in scope for what reached the last stage, or for every text, in the order of `examples`.
+def in_scope_predictions(run: Run, *, on: On = "all") -> InScopePredictions:
+    """Return the most probable label in scope of the labelled examples, in the order of `run.labelled.examples`.
+
+    `on` selects the examples that reached the last stage, or all of them, from shadow scores.
 
     Raises
     ------
     RunError
-        `on` is "all" and the run has no shadow scores.
+        No example has a label; or `on` is "all", and an example has no shadow scores.
     """
+    run = run.labelled
     last, labels = run.spec.last, run.spec.in_scope_labels
-    scores = run.scores(last.name)
-    kept = _asked(run, last.name, on)
-    rows = scores.rows[kept]
-    p = probabilities(scores.logits[kept], last.temperature)
-    p = p[:, [last.labels.index(label) for label in labels]]
-    right = run.examples["label"].to_numpy(dtype=object)[rows] == np.array(labels, dtype=object)[p.argmax(axis=1)]
-    p_gates = np.ones(len(run.examples))
+    rows = np.flatnonzero(_is_considered(run, last.name, on))
+    p_gates = np.ones(len(rows))
     for stage in run.spec.stages[:-1]:
-        gate = run.scores(stage.name)
-        p_gates[gate.rows] *= answer(stage, gate.logits).decisive
-    order = np.argsort(rows)
-    return InScopeAnswers(p_gates[rows[order]], p.max(axis=1)[order], right[order])
+        _is_considered(run, stage.name, on)
+        p_gates *= run.decision(stage.name).confidence[rows]
+    p = softmax(run.scores(last.name).logits[rows], last.temperature)
+    p = p[:, [last.labels.index(label) for label in labels]]
+    best = np.array(labels, dtype=object)[p.argmax(axis=1)]
+    return InScopePredictions(p_gates, p.max(axis=1), run.examples["label"].to_numpy(dtype=object)[rows] == best)
 
 
 def confusion(
     run: Run, stage: str | None = None, *, on: On = "reached", normalize: Normalize | None = None
 ) -> pd.DataFrame:
-    """Return a confusion matrix: gold labels in rows, answers in columns.
+    """Return a confusion matrix: true labels in rows, predicted labels in columns.
 
     Parameters
     ----------
     run : Run
     stage : str, optional
-        Without it, end to end, where the labels that reject stand last. A stage's matrix has its own labels, and
-        leaves out examples without a gold label there (which an earlier gate should have stopped).
+        Without it, end to end; the labels that reject are then the last rows and columns. A stage's matrix has its own
+        labels, and leaves out examples without a target there (an earlier gate should have stopped them).
     on : {"reached", "all"}
-        Of a stage: what arrived there, or everything, through shadow scores.
+        For a stage: the examples that reached it, or all, from shadow scores.
     normalize : {"true", "pred", "all"}, optional
-        Fractions of a gold label's examples, of an answer's, or of all, instead of counts; NaN where there are none.
+        See `confusion_matrix_frame`.
 
     Raises
     ------
     SpecError, RunError
-        As `judged` does.
+        As `labelled_decisions` does; RunError also if no example has a label.
     """
+    run = run.labelled
     if stage is None:
         labels = run.spec.labels
         y_true, y_pred = run.predictions["label"], run.predictions["predicted"]
     else:
         spec = run.spec.stage(stage)
         labels = tuple(dict.fromkeys((*spec.labels, *spec.reject_labels)))
-        y_true, y_pred = judged(run, stage, on=on)[1:3]
-    counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
-    if len(y_true):
-        codes = [pd.Index(labels).get_indexer(y) for y in (y_true, y_pred)]
-        counts = confusion_matrix(*codes, labels=range(len(labels)))
-    totals = {
-        None: 1,
-        "true": counts.sum(axis=1, keepdims=True),
-        "pred": counts.sum(axis=0, keepdims=True),
-        "all": counts.sum(),
-    }
-    if normalize not in totals:
-        raise RunError(f"normalize is {normalize!r}; it must be 'true', 'pred', 'all' or None")
-    with np.errstate(invalid="ignore"):
-        shares = counts if normalize is None else counts / totals[normalize]
-    index, columns = (pd.Index(labels, name=name, dtype=object) for name in ("gold", "answer"))
-    return pd.DataFrame(shares, index=index, columns=columns)
+        _, y_true, y_pred, *_ = labelled_decisions(run, stage, on=on)
+    return confusion_matrix_frame(y_true, y_pred, labels, normalize=normalize)
 
 
 def confused_pairs(run: Run, stage: str | None = None, *, on: On = "reached", n: int | None = 20) -> pd.DataFrame:
-    """Return the `n` most frequent confusions (None: all), of one stage or end to end.
+    """Return the `n` most frequent confusions (None: all), of one stage or end to end; `on` as for `confusion`.
 
     Returns
     -------
     DataFrame
-        `gold`, `answer`, `n_examples`, and `fraction_of_gold`, of the examples with that gold label. Most frequent
-        first; among equals, the larger fraction first, then in the order of the labels.
+        `label`, `predicted`, `n_examples`, and `fraction_of_label`, of the examples with that true label. The most
+        frequent first; among equals the larger fraction first, then in the order of the labels.
     """
-    matrix = confusion(run, stage, on=on)
-    counts = matrix.to_numpy()
-    gold, said = np.nonzero(counts * (1 - np.eye(len(counts), dtype=np.int64)))
-    table = pd.DataFrame(
-        {
-            "gold": matrix.index[gold],
-            "answer": matrix.columns[said],
-            "n_examples": counts[gold, said],
-            "fraction_of_gold": counts[gold, said] / counts.sum(axis=1)[gold],
-        }
-    )
-    table = table.sort_values(["n_examples", "fraction_of_gold"], ascending=False, kind="stable", ignore_index=True)
-    return table if n is None else table.head(n)
+    return matrix_confused_pairs(confusion(run, stage, on=on), n=n)
 
 
-def figures(
+def label_metrics(run: Run, stage: str | None = None, *, on: On = "reached", level: float = 0.95) -> pd.DataFrame:
+    """Return precision, recall and F1 of every label, of one stage or end to end, with Wilson's intervals.
+
+    Precision and recall are fractions, and F1 is a monotone function of one, TP / (TP + FP + FN); so Wilson's interval
+    (1927) applies to all three. Unlike a bootstrap interval it is not empty where all of a label's few texts are right.
+
+    Returns
+    -------
+    DataFrame
+        Three rows per label, in the order of the labels: `label`, `support` (examples with that true label), `metric`,
+        `value`, `low`, `high`. NaN where the metric is undefined.
+
+    Raises
+    ------
+    SpecError, RunError
+        As `confusion` does.
+    """
+    return matrix_label_metrics(confusion(run, stage, on=on), level=level)
+
+
+def metric_intervals(
     run: Run,
     stage: str | None = None,
     *,
@@ -256,124 +303,96 @@ def figures(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return the figures of one stage or, without one, of the whole cascade, with bootstrap intervals over texts.
+    """Return the metrics of one stage or of the whole cascade, with bootstrap intervals over the examples.
 
     Parameters
     ----------
     run : Run
     stage : str, optional
     on : {"reached", "all"}
-        Of a stage: what arrived there, or everything, through shadow scores.
+        For a stage: the examples that reached it, or all, from shadow scores.
     top_k : sequence of int
-        Of the last stage: how often the gold label is among so many of the most probable, fewer than it has labels.
+        For the last stage: each k below its number of labels gives `top_<k>_accuracy`, the fraction of examples whose
+        true label is among the k most probable ones.
 
     Returns
     -------
     DataFrame
-        A figure a row, `value`, `low` and `high`: `accuracy`, `macro_precision`, `macro_recall` and `macro_f1` (over
-        the labels that occur in gold or answers, a quotient of nothing counting 0, as in scikit-learn). Of a gate also
-        `auroc` and `average_precision` of the probability of its pass label; of the last stage `top_<k>_accuracy`; end
-        to end `in_scope_accuracy`, `reject_recall`, `reject_precision`, `coverage` and `risk`.
+        One row per metric, with `value`, `low` and `high`: `accuracy`, `macro_precision`, `macro_recall` and `macro_f1`
+        (see `confusion_metrics`); of a gate also `auroc` and `average_precision` of its confidence; of the last stage
+        `top_<k>_accuracy`; end to end `in_scope_accuracy`, `reject_recall`, `reject_precision`, `coverage` and `risk`.
 
     Raises
     ------
     SpecError, RunError
-        As `judged` does.
+        As `confusion` does.
     """
+    run = run.labelled
     matrix = confusion(run, stage, on=on)
     counts, labels = matrix.to_numpy(), matrix.index
-    gold, said = np.nonzero(counts)
-    cells = counts[gold, said]
-    # All that these figures ask of a text is its cell, and a resample of texts is a multinomial draw of cells.
+    rows, columns = np.nonzero(counts)
+    cells = counts[rows, columns]
+    # These metrics depend only on the cell of each example; the sizes of cells in a resample are multinomial.
     n, rng = len(run.examples), np.random.default_rng(seed)
     drawn = rng.multinomial(n, np.append(cells, n - cells.sum()) / n, n_resamples)[:, :-1]
-    values, resampled = (cell_figures(gold, said, len(labels), weights) for weights in (cells[None], drawn))
+    values, resampled = (confusion_metrics(rows, columns, len(labels), weights) for weights in (cells[None], drawn))
     if stage is None:
-        kinds = np.eye(len(OUTCOMES))[outcome_codes(run.spec, labels[gold], labels[said])]
+        is_outcome = np.eye(len(OUTCOMES))[outcome_codes(run.spec, labels[rows], labels[columns])]
         for name in FRACTIONS:
-            values[name], resampled[name] = (figure_of(name, weights @ kinds) for weights in (cells[None], drawn))
-    rows = {name: interval(float(values[name][0]), resampled[name], level=level) for name in values}
+            values[name], resampled[name] = (metric_from_counts(name, w @ is_outcome) for w in (cells[None], drawn))
+    metrics = {name: interval(float(values[name][0]), resampled[name], level=level) for name in values}
     if stage is not None:
-        spec, found = run.spec.stage(stage), judged(run, stage, on=on)
-        how = {"level": level, "n_resamples": n_resamples, "seed": seed}
-        rows |= _of_ranks(spec, found, **how) if spec.is_gate else _of_places(spec, found, n, top_k, **how)
-    return pd.DataFrame.from_dict(rows, orient="index", columns=Interval._fields).rename_axis("figure")
+        spec, decisions = run.spec.stage(stage), labelled_decisions(run, stage, on=on)
+        options: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
+        metrics |= (
+            _gate_metrics(spec, decisions, **options)
+            if spec.is_gate
+            else _top_k_metrics(spec, decisions, n, top_k, **options)
+        )
+    return pd.DataFrame.from_dict(metrics, orient="index", columns=Interval._fields).rename_axis("metric")
 
 
-def class_figures(run: Run, stage: str | None = None, *, on: On = "reached", level: float = 0.95) -> pd.DataFrame:
-    """Return precision, recall and F1 of every label, of one stage or end to end, with Wilson's intervals.
-
-    Each is a proportion, or for F1 a monotone function of one, TP / (TP + FP + FN), so that Wilson's interval (1927)
-    holds. It keeps a width where a label is right on all of its few texts, and a bootstrap would have none.
-
-    Returns
-    -------
-    DataFrame
-        Three rows a label, in the order of the labels: `label`, `support` (examples with that gold label), `figure`,
-        `value`, `low`, `high`. NaN where there is nothing to take a fraction of.
-
-    Raises
-    ------
-    SpecError, RunError
-        As `judged` does.
-    """
-    matrix = confusion(run, stage, on=on)
-    counts = matrix.to_numpy()
-    right, support, answered = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
-    rows = []
-    for label, tp, gold, said in zip(matrix.index, right, support, answered, strict=True):
-        found = {"precision": wilson(tp, said, level=level), "recall": wilson(tp, gold, level=level)}
-        overlap = wilson(tp, gold + said - tp, level=level)
-        found["f1"] = Interval(*(2 * share / (1 + share) for share in overlap))
-        rows += [(label, gold, name, *values) for name, values in found.items()]
-    return pd.DataFrame(rows, columns=["label", "support", "figure", *Interval._fields])
-
-
-def wilson(hits: int, of: int, *, level: float = 0.95) -> Interval:
-    """Return the fraction `hits` / `of` with Wilson's interval (1927).
-
-    >>> [round(number, 3) for number in wilson(30, 30)]
-    [1.0, 0.886, 1.0]
-    """
-    if not of:
-        return Interval(math.nan, math.nan, math.nan)
-    low, high = binomtest(int(hits), int(of)).proportion_ci(level, method="wilson")
-    return Interval(float(hits / of), float(low), float(high))
-
-
-def _of_ranks(gate: StageSpec, found: Judged, *, level: float, n_resamples: int, seed: int) -> dict[str, Interval]:
+def _gate_metrics(
+    gate: StageSpec, decisions: LabelledDecisions, *, level: float, n_resamples: int, seed: int
+) -> dict[str, Interval]:
     """Return `auroc` and `average_precision` of a gate."""
-    passing, n = found.y_true == gate.pass_label, len(found.y_true)
+    should_pass, n = decisions.y_true == gate.pass_label, len(decisions.y_true)
     weights = np.ones((1, n), dtype=np.int32), resample_counts(n, n_resamples=n_resamples, seed=seed)
-    values, drawn = (ranking_figures(passing, found.decisive, weights=w) for w in weights)
+    values, resampled = (ranking_metrics(should_pass, decisions.confidence, weights=w) for w in weights)
     return {
-        name: interval(float(value[0]), resamples, level=level)
-        for name, value, resamples in zip(("auroc", "average_precision"), values, drawn, strict=True)
+        name: interval(float(value[0]), drawn, level=level)
+        for name, value, drawn in zip(("auroc", "average_precision"), values, resampled, strict=True)
     }
 
 
-def _of_places(last: StageSpec, found: Judged, n: int, top_k: Sequence[int], **how: Any) -> dict[str, Interval]:
+def _top_k_metrics(
+    last: StageSpec, decisions: LabelledDecisions, n: int, top_k: Sequence[int], **options: Any
+) -> dict[str, Interval]:
     """Return `top_<k>_accuracy` of the last stage, for each k below its number of labels, in a run of `n` examples."""
-    codes = pd.Index(last.labels).get_indexer(found.y_true)
-    own = found.logits[np.arange(len(codes)), codes]
-    place = np.full(n, len(last.labels) + 1)
-    place[: len(codes)] = 1 + (found.logits > own[:, None]).sum(axis=1)
-    is_judged = np.arange(n) < len(codes)
-    return {f"top_{k}_accuracy": fraction_interval(place <= k, is_judged, **how) for k in top_k if k < len(last.labels)}
+    n_decided = len(decisions.y_true)
+    columns = pd.Index(last.labels).get_indexer(decisions.y_true)
+    logit_of_label = decisions.logits[np.arange(n_decided), columns]
+    rank = np.full(n, len(last.labels) + 1)
+    rank[:n_decided] = 1 + (decisions.logits > logit_of_label[:, None]).sum(axis=1)
+    is_decided = np.arange(n) < n_decided
+    return {
+        f"top_{k}_accuracy": fraction_interval(rank <= k, is_decided, **options) for k in top_k if k < len(last.labels)
+    }
 
 
-def _asked(run: Run, stage: str, on: On) -> np.ndarray:
-    """Return which of a stage's scores are of what reached it, or that all are: bool, shape (n_scored,)."""
-    shadow = run.scores(stage).shadow
+def _is_considered(run: Run, stage: str, on: On, *, needed: np.ndarray | None = None) -> np.ndarray:
+    """Return which examples `on` selects at a stage: bool, shape (n,). Raises where a needed one has no scores."""
+    scores = run.scores(stage)
     if on == "reached":
-        return ~shadow
+        return scores.scored & ~scores.shadow
     if on != "all":
-        raise RunError(f"on is {on!r}; it must be 'reached' (what arrived at the stage) or 'all' (with shadow scores)")
-    if len(shadow) < len(run.examples):
         raise RunError(
-            f"{run.directory}: stage '{stage}' scored only what reached it; run the cascade again with shadow scores"
+            f"on is {on!r}; it must be 'reached' (examples that reached the stage) or 'all' (needs shadow scores)"
         )
-    return np.ones(len(shadow), dtype=bool)
+    missing = ~scores.scored if needed is None else ~scores.scored & needed
+    if missing.any():
+        raise missing_scores_error(run.name, stage, int(missing.sum()))
+    return np.ones(len(scores.scored), dtype=bool)
 
 
 def _mean(right: np.ndarray) -> float:

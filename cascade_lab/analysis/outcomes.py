@@ -1,38 +1,74 @@
-"""What becomes of a text in a cascade: the six outcomes that every other instrument counts."""
+"""The six outcomes of a text in a cascade, and the metrics that are fractions of them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
-
-from cascade_lab.spec import CascadeSpec
 
 RIGHT, RIGHT_REJECT = "right", "right reject"
 FALSE_REJECT, FALSE_ACCEPT, WRONG_CLASS, WRONG_REJECT = "false reject", "false accept", "wrong class", "wrong reject"
 OUTCOMES = (RIGHT, RIGHT_REJECT, FALSE_REJECT, FALSE_ACCEPT, WRONG_CLASS, WRONG_REJECT)
 ERRORS = OUTCOMES[2:]
+IN_SCOPE = (RIGHT, FALSE_REJECT, WRONG_CLASS)
+OUT_OF_SCOPE = (RIGHT_REJECT, FALSE_ACCEPT, WRONG_REJECT)
+ANSWERED = (RIGHT, WRONG_CLASS, FALSE_ACCEPT)
+
+FRACTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "accuracy": ((RIGHT, RIGHT_REJECT), OUTCOMES),
+    "in_scope_accuracy": ((RIGHT,), IN_SCOPE),
+    "reject_recall": ((RIGHT_REJECT,), OUT_OF_SCOPE),
+    "reject_precision": ((RIGHT_REJECT,), (RIGHT_REJECT, FALSE_REJECT, WRONG_REJECT)),
+    "coverage": (ANSWERED, OUTCOMES),
+    "risk": ((WRONG_CLASS, FALSE_ACCEPT), ANSWERED),
+}
+"""Metric name to the outcomes that it counts, and the outcomes that it is a fraction of (which contain the first)."""
+METRICS = (*FRACTIONS, "mean_cost")
 
 
-def outcomes(spec: CascadeSpec, y_true: Any, y_pred: Any) -> np.ndarray:
+class Scope(Protocol):
+    """What outcomes need to know about a cascade; `CascadeSpec` has it."""
+
+    @property
+    def in_scope_labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def reject_labels(self) -> tuple[str, ...]: ...
+
+
+class LabelScope(NamedTuple):
+    """Which labels are in scope and which reject, for predictions that have no `CascadeSpec`."""
+
+    in_scope_labels: tuple[str, ...]
+    reject_labels: tuple[str, ...]
+
+
+def outcomes(spec: Scope, y_true: Any, y_pred: Any) -> np.ndarray:
     """Return the outcome of each example: an array of str, shape (n,), of `OUTCOMES`.
 
-    In scope, a gold label of the last stage: *right*, *wrong class*, or *false reject*, rejected by any stage. Out of
-    scope: *right reject*, *false accept* (a class is answered), or *wrong reject* (rejected, with the label of another
-    stage).
+    In scope (the true label is a label of the last stage): *right*, *wrong class*, or *false reject* (rejected by any
+    stage). Out of scope: *right reject*, *false accept* (a class is predicted), or *wrong reject* (rejected, with the
+    label of another stage).
 
     Parameters
     ----------
-    spec : CascadeSpec
+    spec : CascadeSpec or LabelScope
     y_true, y_pred : array-like of str, shape (n,)
-        Gold labels and final answers.
+        True and predicted labels.
+
+    Examples
+    --------
+    >>> scope = LabelScope(in_scope_labels=("pay", "play"), reject_labels=("oos",))
+    >>> outcomes(scope, ["pay", "pay", "oos"], ["pay", "oos", "play"]).tolist()
+    ['right', 'false reject', 'false accept']
     """
     return np.array(OUTCOMES, dtype=object)[outcome_codes(spec, y_true, y_pred)]
 
 
-def outcome_codes(spec: CascadeSpec, y_true: Any, y_pred: Any) -> np.ndarray:
-    """Return `outcomes` as places in `OUTCOMES`: int, shape (n,)."""
+def outcome_codes(spec: Scope, y_true: Any, y_pred: Any) -> np.ndarray:
+    """Return `outcomes` as indices into `OUTCOMES`: int, shape (n,)."""
     # pandas looks labels up by hash, numpy by sorting: a tenth of the time on 100,000 texts.
     in_scope = pd.Index(y_true).isin(spec.in_scope_labels)
     rejected = pd.Index(y_pred).isin(spec.reject_labels)
@@ -41,7 +77,111 @@ def outcome_codes(spec: CascadeSpec, y_true: Any, y_pred: Any) -> np.ndarray:
     return np.select(kinds, range(5), 5)
 
 
-def outcome_counts(spec: CascadeSpec, predictions: pd.DataFrame) -> pd.Series:
+def outcome_counts(spec: Scope, predictions: pd.DataFrame) -> pd.Series:
     """Return how many of `predictions` (with `label` and `predicted`) have each outcome: int, in `OUTCOMES`' order."""
-    found = outcomes(spec, predictions["label"], predictions["predicted"])
-    return pd.Series(found, dtype=object).value_counts().reindex(OUTCOMES, fill_value=0).rename("n_examples")
+    codes = outcome_codes(spec, predictions["label"], predictions["predicted"])
+    counts = np.bincount(codes, minlength=len(OUTCOMES))
+    return pd.Series(counts, index=pd.Index(OUTCOMES), name="n_examples")
+
+
+def is_outcome(names: tuple[str, ...]) -> np.ndarray:
+    """Return which of `OUTCOMES` are named: bool, shape (6,)."""
+    return np.isin(OUTCOMES, names)
+
+
+class Totals(NamedTuple):
+    """How many texts are in scope and out of scope, which no threshold changes: arrays of shape (...), or numbers.
+
+    `prevalence` is the fraction of texts out of scope to reweight them to; None keeps the eval set's own.
+    """
+
+    in_scope: np.ndarray
+    out_of_scope: np.ndarray
+    prevalence: float | None = None
+
+    @classmethod
+    def from_counts(cls, counts: np.ndarray, prevalence: float | None = None) -> Totals:
+        """Take the totals from counts of outcomes, shape (..., 6)."""
+        return cls(counts @ is_outcome(IN_SCOPE), counts @ is_outcome(OUT_OF_SCOPE), prevalence)
+
+    @property
+    def n(self) -> np.ndarray:
+        return self.in_scope + self.out_of_scope
+
+    @property
+    def weights(self) -> tuple[np.ndarray | int, np.ndarray | int]:
+        """The weights of a text in scope and of one out of scope that make the latter `prevalence` of all."""
+        if self.prevalence is None:
+            return 1, 1
+        in_scope, out_of_scope = (np.where(n > 0, n, np.nan) for n in (self.in_scope, self.out_of_scope))
+        return (1 - self.prevalence) * self.n / in_scope, self.prevalence * self.n / out_of_scope
+
+    def reweight(self, counts: np.ndarray) -> np.ndarray:
+        """Return counts of outcomes, shape (..., 6), reweighted to the prevalence."""
+        if self.prevalence is None:
+            return counts
+        in_scope, out_of_scope = (np.asarray(w)[..., None] for w in self.weights)
+        return counts * np.where(is_outcome(IN_SCOPE), in_scope, out_of_scope)
+
+
+def metric_from_counts(
+    name: str, counts: np.ndarray, *, costs: Mapping[str, float] | None = None, prevalence: float | None = None
+) -> np.ndarray:
+    """Return a metric from the numbers of texts of each outcome.
+
+    Parameters
+    ----------
+    name : str
+        One of `METRICS`.
+    counts : ndarray, shape (..., 6)
+        In the order of `OUTCOMES`.
+    costs : mapping of str to float, optional
+        What each outcome costs, for `mean_cost`; an outcome that is not named costs nothing.
+    prevalence : float, optional
+        The fraction of texts out of scope to reweight to; by default the eval set's own.
+
+    Returns
+    -------
+    ndarray, shape (...)
+        NaN where the metric is undefined.
+
+    Examples
+    --------
+    >>> counts = np.array([6, 2, 1, 1, 0, 0])  # right, right reject, false reject, false accept, ...
+    >>> float(metric_from_counts("accuracy", counts))
+    0.8
+    """
+    totals = Totals.from_counts(counts, prevalence)
+    return extreme_metric(name, counts, counts, highest=True, totals=totals, costs=costs or {})
+
+
+def extreme_metric(
+    name: str,
+    low_counts: np.ndarray,
+    high_counts: np.ndarray,
+    *,
+    highest: bool,
+    totals: Totals,
+    costs: Mapping[str, float],
+) -> np.ndarray:
+    """Return the highest or the lowest value that a metric can have if each count lies between two counts.
+
+    Where `low_counts` equals `high_counts`, it is the metric itself (interval arithmetic). Shapes and `costs` as in
+    `metric_from_counts`.
+    """
+    toward, away = (
+        totals.reweight(counts) for counts in ((high_counts, low_counts) if highest else (low_counts, high_counts))
+    )
+    if name == "mean_cost":
+        cost = np.array([costs.get(outcome, 0.0) for outcome in OUTCOMES])
+        return (toward @ np.maximum(cost, 0) + away @ np.minimum(cost, 0)) / totals.n
+    part, whole = FRACTIONS[name]
+    hits, misses = toward @ is_outcome(part), away @ (is_outcome(whole) & ~is_outcome(part))
+    w_in, w_out = totals.weights
+    sizes = {OUTCOMES: totals.n, IN_SCOPE: w_in * totals.in_scope, OUT_OF_SCOPE: w_out * totals.out_of_scope}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if whole not in sizes:
+            return hits / (hits + misses)
+        # The size of the whole is fixed here, so it bounds the metric from both sides; the tighter bound holds.
+        tighter = np.minimum if highest else np.maximum
+        return tighter(hits, sizes[whole] - misses) / np.float64(sizes[whole])

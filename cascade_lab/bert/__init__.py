@@ -1,1 +1,1 @@
-"""BERT in TensorFlow: checkpoints, tokenization, graphs."""
+"""The TensorFlow side: checkpoints, tokenization, graphs, training and other formats of BERT classifiers."""

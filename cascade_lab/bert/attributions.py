@@ -1,6 +1,6 @@
-"""Which words a stage's answer rests on: gradients of a logit with regard to the wordpieces' embeddings.
+"""Computes which words of a text speak for a label: gradients of a logit with respect to the embeddings.
 
-A graph and a session of its own, the reference one: what runs in a cascade may have no gradients.
+It uses its own graph and session, with the reference engine: the fast engine's nodes may have no gradients.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow as tf
 
 from cascade_lab.bert import reference
-from cascade_lab.bert.checkpoint import Checkpoint, read_checkpoint
+from cascade_lab.bert.checkpoint import Checkpoint, read_checkpoint, stage_files
 from cascade_lab.bert.graph import classifier_graph, feed
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
-from cascade_lab.errors import SpecError, did_you_mean
+from cascade_lab.exceptions import SpecError, did_you_mean
 from cascade_lab.spec import StageSpec
 
 tf1 = tf.compat.v1
@@ -26,35 +26,34 @@ tf1 = tf.compat.v1
 Method = Literal["integrated_gradients", "gradient_x_input"]
 METHODS: tuple[Method, ...] = ("integrated_gradients", "gradient_x_input")
 
-_BATCH = 32  # points of a path in one run of the session
+_BATCH = 32  # points of the path in one run of the session
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What each part of a text adds to one logit of a stage, over what a baseline gives.
+    """What each word of a text adds to one logit of a stage, compared with a baseline text.
 
     Attributes
     ----------
     words : list of str
-        `[CLS]`, the text's words as the tokenizer makes them, `[SEP]`, and those of the second text and `[SEP]`.
+        `[CLS]`, the words of the text as the tokenizer splits it, `[SEP]`; then those of the second text and `[SEP]`.
     scores : ndarray, shape (n_words,)
-        In units of the logit; above 0 speaks for the target.
+        In units of the logit. A score above 0 speaks for the target. It is the sum of the word's wordpiece scores.
     wordpieces : list of str
     wordpiece_scores : ndarray, shape (n_wordpieces,)
-        A word's score is the sum of its wordpieces'.
     target : str
-        The label whose logit it is.
-    answer : str
+        The label whose logit is explained.
+    predicted : str
         The label with the highest logit.
     logit, baseline_logit : float
-        The target's, for the text and for the baseline.
+        The target's logit for the text and for the baseline.
     completeness_error : float
-        The sum of the scores less `logit - baseline_logit`: 0 where nothing is left unexplained.
+        The sum of the scores minus `logit - baseline_logit`. It is 0 if the scores explain the whole difference.
     method : str
     n_steps : int
-        Points of the path at which gradients were taken.
+        The number of points of the path at which a gradient was taken.
     n_unread : int
-        Words beyond the stage's `max_seq_length`, which it does not see.
+        The number of words after the stage's `max_seq_length`, which the stage does not read.
     """
 
     words: list[str]
@@ -62,7 +61,7 @@ class Attribution:
     wordpieces: list[str]
     wordpiece_scores: np.ndarray
     target: str
-    answer: str
+    predicted: str
     logit: float
     baseline_logit: float
     completeness_error: float
@@ -82,22 +81,23 @@ def attribute(
 ) -> list[Attribution]:
     """Attribute a logit of `stage` to the words of each text.
 
-    *Integrated gradients* (Sundararajan et al. 2017) go from a baseline to the text in a straight line of embeddings,
-    by Gauss-Legendre quadrature. The baseline has `[PAD]`'s embedding for every wordpiece but `[CLS]` and `[SEP]`,
-    whose scores are 0 for that; positions and segments stay. *Gradient × input* takes one gradient, at the text; its
-    baseline is an embedding of zeros for every wordpiece.
+    *Integrated gradients* (Sundararajan et al. 2017, equation 1) average the gradient along a straight line from a
+    baseline to the text's embeddings, by Gauss-Legendre quadrature. The baseline replaces the embedding of every
+    wordpiece, except `[CLS]` and `[SEP]`, by that of `[PAD]`; so `[CLS]` and `[SEP]` have the score 0. Positions and
+    segments do not change. *Gradient × input* takes one gradient, at the text; its baseline is 0 for every wordpiece.
 
     Parameters
     ----------
     stage : StageSpec
     texts : sequence of str
     texts_b : sequence of str or None, optional
-        Second texts, where the stage takes pairs.
+        The second texts, if the stage classifies pairs.
     method : {"integrated_gradients", "gradient_x_input"}
     target : str, optional
-        The label whose logit is attributed; by default a gate's pass label, and the last stage's answer.
+        The label whose logit is explained. By default a gate's pass label, and for the last stage its predicted label.
     n_steps : int
-        Points of the quadrature; more make the completeness error smaller, until float32 sets the limit.
+        The number of points of the quadrature. With more points the completeness error is smaller, down to the
+        precision of float32.
 
     Returns
     -------
@@ -106,44 +106,47 @@ def attribute(
     Raises
     ------
     SpecError
-        An unknown method or target, or no steps.
+        The method or the target is unknown, or `n_steps` is below 1.
     CheckpointError
-        The stage's files are not usable.
+        The stage's files are missing or not usable.
     """
     if method not in METHODS:
-        raise SpecError(f"no method is named '{method}'{did_you_mean(method, list(METHODS))}")
+        raise SpecError(f"unknown attribution method '{method}'{did_you_mean(method, METHODS)}")
     target = target or stage.pass_label
     if target is not None and target not in stage.labels:
         raise SpecError(f"stage '{stage.name}' has no label '{target}'{did_you_mean(target, list(stage.labels))}")
     if n_steps < 1:
-        raise SpecError(f"n_steps is {n_steps}; a gradient is taken at one point at least")
+        raise SpecError(f"n_steps is {n_steps}; it must be at least 1")
     checkpoint = read_checkpoint(stage)
-    tokenizer = Tokenizer(stage.vocab_file, do_lower_case=stage.do_lower_case, max_seq_length=stage.max_seq_length)
-    words = reference.load("tokenization").FullTokenizer(str(stage.vocab_file), stage.do_lower_case)
+    vocab_file = stage_files(stage).vocab_file
+    tokenizer = Tokenizer(vocab_file, do_lower_case=stage.do_lower_case, max_seq_length=stage.max_seq_length)
+    word_tokenizer = reference.load("tokenization").FullTokenizer(str(vocab_file), stage.do_lower_case)
     pad = checkpoint.weights["bert/embeddings/word_embeddings"][checkpoint.vocab.get("[PAD]", 0)]
     steps = n_steps if method == "integrated_gradients" else 0
-    made = []
-    with _differentiable(checkpoint, stage) as ends:
+    attributions = []
+    with _differentiable(checkpoint, stage) as network:
         for text, text_b, encoding in zip(
             texts, texts_b or [None] * len(texts), tokenizer.encode(texts, texts_b), strict=True
         ):
-            pieces, spans, n_unread = _cut(words, text, text_b, encoding)
-            inputs = feed(ends.inputs, [encoding])
-            embedded, logits = ends.session.run([ends.embedded_t, ends.logits_t], inputs)
-            answer = int(logits[0].argmax())
-            column = answer if target is None else stage.labels.index(target)
-            x = embedded.reshape(len(pieces), -1)
-            baseline = np.where(np.isin(pieces, ["[CLS]", "[SEP]"])[:, None], x, pad) if steps else np.zeros_like(x)
-            function = partial(_logit_and_gradient, ends, inputs, embedded.shape[1:], column)
+            wordpieces, spans, n_unread = _split(word_tokenizer, text, text_b, encoding)
+            inputs = feed(network.inputs, [encoding])
+            embedded, logits = network.session.run([network.embedded_t, network.logits_t], inputs)
+            predicted = int(logits[0].argmax())
+            column = predicted if target is None else stage.labels.index(target)
+            x = embedded.reshape(len(wordpieces), -1)
+            baseline = np.zeros_like(x)
+            if steps:
+                baseline = np.where(np.isin(wordpieces, ["[CLS]", "[SEP]"])[:, None], x, pad)
+            function = partial(_logit_and_gradient, network, inputs, embedded.shape[1:], column)
             scores, logit, baseline_logit = attribute_path(function, x, baseline, n_steps=steps)
-            made.append(
+            attributions.append(
                 Attribution(
                     words=[word for word, _ in spans],
                     scores=np.array([scores[span].sum() for _, span in spans]),
-                    wordpieces=pieces,
+                    wordpieces=wordpieces,
                     wordpiece_scores=scores,
                     target=stage.labels[column],
-                    answer=stage.labels[answer],
+                    predicted=stage.labels[predicted],
                     logit=logit,
                     baseline_logit=baseline_logit,
                     completeness_error=float(scores.sum() - (logit - baseline_logit)),
@@ -152,16 +155,20 @@ def attribute(
                     n_unread=n_unread,
                 )
             )
-    return made
+    return attributions
 
 
 def _logit_and_gradient(
-    ends: _Ends, inputs: Mapping[tf.Tensor, np.ndarray], shape: tuple[int, ...], column: int, points: np.ndarray
+    network: _DifferentiableNetwork,
+    inputs: Mapping[tf.Tensor, np.ndarray],
+    shape: tuple[int, ...],
+    column: int,
+    points: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a logit and its gradient at embeddings `points`, shape (n, length, hidden_size), of one text."""
-    many = {t: np.repeat(value, len(points), axis=0) for t, value in inputs.items()}
-    many |= {ends.embedded_t: points.reshape(-1, *shape), ends.column_t: column}
-    logits, gradient = ends.session.run([ends.logits_t, ends.gradient_t], many)
+    """Return a logit and its gradient at the embeddings `points`, shape (n, length, hidden_size), of one text."""
+    repeated: dict[tf.Tensor, Any] = {t: np.repeat(value, len(points), axis=0) for t, value in inputs.items()}
+    repeated |= {network.embedded_t: points.reshape(-1, *shape), network.column_t: column}
+    logits, gradient = network.session.run([network.logits_t, network.gradient_t], repeated)
     return logits[:, column].astype(np.float64), gradient.reshape(points.shape).astype(np.float64)
 
 
@@ -172,19 +179,27 @@ def attribute_path(
     *,
     n_steps: int,
 ) -> tuple[np.ndarray, float, float]:
-    """Return the scores of the rows of `x`, and the function's value there and at the baseline.
+    """Integrate a gradient along the straight line from `baseline` to `x`.
 
     Parameters
     ----------
     value_and_gradient : callable
-        Takes points, shape (n, length, size); returns values, shape (n,), and gradients, shaped as the points.
+        Takes points, shape (n, length, size). Returns the values, shape (n,), and the gradients, with the shape of the
+        points.
     x, baseline : ndarray, shape (length, size)
     n_steps : int
-        Points of the quadrature; 0 takes the gradient at `x` alone.
+        The number of points of the quadrature; 0 takes one gradient, at `x`.
+
+    Returns
+    -------
+    scores : ndarray, shape (length,)
+        What each row of `x` adds to the value.
+    value, baseline_value : float
+        The function's values at `x` and at the baseline.
 
     Examples
     --------
-    Of a linear function every path gives its terms.
+    The scores of a linear function are its terms.
 
     >>> weights = np.array([[1.0, 2.0], [3.0, 4.0]])
     >>> def linear(points): return (points * weights).sum(axis=(1, 2)), np.broadcast_to(weights, points.shape)
@@ -202,10 +217,14 @@ def attribute_path(
     return ((x - baseline) * gradient).sum(axis=1), float(values[0]), float(values[1])
 
 
-class _Ends(NamedTuple):
-    """A session, and the ends of its graph; `embedded_t` looks embeddings up, shape (n, length, 1, hidden_size)."""
+class _DifferentiableNetwork(NamedTuple):
+    """A session, with the inputs and outputs of its graph.
 
-    session: tf1.Session
+    `embedded_t` are the word embeddings, shape (n, length, 1, hidden_size). `gradient_t` is the gradient of the logit
+    of label `column_t` with respect to them.
+    """
+
+    session: tf.compat.v1.Session
     inputs: list[tf.Tensor]
     embedded_t: tf.Tensor
     column_t: tf.Tensor
@@ -214,33 +233,35 @@ class _Ends(NamedTuple):
 
 
 @contextmanager
-def _differentiable(checkpoint: Checkpoint, stage: StageSpec) -> Iterator[_Ends]:
-    """Load a checkpoint into a graph that has gradients, and a session."""
-    built = classifier_graph(
+def _differentiable(checkpoint: Checkpoint, stage: StageSpec) -> Iterator[_DifferentiableNetwork]:
+    """Load a checkpoint into a session whose graph has gradients."""
+    classifier = classifier_graph(
         checkpoint.config, len(stage.labels), output_weights=stage.output_weights, output_bias=stage.output_bias
     )
-    with built.graph.as_default():
-        # The one look-up of the graph: segments are a product, positions a slice.
-        (embedded_t,) = [op.outputs[0] for op in built.graph.get_operations() if op.type == "ResourceGather"]
+    with classifier.graph.as_default():
+        # The word embeddings are the graph's only look-up: the segments are a matrix product, the positions a slice.
+        (embedded_t,) = [op.outputs[0] for op in classifier.graph.get_operations() if op.type == "ResourceGather"]
         column_t = tf1.placeholder(tf.int32, [], name="column")
-        # Texts of a batch do not touch each other, so the sum's gradient has each one's own.
-        (gradient_t,) = tf.gradients(tf.reduce_sum(tf.gather(built.logits_t, column_t, axis=1)), [embedded_t])
+        # The logits of a text depend on no other text of the batch: the gradient of their sum is that of each logit.
+        (gradient_t,) = tf.gradients(tf.reduce_sum(tf.gather(classifier.logits_t, column_t, axis=1)), [embedded_t])
         config = tf1.ConfigProto()
         config.gpu_options.allow_growth = True
-        with tf1.Session(graph=built.graph, config=config) as session:
-            built.saver.restore(session, checkpoint.prefix)
-            yield _Ends(session, built.inputs, embedded_t, column_t, built.logits_t, gradient_t)
+        with tf1.Session(graph=classifier.graph, config=config) as session:
+            classifier.saver.restore(session, checkpoint.prefix)
+            yield _DifferentiableNetwork(
+                session, classifier.inputs, embedded_t, column_t, classifier.logits_t, gradient_t
+            )
 
 
-def _cut(
+def _split(
     tokenizer: Any, text: str, text_b: str | None, encoding: Encoding
 ) -> tuple[list[str], list[tuple[str, slice]], int]:
-    """Return the wordpieces, each word with the slice of them that it is, and how many words are not read."""
-    pieces = tokenizer.convert_ids_to_tokens(encoding.input_ids)
+    """Return the wordpieces, each word with the slice of its wordpieces, and the number of words that are not read."""
+    wordpieces: list[str] = tokenizer.convert_ids_to_tokens(encoding.input_ids)
     spans, n_unread = [("[CLS]", slice(0, 1))], 0
-    ends = [encoding.n_first - 1] if text_b is None else [encoding.n_first - 1, len(pieces) - 1]
+    stops = [encoding.n_first - 1] if text_b is None else [encoding.n_first - 1, len(wordpieces) - 1]
     start = 1
-    for segment, end in zip((text, text_b), ends, strict=False):
+    for segment, end in zip((text, text_b), stops, strict=False):
         for word in tokenizer.basic_tokenizer.tokenize(segment):
             if start >= end:
                 n_unread += 1
@@ -250,4 +271,4 @@ def _cut(
             start = stop
         spans.append(("[SEP]", slice(end, end + 1)))
         start = end + 1
-    return pieces, spans, n_unread
+    return wordpieces, spans, n_unread

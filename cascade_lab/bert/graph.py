@@ -1,4 +1,4 @@
-"""The reference graph: bert-tensorflow's `BertModel` with `run_classifier`'s head, for inference."""
+"""Builds the reference graph, for inference and training: bert-tensorflow's `BertModel` with a classifier's head."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ tf1 = tf.compat.v1
 
 
 class ClassifierGraph(NamedTuple):
-    """A graph and its ends.
+    """A graph with its inputs and its output.
 
-    `inputs` are `input_ids`, `input_mask` and `segment_ids`, int32, shape (n, length); `logits_t` is float32,
-    shape (n, num_labels).
+    Attributes
+    ----------
+    graph : tf.Graph
+    inputs : list of tf.Tensor
+        The placeholders `input_ids`, `input_mask` and `segment_ids`: int32, shape (n, length).
+    logits_t : tf.Tensor
+        float32, shape (n, num_labels).
+    saver : tf.train.Saver
+        Restores all variables of the graph from a checkpoint.
     """
 
     graph: tf.Graph
@@ -30,7 +37,7 @@ class ClassifierGraph(NamedTuple):
 def classifier_graph(
     config: dict[str, Any], num_labels: int, *, output_weights: str, output_bias: str
 ) -> ClassifierGraph:
-    """Build a BERT classifier in a `tf.Graph` of its own; its variables are named as in a checkpoint."""
+    """Build a BERT classifier in a new `tf.Graph`. Its variables have the names that they have in a checkpoint."""
     graph = tf.Graph()
     with graph.as_default():
         inputs = placeholders()
@@ -47,7 +54,7 @@ def placeholders() -> list[tf.Tensor]:
 
 
 def feed(inputs: Sequence[tf.Tensor], batch: Sequence[Encoding]) -> dict[tf.Tensor, np.ndarray]:
-    """Return what `session.run` is fed for a batch: ids, mask and segments, padded to its own longest."""
+    """Return the feed of `session.run` for a batch: ids, mask and segments, padded to the batch's longest text."""
     length = max(len(encoding.input_ids) for encoding in batch)
     input_ids, input_mask, segment_ids = np.zeros((3, len(batch), length), dtype=np.int32)
     for row, (ids, n_first) in enumerate(batch):
@@ -68,9 +75,9 @@ def classifier_logits(
     output_bias: str = "output_bias",
     is_training: bool = False,
 ) -> tf.Tensor:
-    """Return the logits, float32, shape (n, num_labels), of a classifier in the current graph.
+    """Build a classifier in the current graph and return its logits, float32, shape (n, num_labels).
 
-    With `is_training` there is dropout, in BERT and before the head as in `run_classifier`.
+    With `is_training` there is dropout inside BERT and before the head, as in `run_classifier`.
     """
     modeling = reference.load("modeling", layer_norm_eps=config.get("layer_norm_eps", 1e-12))
     bert_config = modeling.BertConfig.from_dict(config)
@@ -92,9 +99,73 @@ def classifier_logits(
     return tf.nn.bias_add(tf.matmul(pooled_t, weights_t, transpose_b=True), bias_t, name="logits")
 
 
-# bert-tensorflow computes "gelu" itself, in the tanh form.
+# The activations that bert-tensorflow lacks. Its own "gelu" is the tanh form.
 _ACTIVATIONS = {
     "gelu_erf": lambda x_t: tf.nn.gelu(x_t, approximate=False),
     "gelu_new": lambda x_t: tf.nn.gelu(x_t, approximate=True),
     "gelu_pytorch_tanh": lambda x_t: tf.nn.gelu(x_t, approximate=True),
 }
+
+
+class TrainingGraph(NamedTuple):
+    """A graph that trains a classifier, with its inputs and outputs.
+
+    Attributes
+    ----------
+    graph : tf.Graph
+    inputs : list of tf.Tensor
+        As in `ClassifierGraph`.
+    labels_t, learning_rate_t, dropout_seed_t : tf.Tensor
+        Further inputs: int32 of shape (n,), float32 of shape (), int32 of shape (2,).
+    loss_t : tf.Tensor
+        The mean cross entropy of a batch, with dropout.
+    train_op : tf.Operation
+        Does one step.
+    logits_t : tf.Tensor
+        The logits without dropout.
+    finite_t : tf.Tensor
+        Whether every weight is finite.
+    weights : list
+        The trainable variables.
+    """
+
+    graph: tf.Graph
+    inputs: list[tf.Tensor]
+    labels_t: tf.Tensor
+    learning_rate_t: tf.Tensor
+    dropout_seed_t: tf.Tensor
+    loss_t: tf.Tensor
+    train_op: tf.Operation
+    logits_t: tf.Tensor
+    finite_t: tf.Tensor
+    weights: list[Any]
+
+
+def training_graph(config: dict[str, Any], n_labels: int, seed: int) -> TrainingGraph:
+    """Build a graph that computes the logits twice from the same weights: with dropout to train, without to score."""
+    optimization = reference.load("optimization")
+    graph = tf.Graph()
+    with graph.as_default():
+        tf1.set_random_seed(seed)
+        inputs = placeholders()
+        labels_t = tf1.placeholder(tf.int32, [None], name="labels")
+        # The learning rate and the seed of the dropout masks are fed. A step counter in the graph would be read and
+        # updated at the same time, and a resumed training would get other masks than an uninterrupted one.
+        learning_rate_t = tf1.placeholder(tf.float32, [], name="learning_rate")
+        dropout_seed_t = tf1.placeholder(tf.int32, [2], name="dropout_seed")
+        graph.add_to_collection(reference.DROPOUT_SEED, dropout_seed_t)
+        with tf1.variable_scope(tf1.get_variable_scope(), use_resource=True):
+            dropped_t = classifier_logits(config, n_labels, *inputs, is_training=True)
+        with tf1.variable_scope(tf1.get_variable_scope(), reuse=True, use_resource=True):
+            logits_t = classifier_logits(config, n_labels, *inputs)
+        loss_t = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels_t, logits=dropped_t))
+        weights = tf1.trainable_variables()
+        optimizer = optimization.AdamWeightDecayOptimizer(
+            learning_rate_t, weight_decay_rate=0.01, exclude_from_weight_decay=["LayerNorm", "layer_norm", "bias"]
+        )
+        gradients, _ = tf.clip_by_global_norm(tf.gradients(loss_t, weights), clip_norm=1.0)
+        train_op = optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        finite_t = tf.reduce_all([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights])
+    return TrainingGraph(
+        graph, inputs, labels_t, learning_rate_t, dropout_seed_t, loss_t, train_op, logits_t, finite_t, weights
+    )

@@ -1,8 +1,8 @@
-"""bert-tensorflow's own `modeling`, `tokenization` and `optimization`, running under TensorFlow 2.
+"""Loads bert-tensorflow's own `modeling`, `tokenization` and `optimization` so that they run under TensorFlow 2.
 
-Written for TensorFlow 1, they import `tensorflow.contrib`, call a Keras 2 layer, and define a process-wide
-absl flag. Each is executed here as a private module whose few outdated imports are answered by stand-ins, so
-that `sys.modules`, the environment, absl's flags and the caller's TensorFlow stay as they were.
+They were written for TensorFlow 1: they import `tensorflow.contrib`, call a layer of Keras 2, and define a process-wide
+absl flag. Here each is executed as a private module, and its few outdated imports get stand-ins. So `sys.modules`, the
+environment, absl's flags and the TensorFlow of the caller do not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ tf1 = tf.compat.v1
 
 
 def _layer_norm(epsilon: float) -> Callable[..., Any]:
-    """Stand in for `tf.contrib.layers.layer_norm` over the last axis (its own epsilon was 1e-12)."""
+    """Return a stand-in for `tf.contrib.layers.layer_norm` over the last axis (whose epsilon was always 1e-12)."""
 
     def layer_norm(inputs: Any, begin_norm_axis: int, begin_params_axis: int, scope: str | None) -> Any:
         with tf1.variable_scope(scope, default_name="LayerNorm"):
@@ -35,7 +35,7 @@ def _layer_norm(epsilon: float) -> Callable[..., Any]:
 
 
 def _dense(inputs: Any, units: int, activation: Any, kernel_initializer: Any) -> Any:
-    """Stand in for `tf.layers.dense` on a matrix, which TensorFlow 2 has only with Keras 2."""
+    """Stand in for `tf.layers.dense` on a matrix; TensorFlow 2 has that only together with Keras 2."""
     with tf1.variable_scope(None, default_name="dense"):
         kernel = tf1.get_variable("kernel", [inputs.shape[-1], units], initializer=kernel_initializer)
         bias = tf1.get_variable("bias", [units], initializer=tf1.zeros_initializer())
@@ -47,20 +47,20 @@ DROPOUT_SEED = "cascade_lab/dropout_seed"
 
 
 def _dropout(inputs: Any, rate: float) -> Any:
-    """Stand in for `tf.nn.dropout`, with masks that depend on the graph's seed alone.
+    """Stand in for `tf.nn.dropout`, with masks that depend only on the seed that the graph is fed.
 
-    The original draws from a generator whose state dies with the session, so that a resumed training would
-    not go on as the interrupted one would have.
+    The original draws from a generator whose state ends with the session: a resumed training would get other masks than
+    an uninterrupted one.
     """
     graph = tf1.get_default_graph()
     (seed_t,) = graph.get_collection(DROPOUT_SEED)
     graph.add_to_collection(f"{DROPOUT_SEED}/uses", None)
-    use = len(graph.get_collection(f"{DROPOUT_SEED}/uses"))
-    return tf.nn.experimental.stateless_dropout(inputs, rate, seed=seed_t + tf.constant([use << 20, 0]))
+    layer = len(graph.get_collection(f"{DROPOUT_SEED}/uses"))  # every dropout of the graph gets its own masks
+    return tf.nn.experimental.stateless_dropout(inputs, rate, seed=seed_t + tf.constant([layer << 20, 0]))
 
 
 class _Proxy:
-    """A module with some of its names replaced."""
+    """A module in which some names are replaced."""
 
     def __init__(self, module: Any, **replaced: Any):
         self._module = module
@@ -77,7 +77,7 @@ _FLAGS = SimpleNamespace(preserve_unused_tokens=False)
 @cache
 def load(name: str, *, layer_norm_eps: float = 1e-12) -> ModuleType:
     """Return a private copy of bert-tensorflow's module `name`: `modeling`, `tokenization` or `optimization`."""
-    # What `import a.b.c as x` and `from a import x` find, by the name that is imported.
+    # Maps the name in an import statement to what the statement gets (`import a.b.c as x`, `from a import x`).
     stand_ins = {
         "tensorflow.compat.v1": SimpleNamespace(compat=SimpleNamespace(v1=_TENSORFLOW_1)),
         "tensorflow.contrib": SimpleNamespace(layers=SimpleNamespace(layer_norm=_layer_norm(layer_norm_eps))),
@@ -88,6 +88,8 @@ def load(name: str, *, layer_norm_eps: float = 1e-12) -> ModuleType:
         return stand_ins.get(name) or builtins.__import__(name, *args, **kwargs)
 
     package = find_spec("bert")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("bert-tensorflow is not installed; install bert-tensorflow==1.0.4")
     path = Path(package.submodule_search_locations[0]) / f"{name}.py"
     module = ModuleType(f"{__name__}.{name}")
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": import_}

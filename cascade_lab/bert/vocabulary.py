@@ -1,4 +1,4 @@
-"""A WordPiece vocabulary of one's own, in the layout of BERT's `vocab.txt`."""
+"""Trains a new WordPiece vocabulary, in the format of BERT's `vocab.txt`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def train_vocabulary(texts: Sequence[str], *, size: int, do_lower_case: bool = True) -> list[str]:
-    """Return the tokens of a WordPiece vocabulary for `texts`, at most `size`, special tokens first.
+    """Train a WordPiece vocabulary on `texts` and return its tokens: at most `size`, special tokens first.
 
+    Examples
+    --------
     >>> train_vocabulary(["to be or not to be"] * 3, size=20)[:8]
     ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'b', 'e', 'n']
     """

@@ -1,13 +1,11 @@
-"""Files of a model, written: a checkpoint by TensorFlow, its small companions by hand."""
+"""Writes the files of a model: TensorFlow 1 checkpoints, and text files such as `vocab.txt`."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -22,9 +20,9 @@ def save_checkpoint(weights: Mapping[str, np.ndarray], prefix: Path) -> None:
             variable = tf1.get_variable(
                 name, weight.shape, tf.float32, initializer=tf1.zeros_initializer(), use_resource=False
             )
-            # Fed, not held by the graph, which must stay below 2 GB.
+            # The value is fed: a constant would be stored in the graph, which must be smaller than 2 GB.
             session.run(variable.initializer, {variable.initializer.inputs[1]: weight})
-        # Relative, since a directory has another name until it is whole.
+        # Relative paths, since the directory is renamed when it is complete.
         saver = tf1.train.Saver(save_relative_paths=True)
         with disk_errors():
             saver.save(session, str(prefix), write_meta_graph=False)
@@ -32,20 +30,15 @@ def save_checkpoint(weights: Mapping[str, np.ndarray], prefix: Path) -> None:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Raise what TensorFlow says of the disk as the OSError that it is, in one line."""
+    """Turn TensorFlow's error about the disk into an OSError with a message of one line."""
     try:
         yield
     except tf.errors.OpError as error:
-        # Somewhere in its many lines stands "path; No space left on device".
+        # One of the many lines of TensorFlow's message is "path; No space left on device".
         reason = re.search(r"^\S+; (.+)$", str(error), re.MULTILINE)
         raise OSError(reason[1] if reason else str(error).splitlines()[0]) from error
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON for people and programs."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write one a line, as `vocab.txt` and `labels.txt` are; a line ends in a bare newline on every system."""
+    """Write one line per item, as in `vocab.txt` and `labels.txt`; lines end with "\\n" on every system."""
     path.write_bytes("".join(f"{line}\n" for line in lines).encode())

@@ -1,4 +1,4 @@
-"""`cascade-lab`: a thin skin over the package. What a command needs is imported when it runs."""
+"""Collects the commands of `cascade-lab`; each imports what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli import (
-    attributing,
-    auditing,
-    calibrating,
-    checking,
-    checkpoints,
-    comparing,
-    inspecting,
-    reporting,
-    runs,
-    timing,
-    tuning,
-)
+from cascade_lab.cli.attribute import attribute
+from cascade_lab.cli.audit import audit
+from cascade_lab.cli.calibrate import calibrate
+from cascade_lab.cli.compare import compare
 from cascade_lab.cli.console import Group
+from cascade_lab.cli.correct import correct
+from cascade_lab.cli.export import export
+from cascade_lab.cli.finetune import finetune
+from cascade_lab.cli.import_hf import import_hf
+from cascade_lab.cli.import_logits import import_logits
+from cascade_lab.cli.inspect import inspect
+from cascade_lab.cli.latency import latency
+from cascade_lab.cli.predict import predict
+from cascade_lab.cli.report import report
+from cascade_lab.cli.run import run
+from cascade_lab.cli.study import study
+from cascade_lab.cli.tune import tune
+from cascade_lab.cli.verify import verify
+from cascade_lab.cli.verify_precision import verify_precision
+from cascade_lab.cli.vocabulary import vocabulary
 
 app = typer.Typer(
     cls=Group,
@@ -30,16 +36,38 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+COMMANDS = (
+    run,
+    import_logits,
+    predict,
+    inspect,
+    report,
+    verify,
+    tune,
+    attribute,
+    calibrate,
+    compare,
+    latency,
+    verify_precision,
+    audit,
+    correct,
+    finetune,
+    vocabulary,
+    import_hf,
+    export,
+    study,
+)
+
 
 @app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")] = False,
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """The lab bench for cascades of BERT classifiers.
 
-    A cascade is two or more fine-tuned BERT checkpoints in series, named in a cascade.toml. **run** pushes an
-    eval set through it once and keeps every stage's logits in a run directory; everything after that is
-    arithmetic on those.
+    A cascade is two or more fine-tuned BERT checkpoints in series, described in a cascade.toml. **run** scores an eval
+    set with it once and keeps the logits of every stage in a run directory. The commands after that compute from the
+    kept logits.
 
     A first look:
 
@@ -51,26 +79,10 @@ def options(
     """
 
 
-app.command()(runs.run)
-app.command()(runs.predict)
-app.command()(inspecting.inspect)
-app.command()(reporting.report)
-app.command()(reporting.verify)
-app.command()(tuning.tune)
-app.command()(attributing.attribute)
-app.command()(calibrating.calibrate)
-app.command()(comparing.compare)
-app.command()(timing.latency)
-app.command("verify-precision")(checking.verify_precision)
-app.command()(auditing.audit)
-app.command()(auditing.correct)
-app.command()(checkpoints.finetune)
-app.command()(checkpoints.vocabulary)
-app.command("import-hf")(checkpoints.import_hf)
-app.command()(checkpoints.export)
-app.command()(checkpoints.study)
+for command in COMMANDS:
+    app.command(command.__name__.replace("_", "-"))(command)
 
 
 def main() -> None:
-    """The `cascade-lab` command."""
+    """Run the command `cascade-lab`."""
     app()

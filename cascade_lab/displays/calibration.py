@@ -1,45 +1,63 @@
-"""Reliability diagrams: how often what was claimed came true."""
+"""Draws reliability diagrams: how often predictions of each confidence are correct."""
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from cascade_lab.analysis.calibration import N_BINS, Bins, calibration_figures, claims, reliability
+from cascade_lab.analysis.calibration import (
+    N_BINS,
+    Bins,
+    calibration_error,
+    calibration_metrics,
+    confidences,
+    reliability,
+    reliability_curve,
+)
 from cascade_lab.analysis.metrics import On
-from cascade_lab.displays.words import words
+from cascade_lab.displays.drawing import Display, Style, hide_spines, plain_text
 from cascade_lab.run import Run
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class CascadeCalibrationDisplay:
-    """A reliability diagram, with intervals, above the distribution of the probabilities that were claimed.
+
+class CascadeCalibrationDisplay(Display):
+    """A reliability diagram with intervals, above a histogram of the confidences.
 
     Parameters
     ----------
     curve : DataFrame
-        As `reliability` returns it.
-    figures : DataFrame
-        As `calibration_figures` returns it.
-    p : ndarray, shape (n,)
-        The probability that was claimed of each text.
+        What `reliability` returns.
+    metrics : DataFrame
+        What `calibration_metrics` returns.
+    confidence : ndarray, shape (n,)
+        The predicted probability for each text.
     title : str
     event : str
-        What was claimed, for the axes.
+        What the probability is of: "correct", or the pass label of a gate.
 
     Attributes
     ----------
-    curve, figures, p, title, event
+    curve, metrics, confidence, title, event
         As given.
     ax_, figure_ : Axes, Figure
         After `plot`.
     """
 
     def __init__(
-        self, curve: pd.DataFrame, figures: pd.DataFrame, p: np.ndarray, *, title: str = "", event: str = "right"
+        self,
+        curve: pd.DataFrame,
+        metrics: pd.DataFrame,
+        confidence: np.ndarray,
+        *,
+        title: str = "",
+        event: str = "correct",
     ):
-        self.curve, self.figures, self.p = curve, figures, p
+        self.curve, self.metrics, self.confidence = curve, metrics, confidence
         self.title, self.event = title, event
 
     @classmethod
@@ -51,79 +69,119 @@ class CascadeCalibrationDisplay:
         on: On = "reached",
         n_bins: int = N_BINS,
         bins: Bins = "equal_mass",
-        fitted_here: bool = False,
-    ) -> CascadeCalibrationDisplay:
-        """Compute for one stage or, without one, for p(gate) · p(class) of the best class in scope.
+        allow_fitted_set: bool = False,
+    ) -> Self:
+        """Compute the diagram of one stage or, without `stage`, of p(gate) · p(class) of the best in-scope label.
 
         Parameters
         ----------
-        run, stage, on, n_bins, bins, fitted_here
-            As for `cascade_lab.analysis.calibration.reliability`, which also says what it raises.
+        run, stage, on, n_bins, bins, allow_fitted_set
+            As for `cascade_lab.analysis.calibration.reliability`, which also lists what is raised.
         """
-        how = {"on": on, "fitted_here": fitted_here}
-        binned = {"n_bins": n_bins, "bins": bins}
-        asked = "on everything"
+        options: dict[str, Any] = {"stage": stage, "on": on, "allow_fitted_set": allow_fitted_set}
+        binning: dict[str, Any] = {"n_bins": n_bins, "bins": bins}
+        texts = "on all texts"
         if on == "reached":
-            asked = f"on what reached {'it' if stage else run.spec.last.name}"
-        event = "right"
+            texts = f"on the texts that reached {'it' if stage else run.spec.last.name}"
+        event = "correct"
         if stage is not None and run.spec.stage(stage).is_gate:
             event = run.spec.stage(stage).pass_label or ""
-        name = f"stage {stage}" if stage else "p(gate) · p(class)"
         return cls(
-            reliability(run, stage, **how, **binned),
-            calibration_figures(run, stage, **how, **binned),
-            claims(run, stage, **how).p,
-            title=f"{name}, {asked}",
+            reliability(run, **options, **binning),
+            calibration_metrics(run, **options, **binning),
+            confidences(run, **options).confidence,
+            title=f"{f'stage {stage}' if stage else 'p(gate) · p(class)'}, {texts}",
             event=event,
         )
 
-    def plot(self, ax: Axes | None = None) -> CascadeCalibrationDisplay:
-        """Draw the curve, the diagonal of perfect calibration, and how many texts claim what along the foot."""
-        if ax is None:
-            _, ax = plt.subplots(figsize=(5.2, 5.8), layout="constrained")
-        self.ax_, self.figure_ = ax, ax.get_figure(root=True)
-        ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", zorder=1)
-        claimed, value = self.curve["claimed"].to_numpy(), self.curve["value"].to_numpy()
-        error = np.maximum([value - self.curve["low"], self.curve["high"] - value], 0)
-        ax.errorbar(
-            claimed, value, error, color=_INK, marker="o", markersize=4.5, linewidth=1.2, elinewidth=1, capsize=0
+    @classmethod
+    def from_predictions(
+        cls,
+        correct: Any,
+        confidence: Any,
+        *,
+        n_bins: int = N_BINS,
+        bins: Bins = "equal_mass",
+        title: str = "",
+        event: str = "correct",
+    ) -> Self:
+        """Compute the diagram of plain arrays.
+
+        Parameters
+        ----------
+        correct : array-like of bool, shape (n,)
+            Whether each prediction is correct.
+        confidence : array-like of float, shape (n,)
+            The predicted probability of that, between 0 and 1.
+        n_bins, bins
+            As for `from_run`.
+        title, event : str
+        """
+        return cls(
+            reliability_curve(correct, confidence, n_bins=n_bins, bins=bins),
+            calibration_error(correct, confidence, n_bins=n_bins, bins=bins),
+            np.asarray(confidence, dtype=np.float64),
+            title=title,
+            event=event,
         )
-        heights, edges = np.histogram(self.p, bins=40, range=(0, 1))
-        # The foot, a seventh of the height, is a place of its own: below 0, where the curve never is.
+
+    def frame(self) -> pd.DataFrame:
+        """Return the curve: one row per bin."""
+        return self.curve
+
+    def plot(self, ax: Axes | None = None, **kwargs: Any) -> Self:
+        """Draw the curve, the diagonal of perfect calibration, and below them how many texts have each confidence.
+
+        Parameters
+        ----------
+        ax : Axes, optional
+        **kwargs
+            Go to `Axes.errorbar`, which draws the curve.
+        """
+        ax = self._axes(ax, (5.2, 5.8))
+        ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", zorder=1)
+        value = self.curve["value"].to_numpy()
+        error = np.maximum([value - self.curve["low"], self.curve["high"] - value], 0)
+        style: Style = {
+            "color": _DARK,
+            "marker": "o",
+            "markersize": 4.5,
+            "linewidth": 1.2,
+            "elinewidth": 1,
+            "capsize": 0,
+        }
+        ax.errorbar(self.curve["mean_confidence"], value, error, **(style | kwargs))
+        heights, edges = np.histogram(self.confidence, bins=40, range=(0, 1))
+        # The histogram is below 0, where the curve never is. It takes a seventh of the height.
         foot = 1 / 6
         if heights.sum():
-            ax.bar(
-                edges[:-1],
-                foot * 0.8 * heights / heights.max(),
-                np.diff(edges),
-                bottom=-foot,
-                align="edge",
-                color=_FILL,
-                linewidth=0,
-            )
+            tops = foot * 0.8 * heights / heights.max()
+            ax.bar(edges[:-1], tops, np.diff(edges), bottom=-foot, align="edge", color=_PALE, linewidth=0)
         ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         ax.set(xlim=(-0.02, 1.02), ylim=(-foot, 1.03), aspect="equal")
         ax.set_yticks([-foot / 2, *np.linspace(0, 1, 6)], ["texts", *(f"{v:.1f}" for v in np.linspace(0, 1, 6))])
+        hide_spines(ax)
         ax.tick_params(axis="y", length=0)
-        event = words(self.event, 24)
-        ax.set_xlabel(f"probability of {event}")
-        ax.set_ylabel(f"fraction {event}")
-        ax.set_title(words(self.title) + f"\n{self._said()}", fontsize=9.5, loc="left", linespacing=1.5)
-        ax.spines[["top", "right"]].set_visible(False)
+        event = plain_text(self.event, 24)
+        correct = event == "correct"
+        ax.set_xlabel("confidence" if correct else f'confidence: probability of "{event}"')
+        ax.set_ylabel(
+            "fraction of texts that are correct" if correct else f'fraction of texts with true label "{event}"'
+        )
+        ax.set_title(plain_text(self.title) + f"\n{self._summary()}", fontsize=9.5, loc="left", linespacing=1.5)
         return self
 
-    def _said(self) -> str:
-        attrs = self.figures.attrs
+    def _summary(self) -> str:
+        attrs = self.metrics.attrs
         if not attrs["n_examples"]:
             return "no texts"
-        bins = f"{attrs['n_bins']} bins of {_BINS[attrs['bins']]}"
-        ece, chance = self.figures.loc["ece"], self.figures.loc["ece_if_calibrated"]
+        bins = f"{attrs['n_bins']} bins of {attrs['bins'].replace('_', ' ')}"
+        ece, chance = self.metrics.loc["ece"], self.metrics.loc["ece_if_calibrated"]
         return (
             f"{attrs['n_examples']:,} texts, {bins}\n"
             f"ECE {ece['value']:.3f} ({ece['low']:.3f} to {ece['high']:.3f}); "
-            f"{chance['low']:.3f} to {chance['high']:.3f} if calibrated"
+            f"if calibrated, {chance['low']:.3f} to {chance['high']:.3f}"
         )
 
 
-_INK, _FILL = "#123c69", "#a9c1dc"  # dark and pale in grey too
-_BINS = {"equal_mass": "equal mass", "equal_width": "equal width"}
+_DARK, _PALE = "#123c69", "#a9c1dc"  # also dark and pale in a grey print

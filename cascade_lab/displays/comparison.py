@@ -1,26 +1,30 @@
-"""Two runs side by side: differences with their intervals, classes won and lost, and whose doing it is."""
+"""Draws two runs side by side: metrics with intervals, labels that got better or worse, and the stages behind it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from cascade_lab.analysis.comparison import Comparison, compare
-from cascade_lab.displays.words import words
+from cascade_lab.analysis.comparison import CHANGES, LOSS, WIN, Comparison, compare
+from cascade_lab.displays.drawing import Display, Style, hide_spines, metric_label, plain_text
 from cascade_lab.run import Run
+from cascade_lab.text import shorten
 
-DARK, LIGHT = "#1f4e79", "#f0a860"  # blue and sand: apart in grey too
-GAIN: dict[str, Any] = {"color": DARK}
-LOSS: dict[str, Any] = {"color": LIGHT, "hatch": "///", "edgecolor": "0.3"}
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_DARK, _LIGHT = "#1f4e79", "#f0a860"  # blue and sand: different in a grey print too
+_GAIN: Style = {"color": _DARK, "linewidth": 0}
+_LOSS: Style = {"color": _LIGHT, "hatch": "///", "edgecolor": "0.3", "linewidth": 0}
 
 
-class ComparisonDisplay:
-    """What changes from run A to run B, in three pictures.
+class ComparisonDisplay(Display):
+    """What changes from run A to run B, in three pictures: `plot`, `plot_labels` and `plot_decomposition`.
 
     Parameters
     ----------
@@ -29,68 +33,88 @@ class ComparisonDisplay:
     Attributes
     ----------
     comparison : Comparison
+    title : str
     ax_, figure_ : Axes, Figure
         After one of the plots.
     """
 
     def __init__(self, comparison: Comparison):
         self.comparison = comparison
+        a, b = (shorten(Path(run["name"]).name, 40) for run in comparison.runs)
+        self.title = f"A: {a}, B: {b}, on {len(comparison.pairs):,} texts"
 
     @classmethod
-    def from_runs(cls, run_a: Run, run_b: Run, **options: Any) -> ComparisonDisplay:
-        """Compute from two runs, with `compare` and its options."""
+    def from_runs(cls, run_a: Run, run_b: Run, **options: Any) -> Self:
+        """Compute from two runs, with `cascade_lab.analysis.comparison.compare` and its options."""
         return cls(compare(run_a, run_b, **options))
 
-    def plot(self, ax: Axes | None = None) -> ComparisonDisplay:
-        """Draw every figure's difference as a point on its interval; filled where that lies on one side of zero."""
-        figures = self.comparison.figures
-        ax = self._axes(ax, (7.5, 1.3 + 0.42 * len(figures)))
-        for row, (difference, low, high) in enumerate(100 * figures[["difference", "low", "high"]].to_numpy()):
-            told = low > 0 or high < 0
-            ax.plot([low, high], [row, row], color=DARK, linewidth=2.2, solid_capstyle="butt")
-            ax.plot(difference, row, "o", color=DARK, markerfacecolor=DARK if told else "white", markersize=7)
+    def frame(self) -> pd.DataFrame:
+        """Return one row per metric: the values of A and B, the difference and its interval, and the p-value."""
+        return self.comparison.metrics
+
+    def plot(self, ax: Axes | None = None, **kwargs: Any) -> Self:
+        """Draw the difference of each metric as a point on its interval; it is filled if the interval excludes zero.
+
+        Parameters
+        ----------
+        ax : Axes, optional
+        **kwargs
+            Go to `Axes.plot`, which draws the points.
+        """
+        metrics = self.comparison.metrics
+        ax = self._axes(ax, (7.5, 1.3 + 0.42 * len(metrics)))
+        for row, (difference, low, high) in enumerate(100 * metrics[["difference", "low", "high"]].to_numpy()):
+            excludes_zero = low > 0 or high < 0
+            ax.plot([low, high], [row, row], color=_DARK, linewidth=2.2, solid_capstyle="butt")
+            style: Style = {"marker": "o", "color": _DARK, "markerfacecolor": _DARK if excludes_zero else "white"}
+            ax.plot(difference, row, **(style | {"markersize": 7} | kwargs))
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-        names = [name.replace("_", " ").replace("f1", "F1") for name in figures.index]
-        names = [f"{name} (less is better)" if name == "risk" else name for name in names]
-        ax.set_yticks(range(len(figures)), names)
-        # The figures themselves stand at the right, where another picture would have its own axis.
-        right = ax.secondary_yaxis("right")
-        right.set_yticks(range(len(figures)), [_from_to(a, b) for a, b in figures[["a", "b"]].to_numpy()])
-        for axis in (ax, right):
-            axis.tick_params(axis="y", length=0)
-            axis.spines[["top", "left", "right"]].set_visible(False)
-        ax.set_ylim(len(figures) - 0.5, -0.5)
-        ax.set_xlabel("B - A, in points of a hundred, and the 95% interval")
-        a, b = (words(Path(run["directory"]).name, 40) for run in self.comparison.runs)
-        ax.set_title(f"A: {a}, B: {b}, on {len(self.comparison.pairs):,} texts", fontsize=11, loc="left")
+        names = [
+            f"{metric_label(name)} (lower is better)" if name == "risk" else metric_label(name)
+            for name in metrics.index
+        ]
+        # The values of A and B are written at the right, where another picture would have its own axis.
+        _label_rows(ax, names, [_change(a, b) for a, b in metrics[["a", "b"]].to_numpy()])
+        ax.set_ylim(len(metrics) - 0.5, -0.5)
+        ax.set_xlabel(f"B − A in percentage points, with {self.comparison.level:.0%} intervals")
+        self._set_title(self.title, max_length=110)
         return self
 
-    def plot_classes(self, ax: Axes | None = None, *, n_labels: int = 20) -> ComparisonDisplay:
-        """Draw texts won and lost for the gold labels with the largest differences.
+    def plot_labels(self, ax: Axes | None = None, *, n_labels: int = 20, **kwargs: Any) -> Self:
+        """Draw the texts that only B, and that only A, gets right, for the true labels with the largest differences.
 
-        A star marks a label whose difference holds after correction for looking at all of them (Holm, 0.05).
+        A star marks a label whose difference is significant (p < 0.05) after Holm's correction for all labels.
+
+        Parameters
+        ----------
+        ax : Axes, optional
+        n_labels : int
+            The most labels to draw.
+        **kwargs
+            Go to `Axes.barh`, which draws the bars.
         """
-        classes = self.comparison.classes
-        changed = classes[classes["wins"] + classes["losses"] > 0]
-        net, moved = (changed["wins"] - changed["losses"]).abs(), changed["wins"] + changed["losses"]
-        shown = changed.iloc[np.lexsort((changed.index, -moved, -net))][:n_labels]
+        changed = self.comparison.changed_labels()
+        net, total = (changed["wins"] - changed["losses"]).abs(), changed["wins"] + changed["losses"]
+        shown = changed.iloc[np.lexsort((changed.index, -total, -net))][:n_labels]
         shown = shown.loc[(shown["wins"] - shown["losses"]).sort_values(ascending=False, kind="stable").index]
         ax = self._axes(ax, (7.5, 1.4 + 0.27 * max(len(shown), 2)))
-        title = f"{len(changed)} of {len(classes)} gold labels changed"
+        title = f"{len(changed)} of {len(self.comparison.labels)} true labels changed"
         if len(shown) < len(changed):
-            title += f": the {len(shown)} with the largest differences"
+            title += f"; the {len(shown)} with the largest differences"
         ax.set_title(title, fontsize=11, loc="left", pad=6 if shown.empty else 24)
         if shown.empty:
             ax.set_axis_off()
             return self
         rows = np.arange(len(shown))
-        for kind, side, style in (("wins", 1, GAIN), ("losses", -1, LOSS)):
-            label = "B right, A wrong" if side > 0 else "A right, B wrong"
-            bars = ax.barh(rows, side * shown[kind], linewidth=0, label=label, **style)
-            ax.bar_label(bars, [f"{value:,}" if value else "" for value in shown[kind]], padding=3, fontsize=8)
+        for column, sign, style, label in (
+            ("wins", 1, _GAIN, CHANGES[WIN]),
+            ("losses", -1, _LOSS, CHANGES[LOSS]),
+        ):
+            bars = ax.barh(rows, sign * shown[column], **(style | {"label": label} | kwargs))
+            ax.bar_label(bars, [f"{value:,}" if value else "" for value in shown[column]], padding=3, fontsize=8)
         stars = np.where(shown["p_holm"] < 0.05, " *", "")
-        labels = [words(str(name), 40) + star for name, star in zip(shown.index, stars, strict=True)]
-        ax.set_yticks(rows, labels, fontsize=9)
+        names = [plain_text(str(name), 40) + star for name, star in zip(shown.index, stars, strict=True)]
+        ax.set_yticks(rows, names, fontsize=9)
         ax.axvline(0, color="0.2", linewidth=0.8)
         ax.margins(x=0.1)
         ax.set_ylim(len(shown) - 0.4, -0.6)
@@ -98,48 +122,56 @@ class ComparisonDisplay:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):,.0f}"))
         ax.set_xlabel("texts" + (" (*: p < 0.05 after Holm's correction)" if (stars == " *").any() else ""))
         ax.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=2)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.tick_params(axis="y", length=0)
+        hide_spines(ax, "top", "right", "left")
         return self
 
-    def plot_decomposition(self, ax: Axes | None = None) -> ComparisonDisplay:
-        """Draw the way from A's accuracy to B's: the gates', the last stages', and what both do together."""
-        split = self.comparison.decomposition
+    def plot_decomposition(self, ax: Axes | None = None, **kwargs: Any) -> Self:
+        """Draw the steps from A's accuracy to B's: B's gates, B's last stage, and their interaction.
+
+        Parameters
+        ----------
+        ax : Axes, optional
+        **kwargs
+            Go to `Axes.barh`, which draws the steps.
+        """
+        decomposition = self.comparison.decomposition
         ax = self._axes(ax, (7.5, 2.9))
-        ax.set_title("whose doing the difference in accuracy is", fontsize=11, loc="left")
-        if split is None:
-            ax.set_title("gates and last stages of A and B cannot be swapped", fontsize=11, loc="left")
+        if decomposition is None:
+            self._set_title("gates and last stages of A and B cannot be exchanged")
             ax.set_axis_off()
             return self
-        a, b = 100 * split.accuracies["AA"], 100 * split.accuracies["BB"]
-        at, names = a, ["A", "B's gate", "B's classifier", "interaction", "B"]
-        for row, effect in enumerate(split.effects.values(), 1):
+        self._set_title("which stage the difference in accuracy comes from")
+        a, b = 100 * decomposition.accuracies["AA"], 100 * decomposition.accuracies["BB"]
+        x = a
+        for row, effect in enumerate(decomposition.effects.values(), 1):
             value, low, high = (100 * part for part in effect)
-            ax.plot([at, at], [row - 1, row + 0.3], color="0.6", linewidth=0.8, zorder=0)
-            ax.barh(row, value, left=at, height=0.5, linewidth=0, **(GAIN if value >= 0 else LOSS))
-            ax.plot([at + low, at + high], [row + 0.36, row + 0.36], color="black", linewidth=1.2)
-            at += value
-        ax.plot([at, at], [3, 4], color="0.6", linewidth=0.8, zorder=0)
+            ax.plot([x, x], [row - 1, row + 0.3], color="0.6", linewidth=0.8, zorder=0)
+            ax.barh(row, value, left=x, height=0.5, **((_GAIN if value >= 0 else _LOSS) | kwargs))
+            ax.plot([x + low, x + high], [row + 0.36, row + 0.36], color="black", linewidth=1.2)
+            x += value
+        ax.plot([x, x], [3, 4], color="0.6", linewidth=0.8, zorder=0)
         ax.plot([a, b], [0, 4], "D", color="black", markersize=7, linestyle="none")
-        said = [f"{a:.2f}%", *(f"{100 * effect.value:+.2f}" for effect in split.effects.values()), f"{b:.2f}%"]
-        ax.set_yticks(range(5), names)
-        right = ax.secondary_yaxis("right")
-        right.set_yticks(range(5), said)
-        for axis in (ax, right):
-            axis.tick_params(axis="y", length=0)
-            axis.spines[["top", "left", "right"]].set_visible(False)
+        values = [
+            f"{a:.2f}%",
+            *(f"{100 * effect.value:+.2f}" for effect in decomposition.effects.values()),
+            f"{b:.2f}%",
+        ]
+        _label_rows(ax, ["A", "B's gates", "B's last stage", "interaction", "B"], values)
         ax.set_ylim(4.5, -0.5)
         ax.use_sticky_edges = False
         ax.margins(x=0.08)
-        ax.set_xlabel("accuracy, % (lines: 95% intervals of the change)")
+        ax.set_xlabel(f"accuracy in percent (lines: {self.comparison.level:.0%} intervals of the change)")
         return self
 
-    def _axes(self, ax: Axes | None, size: tuple[float, float]) -> Axes:
-        if ax is None:
-            _, ax = plt.subplots(figsize=size, layout="constrained")
-        self.ax_, self.figure_ = ax, ax.get_figure(root=True)
-        return ax
+
+def _label_rows(ax: Axes, left: list[str], right: list[str]) -> None:
+    """Name each row at the left, and write its values at the right."""
+    ax.set_yticks(range(len(left)), left)
+    other = ax.secondary_yaxis("right")
+    other.set_yticks(range(len(right)), right)
+    for axis in (ax, other):
+        hide_spines(axis, "top", "left", "right")
 
 
-def _from_to(a: float, b: float) -> str:
+def _change(a: float, b: float) -> str:
     return " → ".join("–" if np.isnan(value) else f"{100 * value:.1f}%" for value in (a, b))

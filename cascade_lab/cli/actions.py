@@ -1,0 +1,59 @@
+"""Does what several commands need: loads a cascade, reads an eval set for it, writes a report, names a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from cascade_lab.cli.console import quiet_tensorflow, shows_progress
+
+if TYPE_CHECKING:
+    from cascade_lab.cascade import Cascade
+    from cascade_lab.evalset import EvalSet
+    from cascade_lab.run import Run
+    from cascade_lab.spec import CascadeSpec
+
+
+def default_directory(name: str) -> Path:
+    """Return `runs/NAME-TIME`, for a command that was given no output."""
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def read_evalset(path: Path, spec: CascadeSpec, *, split: str | None, limit: int | None) -> EvalSet:
+    """Read labelled texts, check every label against the cascade, and keep at most `limit` texts."""
+    from cascade_lab.decisions import check_labels
+    from cascade_lab.evalset import EvalSet
+
+    evalset = EvalSet.read(path, split=split)
+    check_labels(spec, evalset.examples, evalset.locations)
+    return evalset if limit is None else evalset.limit(limit)
+
+
+def load_cascade(spec: CascadeSpec) -> Cascade:
+    """Load TensorFlow and every stage of a cascade, quietly. Close the cascade after use."""
+    with quiet_tensorflow(f"loading {len(spec.stages)} stages"):
+        from cascade_lab.cascade import Cascade
+
+        return Cascade.load(spec)
+
+
+def make_report(
+    run: Run,
+    output: Path | None = None,
+    *,
+    notebook: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a run's report, with progress on a terminal; the first notebook's report comes with a run's figures."""
+    from cascade_lab.reporting.report import NOTEBOOK, write_figures, write_report
+
+    notebook = notebook or NOTEBOOK
+    path = write_report(run, output, notebook=notebook, parameters=parameters, progress=shows_progress())
+    if notebook == NOTEBOOK:
+        with Console(stderr=True).status("drawing figures"):
+            write_figures(run)
+    return path

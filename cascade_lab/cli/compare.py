@@ -1,0 +1,159 @@
+"""`cascade-lab compare` shows whether one run is better than another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.padding import Padding
+from rich.table import Table
+
+from cascade_lab.cli.options import OVERWRITE, SHOWN_TEXTS
+from cascade_lab.cli.printing import MAX_CELL, cell, interval, line, number, p_value, show, signed, table, title
+from cascade_lab.text import shorten
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cascade_lab.analysis.comparison import Comparison
+
+MAX_GROUPS = 8  # labels, and slices, that are shown
+MAX_NAME = 40  # characters of a label or a slice
+EFFECTS = {
+    "gate": "gates: B's instead of A's",
+    "classifier": "last stage: B's instead of A's",
+    "interaction": "both, beyond the sum of the two",
+}
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The run to improve on.", show_default=False)],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run that may be better.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file to write: all numbers, and every text that changed.")
+    ] = None,
+    texts: SHOWN_TEXTS = 3,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN", help="Slice by this column of the examples [default: columns of at most 50 values]."
+        ),
+    ] = None,
+    overwrite: OVERWRITE = False,
+) -> None:
+    """Show whether run B is better than run A: by how much, for which labels and slices, and because of which stage.
+
+    The runs are joined on example_id. Their cascades may have different stages, but the true labels must be the same.
+
+    Example: cascade-lab compare runs/demo runs/demo-tuned
+    """
+    from cascade_lab.analysis.comparison import compare as compare_runs
+    from cascade_lab.atomic import refuse_existing, write_json
+    from cascade_lab.run import Run
+
+    if output is not None:
+        refuse_existing(output, overwrite=overwrite)
+    comparison = compare_runs(Run.read(run_a), Run.read(run_b), columns=column or None)
+    if output is not None:
+        write_json(output, comparison.to_dict())
+    _print_comparison(comparison, n_texts=texts)
+    if output is not None:
+        line(f"comparison: {output}")
+
+
+def _print_comparison(comparison: Comparison, *, n_texts: int) -> None:
+    from cascade_lab.analysis.comparison import CHANGES
+
+    _print_runs(comparison)
+    show("", _metrics(comparison.metrics), "", title(comparison.verdict))
+    counts = comparison.pairs["change"].value_counts()
+    wins, losses, otherwise = (int(counts.get(change, 0)) for change in CHANGES)
+    line(f"wins, B right where A is wrong: {wins:,}; losses: {losses:,}; wrong in another way: {otherwise:,}")
+    show("")
+    _print_decomposition(comparison)
+    _print_groups("true label", comparison.labels)
+    _print_groups("slice", comparison.slices)
+    _print_latency(comparison)
+    for change, meaning in CHANGES.items():
+        _print_texts(comparison.changes(change), meaning, n_texts)
+
+
+def _print_runs(comparison: Comparison) -> None:
+    for letter, run in zip("AB", comparison.runs, strict=True):
+        thresholds = [f"{name} {value:g}" for name, value in run["thresholds"].items() if value is not None]
+        facts = "; ".join([shorten(run["cascade"], MAX_CELL), *filter(None, [", ".join(thresholds)])])
+        line(f"{letter}: {run['name']} ({facts})")
+    only = ", ".join(f"{run['n_alone']:,} only in {letter}" for letter, run in zip("AB", comparison.runs, strict=True))
+    line(f"{len(comparison.pairs):,} texts in both, {only}")
+
+
+def _metrics(metrics: pd.DataFrame) -> Table:
+    shown = table("metric", "A", "B", "B - A", "95% interval", "McNemar p", fold_first=True)
+    for name, row in metrics.iterrows():
+        between = interval(row["low"], row["high"], "+.4f")
+        values = [number(row["a"]), number(row["b"]), signed(row["difference"])]
+        shown.add_row(str(name), *values, between, p_value(row["p_value"]))
+    return shown
+
+
+def _print_decomposition(comparison: Comparison) -> None:
+    if comparison.decomposition is None:
+        line(f"the difference cannot be split by stage: {comparison.not_decomposed}")
+        show("")
+        return
+    accuracies = comparison.decomposition.accuracies
+    shown = table("parts of the difference", "accuracy", "95% interval", fold_first=True)
+    for name, effect in comparison.decomposition.effects.items():
+        shown.add_row(EFFECTS[name], signed(effect.value), interval(effect.low, effect.high, "+.4f"))
+    shown.add_row("together", signed(accuracies["BB"] - accuracies["AA"]), "")
+    show(shown, "")
+
+
+def _print_groups(name: str, groups: pd.DataFrame) -> None:
+    """Print the groups with the strongest evidence of a change, if any text changed."""
+    changed = groups[groups["wins"] + groups["losses"] > 0]
+    if changed.empty:
+        return
+    shown = table(name, "texts", "A", "B", "wins", "losses", "p", "p (Holm)", fold_first=True)
+    for key, row in changed.head(MAX_GROUPS).iterrows():
+        group = key if isinstance(key, str) else f"{key[0]}: {key[1]}"
+        counts = [f"{int(row[column]):,}" for column in ("wins", "losses")]
+        accuracies = [number(row[column]) for column in ("accuracy_a", "accuracy_b")]
+        p = [p_value(row["p_value"]), p_value(row["p_holm"])]
+        shown.add_row(cell(group, MAX_NAME), f"{int(row['n_examples']):,}", *accuracies, *counts, *p)
+    show(shown)
+    line(f"p (Holm): corrected for {len(groups):,} tests")
+    show("")
+
+
+def _print_latency(comparison: Comparison) -> None:
+    if comparison.latency is None:
+        return
+    shown = table("time per text", "texts", "p50 ms", "p95 ms", "p99 ms", "mean ms, all texts", fold_first=True)
+    for (letter, stage), row in comparison.latency.iterrows():
+        ms = [number(row[column], ".2f") for column in ("p50_ms", "p95_ms", "p99_ms", "mean_ms")]
+        shown.add_row(f"{letter} {stage}", f"{int(row['n_texts']):,}", *ms)
+    show(shown)
+    keys = ("batch_size", "processor")
+    differing = [key.replace("_", " ") for key in keys if len({run[key] for run in comparison.runs}) > 1]
+    other = f" with different {' and '.join(differing)}" if differing else ""
+    line(f"from separate runs{other}: other work on the machines is part of the difference")
+    show("")
+
+
+def _print_texts(pairs: pd.DataFrame, meaning: str, n_texts: int) -> None:
+    """Print texts with their true label and the wrong answers."""
+    if not n_texts or pairs.empty:
+        return
+    of = f" (the {n_texts} most confident of {len(pairs):,})" if len(pairs) > n_texts else ""
+    show(title(f"{meaning}{of}"))
+    for row in pairs.head(n_texts).itertuples():
+        facts = [f"true label {row.label}"]
+        facts += [f"A {row.a} ({row.decided_by_a} {row.probability_a:.2f})"] if row.a != row.label else []
+        facts += [f"B {row.b} ({row.decided_by_b} {row.probability_b:.2f})"] if row.b != row.label else []
+        text = f"{row.text} | {row.text_b}" if isinstance(row.text_b, str) else row.text
+        dim = cell("; ".join(facts))
+        dim.stylize("dim")
+        show(Padding(cell(text), (0, 0, 0, 2)), Padding(dim, (0, 0, 0, 4)))
+    show("")

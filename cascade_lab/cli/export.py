@@ -1,0 +1,36 @@
+"""`cascade-lab export` writes the stages of a cascade in formats of other software."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from cascade_lab.cli.console import quiet_tensorflow
+from cascade_lab.cli.options import CASCADE, NEW_DIRECTORY, OVERWRITE
+from cascade_lab.cli.printing import line
+
+
+def export(
+    cascade: CASCADE,
+    output: NEW_DIRECTORY,
+    format: Annotated[
+        Literal["saved_model", "hf"],
+        typer.Option(help="A SavedModel for TensorFlow Serving, or a Hugging Face directory."),
+    ] = "saved_model",
+    overwrite: OVERWRITE = False,
+) -> None:
+    """Write each stage of a cascade in a format that other software loads.
+
+    Example: cascade-lab export cascade.toml --format hf --output exported
+    """
+    from cascade_lab.atomic import check_directory
+    from cascade_lab.spec import CascadeSpec
+
+    spec = CascadeSpec.read(cascade)
+    check_directory(output, overwrite=overwrite, marker="export.json", what="cascade's export")
+    with quiet_tensorflow(f"exporting {len(spec.stages)} stages"):
+        from cascade_lab.export import export_cascade
+
+        export_cascade(spec, output, format=format, overwrite=overwrite)
+    line(f"{output}: {', '.join(stage.name for stage in spec.stages)}")

@@ -1,0 +1,140 @@
+"""`cascade-lab latency` measures live serving at several batch sizes."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from cascade_lab.cli.actions import default_directory, load_cascade
+from cascade_lab.cli.console import shows_progress
+from cascade_lab.cli.options import CASCADE, EVALSET, LIMIT, OVERWRITE, SPLIT
+from cascade_lab.cli.printing import UNDEFINED, line, number, percent, show, table, title
+from cascade_lab.exceptions import CascadeLabError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cascade_lab.analysis.serving_latency import LatencyStudy
+
+
+def latency(
+    cascade: CASCADE,
+    evalset: EVALSET,
+    split: SPLIT = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The directory to write [default: runs/latency-NAME-TIME].")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="How many texts arrive together; several sizes.")] = "1,8,32,128",
+    repeats: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 5,
+    limit: LIMIT = 512,
+    batches: Annotated[int, typer.Option(min=1, help="The most batches per repeat and batch size.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the random order of the texts.")] = 0,
+    overwrite: OVERWRITE = False,
+) -> None:
+    """Measure live serving at several batch sizes: how long a caller waits, and what another threshold would cost.
+
+    The measurement works like a server: texts arrive in random order, and only the texts of a batch that pass a gate
+    go on to the next stage.
+
+    Example: cascade-lab latency cascade.toml data_full.json --split test
+    """
+    from cascade_lab.analysis.serving_latency import LATENCY_DIRECTORY
+    from cascade_lab.atomic import check_directory
+    from cascade_lab.evalset import EvalSet
+    from cascade_lab.latency_benchmark import check_sizes, measure
+    from cascade_lab.spec import CascadeSpec
+
+    # Everything that can be refused early is refused before TensorFlow is loaded.
+    spec = CascadeSpec.read(cascade)
+    texts = EvalSet.read(evalset, split=split)
+    texts = texts if limit is None else texts.limit(limit)
+    sizes = _read_sizes(batch_sizes)
+    check_sizes(sizes, len(texts))
+    output = output or default_directory(f"latency-{spec.name}")
+    check_directory(output, overwrite=overwrite, **LATENCY_DIRECTORY)
+    with load_cascade(spec) as loaded:
+        study = measure(
+            loaded,
+            texts,
+            batch_sizes=sizes,
+            repeats=repeats,
+            limit=None,
+            batches=batches,
+            seed=seed,
+            progress=shows_progress(),
+        )
+    study.write(output, overwrite=overwrite)
+    _print_study(study)
+    line(f"latency: {output}")
+
+
+def _print_study(study: LatencyStudy) -> None:
+    """Print what a caller waits, what a text costs, and the predicted beside the measured cost."""
+    from cascade_lab.analysis.serving_latency import WHOLE, checked_cost, serving_metrics
+
+    metrics = serving_metrics(study.own)
+    waits = table("batch", "stage", "p50 ms", "p95 ms", "p99 ms")
+    costs = table("batch", "stage", "ms per text", "texts/second", "tokenizing", "share")
+    measured = metrics.index.droplevel("metric").unique()
+    stages = [*(stage.name for stage in study.spec.stages), WHOLE]
+    for batch_size, stage in product(measured.unique("batch_size"), stages):
+        if (batch_size, stage) not in measured:
+            continue
+        values = metrics.loc[(batch_size, stage)]
+        waits.add_row(str(batch_size), stage, *[_with_interval(*values.loc[f"batch_p{p}_ms"]) for p in (50, 95, 99)])
+        costs.add_row(
+            str(batch_size),
+            stage,
+            _with_interval(*values.loc["text_ms"]),
+            _with_interval(*values.loc["texts_per_second"]),
+            *[percent(values.loc[name, "value"]) for name in ("tokenize_share", "share")],
+        )
+    show(title(study.spec.name))
+    show("\nWhat a caller waits for the whole batch, with 95% intervals", waits)
+    show("\nWhat a text costs: the time of its batch divided by the texts in it", costs)
+    if study.settings["checked"]:
+        gate = study.spec.stages[0].name
+        show(f"\nWhat a text costs at other thresholds of {gate}: predicted and measured", _checks(checked_cost(study)))
+
+
+def _checks(checks: pd.DataFrame) -> Table:
+    shown = table("threshold", "reach", "batch", "goes on", "predicted ms", "measured ms", "error")
+    for row in checks.itertuples(index=False):
+        shown.add_row(
+            f"{row.threshold:.6g}",
+            f"{row.reach:.1%}",
+            str(row.batch_size),
+            number(row.surviving, ".1f"),
+            _significant(row.predicted_ms),
+            _with_interval(row.measured_ms, row.measured_low_ms, row.measured_high_ms),
+            number(row.error, "+.1%"),
+        )
+    return shown
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return _significant(value) + ("" if math.isnan(low) else f" ({_significant(low)}–{_significant(high)})")
+
+
+def _significant(value: float) -> str:
+    """Return three significant digits, or all digits before the point.
+
+    >>> _significant(1.2345), _significant(12.345), _significant(1234.5), _significant(float("nan"))
+    ('1.23', '12.3', '1234', '–')
+    """
+    if math.isnan(value):
+        return UNDEFINED
+    n_decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{n_decimals}f}"
+
+
+def _read_sizes(sizes: str) -> list[int]:
+    try:
+        return [int(size) for size in sizes.split(",")]
+    except ValueError as error:
+        raise CascadeLabError(f"batch sizes '{sizes}' are not whole numbers; write them like 1,8,32") from error

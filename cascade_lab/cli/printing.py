@@ -1,0 +1,154 @@
+"""Prints what commands show: tables, numbers, intervals, p-values, a run's metrics."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cascade_lab.text import printable, shorten
+
+if TYPE_CHECKING:
+    from cascade_lab.run import Run
+
+UNDEFINED = "–"
+MAX_CELL = 200  # characters of a text in a table
+_FOLDED = ("text", "variable", "scheme")  # columns whose cells may take several lines
+
+
+def table(*columns: str, fold_first: bool = False) -> Table:
+    """Make a table without borders: the first column to the left, the others, which hold numbers, to the right.
+
+    `fold_first` lets the cells of the first column take several lines on a narrow terminal. Numbers are never cut.
+    """
+    empty = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        is_folded = column in _FOLDED or (fold_first and i == 0)
+        empty.add_column(cell(column), justify="left" if i == 0 else "right", no_wrap=not is_folded, overflow="fold")
+    return empty
+
+
+def show(*blocks: object) -> None:
+    """Print tables and titles, one below the other."""
+    Console(highlight=False).print(*blocks, sep="\n")
+
+
+def line(text: str) -> None:
+    """Print a text as one line, however long, so that it can be copied; control characters are replaced."""
+    Console().print(printable(text), soft_wrap=True, markup=False, highlight=False)
+
+
+def cell(text: str, max_length: int = MAX_CELL) -> Text:
+    """Make a cell of a user's text: one line, control characters replaced, markup not interpreted."""
+    return Text(shorten(printable(text), max_length))
+
+
+def title(text: str) -> Text:
+    """Make a title of a user's text."""
+    bold = cell(text)
+    bold.stylize("bold")
+    return bold
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """Return a number in the format `form`, or "–" where it is undefined.
+
+    >>> number(0.25), number(0.25, ".0%"), number(0.25, "+.2f"), number(float("nan")), number(None)
+    ('0.2500', '25%', '+0.25', '–', '–')
+    """
+    return UNDEFINED if value is None or math.isnan(value) else format(value, form)
+
+
+def signed(value: float | None) -> str:
+    """Return a difference with its sign.
+
+    >>> signed(0.0125)
+    '+0.0125'
+    """
+    return number(value, "+.4f")
+
+
+def percent(value: float | None) -> str:
+    """Return a fraction as whole percents.
+
+    >>> percent(0.256)
+    '26%'
+    """
+    return number(value, ".0%")
+
+
+def interval(low: float | None, high: float | None, form: str = ".4f") -> str:
+    """Return an interval, or "–" where it is undefined.
+
+    >>> interval(0.1, 0.25), interval(-0.1, 0.25, "+.2f"), interval(float("nan"), float("nan"))
+    ('0.1000 to 0.2500', '-0.10 to +0.25', '–')
+    """
+    ends = number(low, form), number(high, form)
+    return UNDEFINED if UNDEFINED in ends else " to ".join(ends)
+
+
+def p_value(value: float | None) -> str:
+    """Return a p-value to four decimals.
+
+    >>> p_value(0.04), p_value(1e-9)
+    ('0.0400', '<0.0001')
+    """
+    return "<0.0001" if value is not None and value < 0.0001 else number(value)
+
+
+def print_run(run: Run) -> None:
+    """Print a run's metrics, one row per stage and then the whole cascade, and where the run and its report are.
+
+    Times are left out where nothing was timed, and metrics where no text has a label.
+    """
+    show(title(run.spec.name))
+    if run.examples["label"].notna().any():
+        _print_metrics(run)
+    else:
+        _print_decided(run)
+    print_labelled(run)
+    if run.directory is None:
+        return
+    for name, path in (("run", run.directory), ("report", run.directory / "report.html")):
+        if path.exists():
+            line(f"{name}: {path}")
+
+
+def print_labelled(run: Run) -> None:
+    """Print how many texts have a label, if not all have one: metrics are of these texts."""
+    is_labelled = run.examples["label"].notna()
+    if not is_labelled.all():
+        line(f"metrics: on the {is_labelled.sum():,} of {len(is_labelled):,} texts that have a label")
+
+
+def _print_metrics(run: Run) -> None:
+    from cascade_lab.analysis.latency import stage_latencies
+
+    latencies = stage_latencies(run) if len(run.timings) else {}
+    times = ["p50 ms", "p95 ms", "p99 ms", "share"] if latencies else []
+    stages = table("stage", "reached", "accuracy", "AUROC", *times)
+    for name, metrics in run.metrics["stages"].items():
+        reached = f"{metrics['n_reached']:,} ({number(metrics['reach'], '.1%')})"
+        row = [reached, number(metrics["accuracy"]), number(metrics.get("auroc"))]
+        if latencies:
+            row += [number(value, ".2f") for value in latencies[name].percentiles_ms.values()]
+            row.append(percent(latencies[name].share))
+        stages.add_row(name, *row)
+    whole = table("end to end", "accuracy", "in scope", "reject recall", "reject precision", "macro F1")
+    keys = ("accuracy", "in_scope_accuracy", "reject_recall", "reject_precision", "macro_f1")
+    end_to_end = [number(run.metrics["end_to_end"][key]) for key in keys]
+    whole.add_row(f"{run.metrics['n_examples']:,} texts", *end_to_end)
+    show(stages, whole)
+
+
+def _print_decided(run: Run) -> None:
+    """Print how many texts each stage decided, which needs no label."""
+    decided = run.predictions["decided_by"].value_counts()
+    stages = table("stage", "decided", "of all")
+    for stage in run.spec.stages:
+        n_decided = int(decided.get(stage.name, 0))
+        stages.add_row(stage.name, f"{n_decided:,}", percent(n_decided / len(run.examples)))
+    show(stages)

@@ -1,0 +1,56 @@
+"""`cascade-lab run` runs a cascade over an eval set and writes a run directory."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cascade_lab.cli.actions import default_directory, load_cascade, make_report, read_evalset
+from cascade_lab.cli.console import shows_progress
+from cascade_lab.cli.options import BATCH_SIZE, CASCADE, EVALSET, LIMIT, NEW_RUN, OVERWRITE, SPLIT
+from cascade_lab.cli.printing import print_run
+
+
+def run(
+    cascade: CASCADE,
+    evalset: EVALSET,
+    split: SPLIT = None,
+    output: NEW_RUN = None,
+    limit: LIMIT = None,
+    shadow: Annotated[
+        bool,
+        typer.Option(
+            "--shadow/--no-shadow",
+            help="Afterwards let the later stages score the texts that a gate stopped, so that other thresholds can "
+            "be replayed.",
+        ),
+    ] = True,
+    batch_size: BATCH_SIZE = None,
+    overwrite: OVERWRITE = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Draw figures and write report.html.")] = True,
+) -> None:
+    """Run a cascade over an eval set: writes a run directory, figures and report.html, and prints the metrics.
+
+    Example: cascade-lab run cascade.toml data_full.json --split test --output runs/clinc150
+    """
+    from cascade_lab.run import check_run_output
+    from cascade_lab.spec import CascadeSpec
+
+    # Everything that can be refused early is refused before TensorFlow is loaded.
+    spec = CascadeSpec.read(cascade)
+    examples = read_evalset(evalset, spec, split=split, limit=limit)
+    output = output or default_directory(spec.name)
+    check_run_output(output, overwrite=overwrite)
+    with load_cascade(spec) as loaded:
+        finished = loaded.run(
+            examples,
+            output=output,
+            shadow=shadow,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            progress=shows_progress(),
+        )
+    if report:
+        make_report(finished)
+    print_run(finished)

@@ -1,0 +1,362 @@
+"""Writes a run's report: executes a notebook on the run, then writes one HTML file and its numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from hashlib import sha256 as new_sha256
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib.pyplot as plt
+from tqdm import tqdm
+from traitlets.config import Config
+
+from cascade_lab.analysis.latency import is_timed
+from cascade_lab.atomic import write_file, write_text
+from cascade_lab.displays import CascadeConfusionDisplay, StageLatencyDisplay
+from cascade_lab.displays.confusion import MAX_LABELLED
+from cascade_lab.exceptions import RunError, did_you_mean
+from cascade_lab.provenance import environment, package_version, sha256
+from cascade_lab.reporting.capture import VALUES_MIME, plain_value
+from cascade_lab.reporting.html import render_page, without_addresses
+from cascade_lab.run import Run
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+NOTEBOOK = "01_run_cascade"
+SCHEMA_VERSION = 2
+
+_PACKAGE = Path(__file__).parents[1]
+# A kernel listens on sockets of this user, not on TCP ports that others on the machine can reach.
+_KERNEL = Config({"ConnectionFileMixin": {"transport": "ipc"}} if os.name == "posix" else {})
+# The kernel executes this before the notebook's cells. It undoes the settings of the user's matplotlibrc.
+_SETUP = """import matplotlib
+from cascade_lab.reporting.capture import record_outputs
+matplotlib.rcdefaults()
+record_outputs(get_ipython())"""
+
+
+def write_figures(run: Run, folder: str | Path | None = None) -> list[Path]:
+    """Draw a run's confusion matrices and its latency as PNG files.
+
+    A run without a label has no confusion matrix, and a run without timings has no latency picture.
+
+    Parameters
+    ----------
+    run : Run
+    folder : path, optional
+        By default `figures/` in the run's directory.
+
+    Returns
+    -------
+    list of Path
+        The files.
+
+    Raises
+    ------
+    RunError
+        The run is only in memory and `folder` is not given; a file cannot be written.
+    """
+    folder = _directory(run) / "figures" if folder is None else Path(folder)
+    displays: dict[str, CascadeConfusionDisplay | StageLatencyDisplay] = {}
+    if is_timed(run):
+        displays["latency"] = StageLatencyDisplay.from_run(run)
+    if run.examples["label"].notna().any():
+        for stage in (None, *(stage.name for stage in run.spec.stages)):
+            name = "confusion-end-to-end" if stage is None else f"confusion-{stage}"
+            matrix = CascadeConfusionDisplay.from_run(run, stage=stage)
+            displays[name] = matrix
+            if len(matrix.display_labels) > MAX_LABELLED:
+                displays[f"{name}-most-confused"] = matrix.most_confused()
+    paths = []
+    for name, display in displays.items():
+        figure = display.plot().figure_
+        paths.append(write_file(folder / f"{name}.png", partial(figure.savefig, dpi=150), error=RunError))
+        plt.close(figure)
+    return paths
+
+
+def write_report(
+    run: Run,
+    output: str | Path | None = None,
+    *,
+    notebook: str | Path = NOTEBOOK,
+    parameters: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Path:
+    """Execute a notebook on a run; write what it shows as HTML, and the numbers as JSON beside the HTML.
+
+    The same run gives the same bytes, because the notebook reads the run as `../runs/<parameter>`, wherever it is.
+
+    Parameters
+    ----------
+    run : Run
+        A run in a directory. Its path becomes the value of the notebook's parameter `run_dir`, or else of the first
+        parameter whose name starts with `run`.
+    output : path, optional
+        The HTML file: by default `report.html` in the run's directory, or `<notebook>.html` there.
+    notebook : str or path
+        The name of a notebook of this package, or the path of your own `.ipynb`.
+    parameters : mapping, optional
+        The notebook's other parameters. The notebook gets a path as it gets the run's.
+    progress : bool
+        Show on stderr how many cells are done.
+
+    Returns
+    -------
+    Path
+        The HTML file.
+
+    Raises
+    ------
+    RunError
+        The run is only in memory; a table of a run differs from its digest in the manifest; the notebook failed; a
+        file cannot be written.
+    """
+    path = notebook_path(notebook)
+    name = "report.html" if path.stem == NOTEBOOK else f"{path.stem}.html"
+    output = _directory(run) / name if output is None else Path(output)
+    _check_report_output(output)
+    html, record = build_report(run, path, parameters or {}, progress=progress)
+    write_text(output.with_suffix(".json"), _to_json(record), error=RunError)
+    return write_text(output, html, error=RunError)
+
+
+def notebook_path(name: str | Path) -> Path:
+    """Return the file of a notebook: `name` itself if it ends in `.ipynb`, else the package's notebook of that name.
+
+    In a checkout the package's notebooks are beside the package; in an installation they are inside it.
+    """
+    if str(name).endswith(".ipynb"):
+        if Path(name).is_file():
+            return Path(name)
+        raise RunError(f"{name}: no such notebook; give the path of an .ipynb, or a name such as {NOTEBOOK}")
+    folders = (_PACKAGE / "notebooks", _PACKAGE.parent / "notebooks")
+    for folder in folders:
+        path = folder / f"{name}.ipynb"
+        if path.is_file():
+            return path
+    known = sorted(path.stem for folder in folders for path in folder.glob("*.ipynb"))
+    if not known:
+        raise RunError(f"notebook {name}.ipynb is missing from the package; install cascade-lab again")
+    raise RunError(f"no notebook is named '{name}'{did_you_mean(str(name), known)}")
+
+
+def build_report(
+    run: Run, path: Path, given: Mapping[str, Any], *, progress: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """Execute the notebook at `path`; return the HTML page and the content of the JSON. Raises as `write_report`."""
+    notebook = _read_notebook(path)
+    sources = [(cell["cell_type"], cell["source"]) for cell in notebook.cells]
+    parameters = _sort_parameters(run, path, _default_parameters(notebook), given)
+    links = {f"runs/{name}": _directory(each_run) for name, each_run in parameters.runs.items()}
+    for each_run in parameters.runs.values():
+        each_run.check()
+    links |= {f"files/{name}{file.suffix}": file for name, file in parameters.files.items()}
+    values = parameters.values | {PurePath(link).stem: f"../{link}" for link in links}
+    data = path.resolve().parents[1] / "data"  # the default parameters name files in it
+    cells = _execute(notebook, run, links | ({"data": data} if data.is_dir() else {}), values, progress)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "notebook": path.stem,
+        "notebook_sha256": new_sha256(json.dumps(sources).encode()).hexdigest(),
+        "parameters": plain_value(parameters.values),
+        "runs": {name: _run_identity(each_run) for name, each_run in parameters.runs.items()},
+        "files": {name: _digests(file) for name, file in parameters.files.items()},
+        "packages": environment()["packages"] | {name: package_version(name) for name in ("scipy", "matplotlib")},
+        "outputs": list(_outputs(cells)),
+    }
+    record = json.loads(_to_json(record))  # as `verify_report` reads it
+    return render_page(cells, record), record
+
+
+def _directory(run: Run) -> Path:
+    """Return the directory of a run; raises RunError where the run, or a change of it, is only in memory."""
+    if run.directory is None:
+        raise RunError(f"{run.name} is only in memory; write the run first: run.write(path)")
+    return run.directory
+
+
+def _read_notebook(path: Path) -> NotebookNode:
+    from papermill.iorw import load_notebook_node
+
+    try:
+        return load_notebook_node(str(path))
+    except Exception as error:  # each kind of broken file raises its own class
+        raise RunError(f"{path}: not a notebook ({str(error).splitlines()[0]}); give an .ipynb") from error
+
+
+def _default_parameters(notebook: NotebookNode) -> dict[str, str]:
+    """Return the parameters of a notebook and their defaults, as source code, from its cell tagged `parameters`."""
+    from papermill.translators import papermill_translators
+
+    python = papermill_translators.find_translator("python3", "python")
+    cells = [cell for cell in notebook.cells if "parameters" in cell["metadata"].get("tags", [])]
+    return {parameter.name: parameter.default for cell in cells[:1] for parameter in python.inspect(cell)}
+
+
+class _Parameters(NamedTuple):
+    """A notebook's parameters by kind: runs (that of the report first), other files and folders, other values."""
+
+    runs: dict[str, Run]
+    files: dict[str, Path]
+    values: dict[str, Any]
+
+
+def _sort_parameters(run: Run, path: Path, defaults: Mapping[str, str], given: Mapping[str, Any]) -> _Parameters:
+    run_parameter = "run_dir" if "run_dir" in defaults else next((n for n in defaults if n.startswith("run")), None)
+    if run_parameter is None:
+        raise RunError(f"{path}: no parameter takes a run; name one run_dir, in the cell tagged parameters")
+    for name in given:
+        if name not in defaults:
+            raise RunError(f"{path}: has no parameter '{name}'{did_you_mean(name, list(defaults))}")
+    sorted_parameters = _Parameters({run_parameter: run}, {}, {})
+    for name, value in given.items():
+        is_path = isinstance(value, os.PathLike) or (isinstance(value, str) and len(value) < 1000)
+        if is_path and (Path(value) / "manifest.json").is_file():
+            sorted_parameters.runs[name] = Run.read(value)
+        elif is_path and Path(value).exists():
+            sorted_parameters.files[name] = Path(value)
+        else:
+            sorted_parameters.values[name] = value
+    for name, default in defaults.items():
+        # A default names a run of `make demo`, which has nothing to do with this run.
+        names_a_run = default.strip("'\"").startswith("../runs/") and not name.startswith("output")
+        if names_a_run and name != run_parameter and name not in given:
+            raise RunError(f"{path.stem}: {name} is another run that it reads; give it: -p {name}=RUN")
+    return sorted_parameters
+
+
+def _execute(
+    notebook: NotebookNode, run: Run, links: Mapping[str, Path], parameters: Mapping[str, Any], progress: bool
+) -> list[Mapping[str, Any]]:
+    """Execute the notebook, and return its cells with their outputs.
+
+    The kernel starts in a new folder, which has a link to each file and folder that the notebook needs. It reads no
+    settings of the user.
+    """
+    from jupyter_client.kernelspec import KernelSpecManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    from nbformat.v4 import new_code_cell
+    from papermill.parameterize import parameterize_notebook
+
+    notebook = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
+    notebook.cells.insert(0, new_code_cell(_SETUP))
+    with (
+        TemporaryDirectory() as temporary,
+        tqdm(total=len(notebook.cells), desc="report", unit="cell", disable=not progress, leave=False) as bar,
+    ):
+        folder = Path(temporary)
+        for name in ("notebooks", "runs", "files", "settings"):
+            (folder / name).mkdir()
+        for name, target in links.items():
+            (folder / name).symlink_to(target.resolve(), target_is_directory=target.is_dir())
+        client = NotebookClient(
+            notebook,
+            timeout=None,
+            kernel_name="python3",
+            config=_KERNEL,
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(folder / "notebooks")}},
+            on_cell_start=lambda **_: bar.update(),
+        )
+        kernel: Any = client.create_kernel_manager()
+        kernel.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # the kernel runs in this Python environment
+        if kernel.transport == "ipc":
+            kernel.ip = str(folder / "socket")
+        settings = {"PYTHONHASHSEED": "0", "TZ": "UTC", "IPYTHONDIR": str(folder / "settings")}
+        settings["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with Agg, cells would show no picture
+        try:
+            client.execute(env={**os.environ, **settings})
+        except CellExecutionError as error:
+            message = next(iter(str(error.evalue).strip().splitlines()), "")
+            raise RunError(f"{run.name}: the report's notebook failed: {error.ename}: {message}") from error
+    return list(notebook.cells[1:])
+
+
+def _outputs(cells: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield every output of the cells as plain values, with the heading of the section that it is in."""
+    section = ""
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            section = next(iter(re.findall(r"^#+ +(.+)$", cell["source"], flags=re.MULTILINE)), section)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = data.get("text/markdown") or data.get("text/html") or data.get("text/plain")
+            if VALUES_MIME in data:
+                yield {"section": section, **data[VALUES_MIME]}
+            elif output["output_type"] == "stream" and output["name"] == "stdout":
+                yield {"section": section, "kind": "text", "lines": output["text"].splitlines()}
+            elif text and not any("widget" in mime for mime in data):
+                if "text/html" in data:
+                    text = re.sub(r"<style.*?</style>|<[^>]*>", "", text, flags=re.DOTALL)
+                lines = [line for line in without_addresses(text).splitlines() if line.strip()]
+                yield {"section": section, "kind": "text", "lines": lines}
+
+
+def _run_identity(run: Run) -> dict[str, Any]:
+    """Return what identifies a run: ids, digests, thresholds. What a manifest lacks is empty or None."""
+    manifest = run.manifest
+    return {
+        "name": run.spec.name,
+        "n_examples": len(run.examples),
+        "manifest_sha256": sha256(_directory(run) / "manifest.json"),
+        **{key: manifest.get(key) for key in ("run_id", "source", "started", "processor", "tuned_on")},
+        **{key: manifest.get(key) or {} for key in ("packages", "evalset", "inputs", "contents")},
+        "thresholds": run.spec.thresholds,
+    }
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of a file, or of every file in a folder, by name."""
+    if path.is_file():
+        return {path.name: sha256(path)}
+    return {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _to_json(record: Mapping[str, Any]) -> str:
+    """Return the record as JSON with one line for each output."""
+    lines = ",\n".join(f"  {json.dumps(output, ensure_ascii=False, allow_nan=False)}" for output in record["outputs"])
+    head = json.dumps({**record, "outputs": []}, indent=1, ensure_ascii=False, allow_nan=False)
+    return head.removesuffix("[]\n}") + f"[\n{lines}\n ]\n}}\n"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read the JSON of a report; raises RunError."""
+    record = _read_json(path)
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise RunError(
+            f"{path}: has schema version {record['schema_version']}, and this package reads {SCHEMA_VERSION}; "
+            "write the report again with `cascade-lab report`"
+        )
+    return record
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON of a report of any schema version; raises RunError."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); give a report, with its JSON beside it") from error
+    if not isinstance(record, dict) or "notebook_sha256" not in record or not record.get("runs"):
+        raise RunError(f"{path}: not the JSON of a report; give one that `cascade-lab report` wrote")
+    return record
+
+
+def _check_report_output(output: Path) -> None:
+    """Raise RunError where a report's JSON would replace another file, such as a manifest."""
+    path = output.with_suffix(".json")
+    if output.suffix != ".html":
+        raise RunError(f"{output}: a report is an HTML file with a JSON beside it; give a name that ends in .html")
+    if path.exists():
+        try:
+            _read_json(path)
+        except RunError as error:
+            raise RunError(f"{path}: exists, and is not the JSON of a report; choose another output") from error

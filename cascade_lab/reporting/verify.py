@@ -1,0 +1,177 @@
+"""Rebuilds a report and compares it with the saved one, number by number and byte by byte."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cascade_lab.exceptions import RunError
+from cascade_lab.reporting.html import package_list
+from cascade_lab.reporting.report import build_report, notebook_path, read_record
+from cascade_lab.run import Run
+
+
+class Verdict(NamedTuple):
+    """How a rebuilt report differs from the saved one.
+
+    Attributes
+    ----------
+    changed_values : list of tuple
+        Numbers and words that differ: name, saved value, new value. None stands for a value that is missing.
+    page_difference : str
+        What differs in the HTML: "" (nothing), "pictures" or "words".
+    changed_packages : dict of str to tuple
+        Packages of which another version is installed: saved version, new version.
+    """
+
+    changed_values: list[tuple[str, Any, Any]]
+    page_difference: str
+    changed_packages: dict[str, tuple[str | None, str | None]]
+
+    @property
+    def holds(self) -> bool:
+        """No number and no word differs; pictures may differ if the version of a package does."""
+        pictures_may_differ = self.page_difference == "pictures" and bool(self.changed_packages)
+        return not self.changed_values and (not self.page_difference or pictures_may_differ)
+
+
+def verify_report(
+    report: str | Path,
+    run: Run | None = None,
+    *,
+    notebook: str | Path | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Verdict:
+    """Rebuild a report and compare it with the saved one.
+
+    Parameters
+    ----------
+    report : path
+        Its HTML or its JSON.
+    run : Run, optional
+        By default the run directory that the report is in.
+    notebook : path, optional
+        The notebook, if the report is of your own notebook.
+    parameters : mapping, optional
+        The other runs and files that the notebook reads. The report has its other parameters.
+    progress : bool
+        Show on stderr how many cells are done.
+
+    Returns
+    -------
+    Verdict
+
+    Raises
+    ------
+    RunError
+        Not a report, or a report of another run; or as `write_report` raises.
+    """
+    html_path, json_path = (Path(report).with_suffix(suffix) for suffix in (".html", ".json"))
+    saved = read_record(json_path)
+    try:
+        saved_html = html_path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{html_path}: cannot be read ({error}); give a report, with its JSON beside it") from error
+    run = run or Run.read(html_path.resolve().parent)
+    for name in [*list(saved["runs"])[1:], *saved["files"]]:
+        if name not in (parameters or {}):
+            raise RunError(f"{report}: its notebook read another run or file as {name}; give it: -p {name}=PATH")
+    saved_run = next(iter(saved["runs"].values()))
+    if run.manifest["run_id"] != saved_run["run_id"]:
+        raise RunError(f"{report}: is of run {saved_run['run_id']}, and {run.name} is run {run.manifest['run_id']}")
+    all_parameters = {**saved["parameters"], **(parameters or {})}
+    new_html, new = build_report(run, notebook_path(notebook or saved["notebook"]), all_parameters, progress=progress)
+    packages = {
+        name: (saved["packages"].get(name), new["packages"].get(name))
+        for name in {**saved["packages"], **new["packages"]}
+    }
+    return Verdict(
+        changed_values=_changed_values(saved, new),
+        # The page shows the versions of packages: put the saved ones in, to see what else differs.
+        page_difference=_page_difference(saved_html, new_html.replace(package_list(new), package_list(saved))),
+        changed_packages={name: versions for name, versions in packages.items() if versions[0] != versions[1]},
+    )
+
+
+def _changed_values(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the values of two records that differ: name, saved value, new value."""
+    old_values, new_values = _named_values(saved), _named_values(new)
+    return [
+        (name, old_values.get(name), new_values.get(name))
+        for name in {**old_values, **new_values}
+        if old_values.get(name) != new_values.get(name) or (name in old_values) != (name in new_values)
+    ]
+
+
+def _page_difference(saved_html: str, new_html: str) -> str:
+    if saved_html == new_html:
+        return ""
+    saved_words, new_words = (
+        re.sub(r'"data:image/[^"]*"( width="\d+")?', '""', html) for html in (saved_html, new_html)
+    )
+    return "pictures" if saved_words == new_words else "words"
+
+
+def _named_values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every value of a record by a name that occurs once; the versions of packages are left out."""
+    named: dict[str, Any] = {}
+    for name, value in _flatten({key: value for key, value in record.items() if key != "packages"}):
+        unique = name
+        for number in count(2):
+            if unique not in named:
+                break
+            unique = f"{name} ({number})"
+        named[unique] = value
+    return named
+
+
+def _flatten(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value in a record with a name for people: section, kind, then labels or numbers that start at 1."""
+    if isinstance(content, Mapping) and content.get("kind") == "table":
+        yield from _flatten_table(content, name)
+    elif isinstance(content, Mapping) and "images" in content:
+        for image in content["images"]:
+            yield from _flatten_image(image, content, name)
+        yield from _flatten({key: value for key, value in content.items() if key != "images"}, name)
+    elif isinstance(content, Mapping) and "outputs" in content:
+        yield from _flatten({key: value for key, value in content.items() if key != "outputs"}, name)
+        yield from _flatten_outputs(content["outputs"])
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flatten(value, f"{name} › {key}".removeprefix(" › "))
+    elif isinstance(content, list):
+        for number, value in enumerate(content, 1):
+            yield from _flatten(value, f"{name} {number}")
+    else:
+        yield name, content
+
+
+def _flatten_outputs(outputs: list[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of the outputs; outputs of one kind are numbered within their section."""
+    counts: dict[tuple[str, str], int] = {}
+    for output in outputs:
+        section, kind = output["section"], output["kind"]
+        number = counts[section, kind] = counts.get((section, kind), 0) + 1
+        content = output if kind == "table" else {k: v for k, v in output.items() if k not in ("section", "kind")}
+        yield from _flatten(content, f"{section} › {kind} {number}")
+
+
+def _flatten_table(table: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    for label, row in zip(table["index"], table["rows"], strict=True):
+        for column, value in zip(table["columns"], row, strict=True):
+            yield f"{name} › {label} › {column}", value
+
+
+def _flatten_image(image: list[Any], axes: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the cells of an image by the labels of its axes, or by number where the axes do not label every cell."""
+    row_labels, column_labels = axes.get("y_labels", []), axes.get("x_labels", [])
+    for i, row in enumerate(image):
+        cells = row if isinstance(row, list) else [row]
+        row_name = row_labels[i] if len(row_labels) == len(image) else f"row {i + 1}"
+        for j, value in enumerate(cells):
+            column_name = column_labels[j] if len(column_labels) == len(cells) else f"column {j + 1}"
+            yield f"{name} › {row_name} › {column_name}", value

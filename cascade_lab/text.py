@@ -1,0 +1,22 @@
+"""Texts of users on one line: shortened, and safe to print."""
+
+from __future__ import annotations
+
+
+def shorten(text: str, max_length: int) -> str:
+    """Return a text on one line of at most `max_length` characters; "…" stands for what is cut.
+
+    >>> shorten("pay my\\n  bill", 20), shorten("pay my bill", 7)
+    ('pay my bill', 'pay my…')
+    """
+    line = " ".join(text[: 20 * max_length].split())
+    return line if len(line) <= max_length else line[: max_length - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, with each control character as "�", so that it cannot change a terminal or a page.
+
+    >>> printable("pay\\nme\\x1b[31m now")
+    'pay me�[31m now'
+    """
+    return "".join(char if char.isprintable() else "�" for char in " ".join(text.splitlines()))

@@ -1,0 +1,60 @@
+"""Chooses the thresholds of a cascade on the kept logits of a run.
+
+`tune(run, goal)` does all of it. Each name below loads its own module when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cascade_lab.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cascade_lab.thresholds.grid import ThresholdGrid as ThresholdGrid
+    from cascade_lab.thresholds.grid import swept_stages as swept_stages
+    from cascade_lab.thresholds.guarantee import choose_with_guarantee as choose_with_guarantee
+    from cascade_lab.thresholds.objective import Goal as Goal
+    from cascade_lab.thresholds.per_label import PerLabelThresholds as PerLabelThresholds
+    from cascade_lab.thresholds.per_label import per_label_thresholds as per_label_thresholds
+    from cascade_lab.thresholds.search import Choice as Choice
+    from cascade_lab.thresholds.search import choose as choose
+    from cascade_lab.thresholds.surfaces import Surface as Surface
+    from cascade_lab.thresholds.surfaces import surface as surface
+    from cascade_lab.thresholds.surfaces import sweep as sweep
+    from cascade_lab.thresholds.tuning import Tuning as Tuning
+    from cascade_lab.thresholds.tuning import tune as tune
+    from cascade_lab.thresholds.validation import ThresholdBootstrap as ThresholdBootstrap
+    from cascade_lab.thresholds.validation import bootstrap_thresholds as bootstrap_thresholds
+    from cascade_lab.thresholds.validation import choose_by_prevalence as choose_by_prevalence
+    from cascade_lab.thresholds.validation import compare_without_gate as compare_without_gate
+    from cascade_lab.thresholds.validation import cross_validate as cross_validate
+    from cascade_lab.thresholds.validation import held_out as held_out
+    from cascade_lab.thresholds.validation import metrics_at as metrics_at
+
+# Type checkers read the imports above; a module's `__getattr__` would hide misspelled names from them.
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "Choice": ".search",
+            "Goal": ".objective",
+            "PerLabelThresholds": ".per_label",
+            "Surface": ".surfaces",
+            "ThresholdBootstrap": ".validation",
+            "ThresholdGrid": ".grid",
+            "Tuning": ".tuning",
+            "bootstrap_thresholds": ".validation",
+            "choose": ".search",
+            "choose_by_prevalence": ".validation",
+            "choose_with_guarantee": ".guarantee",
+            "compare_without_gate": ".validation",
+            "cross_validate": ".validation",
+            "held_out": ".validation",
+            "metrics_at": ".validation",
+            "per_label_thresholds": ".per_label",
+            "surface": ".surfaces",
+            "sweep": ".surfaces",
+            "swept_stages": ".grid",
+            "tune": ".tuning",
+        },
+    )

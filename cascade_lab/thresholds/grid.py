@@ -1,0 +1,300 @@
+"""Counts the outcomes at every combination of thresholds, from kept logits and without a replay for each.
+
+A text leaves the cascade at the first stage whose threshold its confidence does not reach. Its outcome there, and its
+outcome if it reaches every threshold, do not depend on the thresholds. So the outcomes at all pairs of two thresholds
+are cumulative sums of a histogram.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from cascade_lab.analysis.outcomes import OUTCOMES, outcome_codes
+from cascade_lab.decisions import require_scored, route
+from cascade_lab.exceptions import RunError
+from cascade_lab.spec import CascadeSpec
+
+if TYPE_CHECKING:
+    from cascade_lab.run import Run
+
+
+class GridCounts(NamedTuple):
+    """The number of texts of each outcome, in the order of `OUTCOMES`, at `n_first` × `n_second` thresholds.
+
+    With one stage, `n_second` is 1.
+
+    Attributes
+    ----------
+    below_first : ndarray of int, shape (n_first, 6)
+        Texts below the first threshold. They become more as the threshold rises.
+    below_second : ndarray of int, shape (n_first, n_second, 6)
+        Texts that reach the first threshold and not the second.
+    above_both : ndarray of int, shape (n_first, n_second, 6)
+        Texts that reach both. They become fewer as either threshold rises.
+    n_held : ndarray of int, shape (n_first, 2)
+        Texts in scope, and texts out of scope, that the first stage holds back.
+    """
+
+    below_first: np.ndarray
+    below_second: np.ndarray
+    above_both: np.ndarray
+    n_held: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """All texts by outcome: shape (n_first, n_second, 6)."""
+        return self.below_first[:, None] + self.below_second + self.above_both
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdGrid:
+    """The texts of a run as the stages see them whose thresholds are chosen.
+
+    Build it once with `from_run`, and pass it to each function that searches thresholds.
+
+    Attributes
+    ----------
+    name : str
+        The run's name, for messages.
+    stages : tuple of str
+        The stages whose thresholds move, in the order of the cascade.
+    thresholds : tuple of ndarray, one per stage
+        Every threshold that makes a difference, ascending: each confidence that occurs, and 1. A threshold between two
+        of them does what the higher one does.
+    ranks : ndarray of int, shape (n_stages, n)
+        How many of a stage's thresholds a text's confidence reaches: it reaches `thresholds[k][i]` if
+        `ranks[k] > i`. 0 for a text that does not arrive at the stage.
+    outcomes : ndarray of int, shape (n_stages + 1, n)
+        Row k: the outcome (an index into `OUTCOMES`) of a text that reaches the thresholds before stage k and not that
+        of stage k. Last row: its outcome if it reaches all.
+    predicted : ndarray of str, shape (n_stages + 1, n)
+        The cascade's answer in each case.
+    y_true : ndarray of str, shape (n,)
+        True labels.
+    in_scope : ndarray of bool, shape (n,)
+        The true label is a class of the last stage.
+    is_held : ndarray of bool, shape (n,), optional
+        The texts that the first stage holds back, where its threshold is fixed. By default the first stage of `stages`
+        decides that.
+    """
+
+    name: str
+    stages: tuple[str, ...]
+    thresholds: tuple[np.ndarray, ...]
+    ranks: np.ndarray
+    outcomes: np.ndarray
+    predicted: np.ndarray
+    y_true: np.ndarray
+    in_scope: np.ndarray
+    is_held: np.ndarray | None = None
+
+    @classmethod
+    def from_run(
+        cls, run: Run, stages: Sequence[str] | None = None, thresholds: Mapping[str, float] | None = None
+    ) -> ThresholdGrid:
+        """Build the grid of a run's labelled texts.
+
+        Parameters
+        ----------
+        run : Run
+            With shadow scores.
+        stages : sequence of str, optional
+            The stages whose thresholds move, in the order of the cascade; by default all that can reject.
+        thresholds : mapping of str to float, optional
+            Thresholds of the other stages; by default the run's own.
+
+        Raises
+        ------
+        RunError
+            No stage, a stage that cannot reject, another order than the cascade's, no labelled text, or a run without
+            the shadow scores that this needs.
+        """
+        run = run.labelled
+        stages = _checked_stages(run, stages)
+        spec = run.spec.with_thresholds({k: v for k, v in (thresholds or {}).items() if k not in stages})
+        decisions = {stage.name: run.decision(stage.name).with_threshold(stage) for stage in spec.stages}
+        # Case k: at or above the thresholds of the stages before k, below that of k. The last case: above all.
+        cases = [{**dict.fromkeys(stages[:k], True), stage: False} for k, stage in enumerate(stages)]
+        cases.append(dict.fromkeys(stages, True))
+        routes = [require_scored(route(spec, decisions, force=case), run.name) for case in cases]
+        y_true = run.examples["label"].to_numpy(dtype=object)
+        values, ranks = [], []
+        for stage in stages:
+            arrived, confidence = routes[-1].reached[stage], decisions[stage].confidence
+            values.append(np.unique(np.append(confidence[arrived], 1.0)))
+            ranks.append(np.where(arrived, np.searchsorted(values[-1], confidence, side="right"), 0))
+        return cls(
+            name=run.name,
+            stages=stages,
+            thresholds=tuple(values),
+            ranks=np.array(ranks),
+            outcomes=np.array([outcome_codes(spec, y_true, case.predicted) for case in routes]),
+            predicted=np.array([case.predicted for case in routes]),
+            y_true=y_true,
+            in_scope=np.asarray(pd.Index(y_true).isin(spec.in_scope_labels)),
+        )
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(
+            f"{stage} {len(values):,}" for stage, values in zip(self.stages, self.thresholds, strict=True)
+        )
+        return f"<ThresholdGrid {self.name}: {len(self.in_scope):,} texts, thresholds: {sizes}>"
+
+    def indices(self, thresholds: Mapping[str, float]) -> tuple[int, ...]:
+        """Return the index in `self.thresholds` that does what a threshold does, for each stage."""
+        return tuple(
+            int(np.searchsorted(values, thresholds[stage]))
+            for stage, values in zip(self.stages, self.thresholds, strict=True)
+        )
+
+    def thresholds_at(self, indices: Sequence[int]) -> dict[str, float]:
+        """Return the thresholds at some indices, one per stage.
+
+        Index 0 gives the threshold 0: where every confidence of this run reaches the threshold, every confidence of
+        another run is to reach it too.
+        """
+        at = zip(self.stages, self.thresholds, indices, strict=True)
+        return {stage: float(values[i]) if i else 0.0 for stage, values, i in at}
+
+    def subsample(self, n: int) -> list[np.ndarray]:
+        """Return at most `n` indices of each stage's thresholds, evenly spaced, with the first and the last."""
+        return [_evenly_spaced(len(values), n) for values in self.thresholds]
+
+    def subsample_by_scope(self, n: int) -> list[np.ndarray]:
+        """Return about `n` indices of each stage's thresholds: half among texts in scope, half among the others.
+
+        Most texts are in scope, so evenly spaced ranks of all texts would leave few thresholds among the others.
+        """
+        chosen = []
+        for values, ranks in zip(self.thresholds, self.ranks, strict=True):
+            parts = [np.unique(ranks[mask]) for mask in (self.in_scope, ~self.in_scope)]
+            spaced = [part[_evenly_spaced(len(part), n // 2)] for part in parts if len(part)]
+            last = len(values) - 1
+            chosen.append(np.unique(np.clip(np.concatenate([[0], *spaced, [last]]), 0, last)))
+        return chosen
+
+    def select(self, rows: np.ndarray) -> ThresholdGrid:
+        """Return the grid of some texts, at the same thresholds."""
+        return replace(
+            self,
+            ranks=self.ranks[:, rows],
+            outcomes=self.outcomes[:, rows],
+            predicted=self.predicted[:, rows],
+            y_true=self.y_true[rows],
+            in_scope=self.in_scope[rows],
+            is_held=None if self.is_held is None else self.is_held[rows],
+        )
+
+    def fix(self, indices: Mapping[str, int]) -> ThresholdGrid:
+        """Return the grid of the other stages, with the thresholds of some stages fixed at the given indices."""
+        moving = [k for k, stage in enumerate(self.stages) if stage not in indices]
+        below = {k: self.ranks[k] <= indices[stage] for k, stage in enumerate(self.stages) if stage in indices}
+        cases = []
+        for case in [*moving, len(self.stages)]:
+            rows = np.full(len(self.in_scope), case)
+            # A fixed stage before it decides about the texts below its threshold; the earliest one comes first.
+            for k in sorted(below, reverse=True):
+                if k < case:
+                    rows[below[k]] = k
+            cases.append(rows)
+        columns = np.arange(len(self.in_scope))
+        return replace(
+            self,
+            stages=tuple(self.stages[k] for k in moving),
+            thresholds=tuple(self.thresholds[k] for k in moving),
+            ranks=self.ranks[moving],
+            outcomes=self.outcomes[cases, columns],
+            predicted=self.predicted[cases, columns],
+            is_held=below.get(0, self.is_held),
+        )
+
+    def outcomes_at(self, indices: Sequence[int]) -> np.ndarray:
+        """Return each text's outcome, an index into `OUTCOMES`, at one threshold per stage: shape (n,)."""
+        is_below = self.ranks <= np.asarray(indices)[:, None]
+        case = np.where(is_below.any(axis=0), is_below.argmax(axis=0), len(self.stages))
+        return self.outcomes[case, np.arange(len(case))]
+
+    def count(self, indices: Sequence[np.ndarray], *, weights: np.ndarray | None = None) -> GridCounts:
+        """Count the outcomes at all combinations of some thresholds of one or two stages.
+
+        Parameters
+        ----------
+        indices : sequence of ndarray of int, one per stage
+            Indices in `self.thresholds`, ascending.
+        weights : ndarray of int, shape (n,), optional
+            How often each text counts.
+        """
+        sizes, ranks, outcomes = self._two_stages
+        first, second = (*indices, np.zeros(1, dtype=np.int64))[:2]
+        n_first, n_second, n_outcomes = len(first), len(second), len(OUTCOMES)
+        row, column = (
+            np.searchsorted(chosen, np.arange(size + 1))[rank]
+            for chosen, size, rank in zip((first, second), sizes, ranks, strict=True)
+        )
+
+        def histogram(shape: tuple[int, ...], *codes: np.ndarray) -> np.ndarray:
+            """Count texts by their codes, as whole numbers (bincount returns floats where there are weights)."""
+            flat = np.bincount(np.ravel_multi_index(codes, shape), weights, int(np.prod(shape)))
+            return flat.astype(np.int32).reshape(shape)
+
+        # A text in row r reaches the first r of the first stage's thresholds; in column c, the first c of the second's.
+        shape = (n_first + 1, n_second + 1, n_outcomes)
+        below_first = histogram((n_first + 1, n_outcomes), row, outcomes[0])[:-1].cumsum(axis=0)
+        reaching = [histogram(shape, row, column, codes)[::-1].cumsum(axis=0)[::-1][1:] for codes in outcomes[1:]]
+        below_second = reaching[0].cumsum(axis=1)[:, :-1]
+        above_both = reaching[1][:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+        out_of_scope = (~self.in_scope).astype(np.int64)
+        if self.is_held is None:
+            n_held = histogram((n_first + 1, 2), row, out_of_scope)[:-1].cumsum(axis=0)
+        else:
+            held = self.is_held * (1 if weights is None else weights)
+            n_held = np.tile(np.bincount(out_of_scope, held, 2).astype(np.int32), (n_first, 1))
+        return GridCounts(below_first, below_second, above_both, n_held)
+
+    def counts_at(self, *thresholds: np.ndarray) -> np.ndarray:
+        """Count the outcomes at any thresholds, ascending, of one or two stages: shape (n_first[, n_second], 6)."""
+        at = [np.searchsorted(values, given) for values, given in zip(self.thresholds, thresholds, strict=True)]
+        # Several thresholds may have one index: count it once.
+        unique = [np.unique(index) for index in at]
+        counts = self.count(unique).counts
+        counts = counts if len(at) == 2 else counts[:, 0]
+        return counts[np.ix_(*(np.searchsorted(u, index) for u, index in zip(unique, at, strict=True)))]
+
+    @cached_property
+    def _two_stages(self) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """The numbers of thresholds, ranks and outcomes of two stages; every text reaches a second that is absent."""
+        if len(self.stages) > 2:
+            raise RunError(f"{self.name}: counts are of one or two stages, not of {len(self.stages)}; fix the others")
+        sizes = [len(values) for values in self.thresholds]
+        if len(self.stages) == 2:
+            return sizes, self.ranks, self.outcomes
+        return [*sizes, 1], np.vstack([self.ranks, np.ones_like(self.ranks)]), self.outcomes[[0, 1, 1]]
+
+
+def swept_stages(spec: CascadeSpec) -> tuple[str, ...]:
+    """Return the stages of a cascade that can reject, and so have a threshold to choose."""
+    return tuple(stage.name for stage in spec.stages if stage.reject_labels)
+
+
+def _checked_stages(run: Run, stages: Sequence[str] | None) -> tuple[str, ...]:
+    order = [stage.name for stage in run.spec.stages]
+    stages = tuple(swept_stages(run.spec) if stages is None else stages)
+    if not stages:
+        raise RunError(f"{run.name}: no stage can reject, so no threshold can move; give the last a reject_label")
+    for stage in stages:
+        if not run.spec.stage(stage).reject_labels:
+            raise RunError(f"{run.name}: stage '{stage}' has no reject_label, so no threshold; name another stage")
+    if list(stages) != sorted(set(stages), key=order.index):
+        raise RunError(f"{run.name}: stages {', '.join(stages)}: name each once, in order: {', '.join(order)}")
+    return stages
+
+
+def _evenly_spaced(n: int, at_most: int) -> np.ndarray:
+    """Return at most `at_most` of the numbers 0 … n - 1, evenly spaced, with the first and the last."""
+    return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(np.int64))
