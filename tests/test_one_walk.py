@@ -67,9 +67,19 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(spec, examples, logits, thresholds)
 
 
-def plain_walk(spec: CascadeSpec, logits: dict[str, np.ndarray], row: int) -> tuple[str, str]:
-    """Return the answer to one example and the stage that gives it, by the words of the documentation alone."""
-    for stage in spec.stages:
+def plain_walk(
+    spec: CascadeSpec, logits: dict[str, np.ndarray], row: int, *, perfect: str = "", label: str = ""
+) -> tuple[str, str]:
+    """Return the answer to one example and the stage that gives it, by the words of the documentation alone.
+
+    The stage `perfect` decides for whatever can still lead to the true `label`.
+    """
+    for index, stage in enumerate(spec.stages):
+        later = {name for s in spec.stages[index + 1 :] for name in (*s.labels, s.reject_label)}
+        if stage.name == perfect and label in {*stage.labels, stage.reject_label} - {stage.pass_label}:
+            return label, stage.name
+        if stage.name == perfect and label in later:
+            continue
         weights = np.exp(logits[stage.name][row].astype(np.float64))
         p = dict(zip(stage.labels, weights / weights.sum(), strict=True))
         if stage.pass_label is not None:
@@ -123,6 +133,9 @@ def test_error_analysis(case: Case):
     assert ends == pd.Series(decided_by).value_counts().to_dict()
     ladder = oracle_ladder(run, thresholds=case.thresholds, n_resamples=1)
     assert ladder.loc["as it is", "accuracy"] == pytest.approx(np.mean(np.array(predicted) == y_true))
+    for stage in case.spec.stages:
+        better = [plain_walk(moved, case.logits, row, perfect=stage.name, label=y_true[row])[0] for row in range(n)]
+        assert ladder.loc[f"perfect {stage.name}", "accuracy"] == pytest.approx(np.mean(np.array(better) == y_true))
     if len(case.spec.stages) > 1:
         gates = [stage.name for stage in case.spec.stages[:-1]]
         opened, _ = plain_walks(moved.with_thresholds(dict.fromkeys(gates, 0.0)), case.logits, n)
