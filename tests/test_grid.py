@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from helpers import memory_run, random_run
+from helpers import memory_run, mixed_run, random_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +17,14 @@ from cascade_lab.thresholds import ThresholdGrid
 
 def replayed(run, thresholds):
     return outcome_counts(run.spec, run.replay(thresholds)).tolist()
+
+
+def with_minimums(run, seed):
+    """Return the run with a random minimum for all labels, and others for some of them."""
+    rng, last = np.random.default_rng(seed), run.spec.last
+    minimums = {label: float(rng.choice([0, rng.random(), 1])) for label in last.labels if rng.random() < 0.5}
+    last = replace(last, min_probability=float(rng.random()), min_probabilities=minimums)
+    return run.with_spec(replace(run.spec, stages=(*run.spec.stages[:-1], last)))
 
 
 def logits_of(run):
@@ -37,6 +47,31 @@ def test_outcomes_at_all_thresholds_equal_a_replay(tmp_path_factory, seed, n_gat
         counts = np.bincount(grid.outcomes_at(indices), minlength=len(OUTCOMES)).tolist()
         assert counts == replayed(run, {**fixed, **thresholds})
         assert counts == replayed(run, {**fixed, **grid.thresholds_at(indices)})
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), n_gates=st.integers(0, 3))
+def test_minimums_by_label_do_not_move_with_the_threshold(tmp_path_factory, seed, n_gates):
+    """At every threshold of the last stage, the grid counts what a replay does, whatever else moves."""
+    rng = np.random.default_rng(seed)
+    if n_gates and rng.random() < 0.5:
+        run = mixed_run(seed)
+    else:
+        folder = tmp_path_factory.mktemp("runs") / "r"
+        run = with_minimums(random_run(folder, n=50, n_gates=n_gates, seed=seed), seed)
+    if not run.spec.last.reject_labels:
+        return
+    gates = [stage.name for stage in run.spec.stages[:-1]]
+    stages = [*(name for name in gates if rng.random() < 0.5), "last"]
+    grid = ThresholdGrid.from_run(run, stages)
+    fixed = {name: float(rng.choice([0, rng.random(), 1])) for name in stages[:-1]}
+    last = grid.fix({name: grid.indices({**fixed, "last": 0})[k] for k, name in enumerate(stages[:-1])})
+    values = np.unique([0.0, 1.0, *last.thresholds[0], *run.spec.last.min_probabilities.values(), *rng.random(5)])
+    counts = last.counts_at(values)
+    for value, counted in zip(values, counts, strict=True):
+        assert counted.tolist() == replayed(run, {**fixed, "last": value})
+        indices = grid.indices({**fixed, "last": value})
+        assert np.bincount(grid.outcomes_at(indices), minlength=len(OUTCOMES)).tolist() == counted.tolist()
 
 
 @settings(deadline=None, max_examples=25)

@@ -46,6 +46,19 @@ def test_a_guaranteed_reject_recall_passes_the_binomial_test(tmp_path, n_gates, 
     assert outcome_counts(run.spec, run.replay(choice.thresholds)).tolist() == choice.counts.tolist()
 
 
+def test_a_guarantee_is_of_the_cascade_with_its_minimums_by_label(tmp_path):
+    """Labels with a minimum of 1 are nearly never answered, so no threshold keeps the bound for them."""
+    run = random_run(tmp_path / "r", n=400, seed=1)
+    goal = Goal(maximize="reject_recall")
+    choose_with_guarantee(run, goal, "in_scope_accuracy", 0.4)
+    strict = replace(run.spec.last, min_probabilities={"label0": 1.0, "label1": 1.0})
+    run = run.with_spec(replace(run.spec, stages=(*run.spec.stages[:-1], strict)))
+    with pytest.raises(InfeasibleError, match="ask for less"):
+        choose_with_guarantee(run, goal, "in_scope_accuracy", 0.4)
+    choice = choose_with_guarantee(run, goal, "in_scope_accuracy", 0.2)
+    assert outcome_counts(run.spec, run.replay(choice.thresholds)).tolist() == choice.counts.tolist()
+
+
 def test_guarantees_that_are_refused(tmp_path):
     run = random_run(tmp_path / "r", n=100, seed=1)
     with pytest.raises(InfeasibleError, match=r"with probability 0\.9"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
+from helpers import memory_run, random_spec
 from test_errors import five_texts
 
 from cascade_lab import Run
@@ -54,3 +56,45 @@ def test_a_run_without_times_has_no_latency():
     ):
         with pytest.raises(RunError, match="was not timed"):
             function(untimed)
+
+
+def three_stages(seconds: dict[str, list[float]], n_examples: dict[str, list[int]]) -> Run:
+    """Return a run of three stages with these batches."""
+    timings = pd.DataFrame(
+        [
+            {"stage": stage, "batch": i, "n_examples": n, "tokenize_seconds": 0.0, "run_seconds": value}
+            for stage in seconds
+            for i, (value, n) in enumerate(zip(seconds[stage], n_examples[stage], strict=True))
+        ]
+    )
+    run = memory_run(random_spec(n_gates=2), *random_examples(60, seed=1))
+    scores = {stage.name: run.scores(stage.name) for stage in run.spec.stages}
+    return Run(run.manifest, run.examples, scores, run.predictions, timings)
+
+
+def random_examples(n, *, seed):
+    rng, spec = np.random.default_rng(seed), random_spec(n_gates=2)
+    examples = pd.DataFrame({"example_id": [str(i) for i in range(n)], "text": "t", "text_b": None, "label": "label0"})
+    logits = {s.name: rng.normal(size=(n, len(s.labels))).astype(np.float32) for s in spec.stages}
+    return examples, logits
+
+
+def test_the_latency_of_three_stages_at_the_reach_of_the_run_is_that_of_the_run():
+    """10 texts, of which 4 reach the second stage and 1 the third."""
+    seconds = {"gate0": [0.006, 0.004], "gate1": [0.009, 0.011], "last": [0.05]}
+    run = three_stages(seconds, {"gate0": [3, 7], "gate1": [2, 2], "last": [1]})
+    predicted = predicted_latency(run, np.array([0.0, 0.4, 1.0]))
+    all_ms = 1000 * sum(map(sum, seconds.values()))
+    assert predicted["mean_ms"] == pytest.approx([1.0, all_ms / 10, 1.0 + 5.0 + 12.5], abs=0.01)
+    # At the run's reach, 6 texts end at the first stage, 3 at the second and 1 at the third.
+    assert predicted["p50_ms"][1] <= 2
+    assert predicted["p95_ms"][1] > 54
+    assert predicted["p99_ms"][1] > 54
+    for limit in (1.5, 3.5, 6.0, 18.0):
+        reach = reach_within(run, "mean_ms", limit)
+        assert float(predicted_latency(run, reach)["mean_ms"][0]) == pytest.approx(limit)
+    for limit in (6.0, 7.0, 50.6):
+        reach = reach_within(run, "p95_ms", limit)
+        assert float(predicted_latency(run, max(reach - 1e-6, 0))["p95_ms"][0]) <= limit
+        if reach < 1:
+            assert float(predicted_latency(run, reach + 0.01)["p95_ms"][0]) > limit

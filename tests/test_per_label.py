@@ -57,6 +57,29 @@ def test_thresholds_per_label_improve_where_labels_differ(tmp_path):
     assert set(result.min_probabilities) == {"label1"}
 
 
+def test_minimums_that_the_run_has_are_not_kept(tmp_path):
+    """They are chosen anew, so the best of all labels does not depend on those of the run."""
+    run = random_run(tmp_path / "r", n=120, seed=3)
+    expected = per_label_thresholds(run, ACCURACY, {"gate0": 0.3}, n_repeats=1)
+    strict = replace(run.spec.last, min_probabilities={"label0": 1.0, "label1": 0.0})
+    run = run.with_spec(replace(run.spec, stages=(*run.spec.stages[:-1], strict)))
+    result = per_label_thresholds(run, ACCURACY, {"gate0": 0.3}, n_repeats=1)
+    assert result.min_probabilities == expected.min_probabilities
+    assert result.gain.value > expected.gain.value  # compared with the worse minimums of the run
+
+
+def test_a_probability_of_1_is_not_rejected(tmp_path):
+    """All texts answered label1 are out of scope, and some have a probability of exactly 1."""
+    run = random_run(tmp_path / "r", n=100, n_labels=2, seed=1)
+    logits = {stage.name: run.scores(stage.name).logits.copy() for stage in run.spec.stages}
+    logits["last"][::5] = [-200, 200]
+    labels = np.where(logits["last"].argmax(axis=1) == 0, "label0", "oos0")
+    result = per_label_thresholds(
+        memory_run(run.spec, run.examples.assign(label=labels), logits), ACCURACY, {"gate0": 0.0}, n_repeats=1
+    )
+    assert result.min_probabilities == {"label1": 1.0}
+
+
 @pytest.mark.parametrize(
     ("goal", "message"),
     [

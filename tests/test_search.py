@@ -126,15 +126,46 @@ def test_a_bound_on_latency_holds_texts_back_at_the_first_stage(run):
     choice = choose(run, Goal(maximize="accuracy", at_most={"mean_ms": first + 0.2 * later}))
     assert (run.replay(choice.thresholds)["decided_by"] == "last").mean() <= 0.2
     assert reach_within(run, "p95_ms", first + later / 2) == pytest.approx(0.05)
-    with pytest.raises(InfeasibleError, match="beyond the first stage"):
+    with pytest.raises(InfeasibleError, match="even the first stage alone takes longer"):
         choose(run, Goal(maximize="accuracy", at_most={"p50_ms": first / 2}))
 
 
 def test_a_bound_on_latency_holds_with_three_stages(tmp_path):
+    """Of the texts beyond the first stage, the third gets the fraction that it got in the run."""
     run = random_run(tmp_path / "r", n=150, n_gates=2, seed=3)
-    first, *later = 11.0 / run.timings["n_examples"].to_numpy()
-    choice = choose(run, Goal(maximize="accuracy", at_most={"mean_ms": first + 0.3 * sum(later)}))
-    assert (run.replay(choice.thresholds)["decided_by"] != "gate0").mean() <= 0.3
+    n_reached = run.timings["n_examples"].to_numpy()
+    first, second, third = 11.0 / n_reached
+    later = second + third * n_reached[2] / n_reached[1]
+    choice = choose(run, Goal(maximize="accuracy", at_most={"mean_ms": first + 0.3 * later}))
+    assert 0.2 < (run.replay(choice.thresholds)["decided_by"] != "gate0").mean() <= 0.3
+
+
+def test_a_bound_on_latency_counts_texts_held_at_the_first_stage_of_the_cascade(tmp_path):
+    """Texts that the last stage rejects have gone beyond the gate: rejecting more makes nothing faster."""
+    run = random_run(tmp_path / "r", n=150, seed=3)
+    first, later = 11.0 / run.timings["n_examples"].to_numpy()
+    beyond = (run.predictions["decided_by"] == "last").mean()
+    goal = Goal(maximize="accuracy", at_most={"mean_ms": first + (beyond + 0.01) * later})
+    unbounded = choose(run, Goal(maximize="accuracy"), ["last"])
+    assert choose(run, goal, ["last"]).thresholds == unbounded.thresholds
+    tight = Goal(maximize="accuracy", at_most={"mean_ms": first + (beyond - 0.01) * later})
+    with pytest.raises(InfeasibleError, match=r"beyond the first stage, at most .* may, .* not only last \(--stage\)"):
+        choose(run, tight, ["last"])
+    choose(run, tight)
+    three = random_run(tmp_path / "three", n=150, n_gates=2, seed=3)
+    with pytest.raises(InfeasibleError, match="not only gate1, last"):
+        choose(three, Goal("accuracy", at_most={"mean_ms": 11.0 / 150 + 0.001}), ["gate1", "last"])
+
+
+def test_a_bound_on_the_latency_of_one_stage_holds_or_is_infeasible(tmp_path):
+    run = random_run(tmp_path / "r", n=100, n_gates=0, seed=1)
+    unbounded = choose(run, Goal(maximize="accuracy"))
+    assert choose(run, Goal(maximize="accuracy", at_most={"mean_ms": 0.12, "p95_ms": 0.12})).thresholds == (
+        unbounded.thresholds
+    )
+    for name in ("mean_ms", "p50_ms", "p99_ms"):
+        with pytest.raises(InfeasibleError, match="even the first stage alone takes longer"):
+            choose(run, Goal(maximize="accuracy", at_most={name: 0.1}))
 
 
 def test_a_bound_on_latency_needs_timings(run):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import random_run
+from test_tuning import labels_differ
 from typer.testing import CliRunner
 
+from cascade_lab.analysis.metrics import prediction_metrics
 from cascade_lab.cli import app
 from cascade_lab.run import Run
 from cascade_lab.spec import CascadeSpec
@@ -48,9 +50,24 @@ def test_tune_takes_costs_a_guarantee_and_labels(run, tmp_path):
     assert CascadeSpec.read(output).tuned_on["guarantee"] == "in_scope_accuracy at least 0.3 with probability 0.9"
 
 
+def test_the_metrics_printed_with_thresholds_per_label_are_those_of_the_written_cascade(tmp_path):
+    run = labels_differ(tmp_path / "r", "run", seed=3).write(tmp_path / "run")
+    result = tune(run.directory, "--maximize", "accuracy", "--by-label", "--output", tmp_path / "t.toml")
+    assert result.exit_code == 0, result.output
+    spec = CascadeSpec.read(tmp_path / "t.toml")
+    assert spec.last.min_probabilities
+    printed = {line.split()[0]: line.split()[1] for line in result.output.splitlines() if len(line.split()) > 1}
+    assert printed["last"] == "per"
+    for name, value in prediction_metrics(spec, run.with_spec(spec).predictions).items():
+        if name != "macro_f1":
+            assert printed[name] == f"{value:.4f}"
+            assert spec.tuned_on["figures"][name] == pytest.approx(value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--maximize", "accuracy", "--guarantee", "in_scope_accuracy=0.3", "--by-label"], "leave out guarantee (--gu"),
         ([], "one metric to maximize or to minimize"),
         (["--maximize", "reject_recal"], "did you mean 'reject_recall'"),
         (["--maximize", "accuracy", "--at-least", "coverage"], "is not NAME=NUMBER"),

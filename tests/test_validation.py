@@ -98,6 +98,18 @@ def test_cross_validation_is_choosing_and_replaying_by_hand(runs):
     assert row["standard_error"] == pytest.approx(np.sqrt((1 / 6 + 1 / 2) * differences.var(ddof=1)))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_metric_that_no_fold_defines_is_undefined(runs):
+    """Without texts out of scope there is no reject recall; where no fold is feasible there is nothing."""
+    run = runs[0].select(np.flatnonzero(runs[0].examples["label"].str.startswith("label")))
+    table = cross_validate(run, ACCURACY, n_repeats=1)
+    assert table.loc["reject_recall"].isna().all()
+    assert table.loc["accuracy"].notna().all()
+    nothing = cross_validate(run, Goal("accuracy", at_least={"in_scope_accuracy": 1.0}), n_repeats=1)
+    assert nothing.isna().all(axis=None)
+    assert nothing.attrs["infeasible"] == 1
+
+
 def test_metrics_are_better_on_the_texts_that_thresholds_are_chosen_on(tmp_path):
     tables = [
         cross_validate(random_run(tmp_path / f"{seed}", n=80, skill=0.3, seed=seed), ACCURACY, n_repeats=2)

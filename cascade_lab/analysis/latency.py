@@ -111,9 +111,9 @@ def latency_summary(run: Run) -> Summary:
 def predicted_latency(run: Run, reach: float | np.ndarray) -> dict[str, np.ndarray]:
     """Return the latency per text if a fraction `reach` of the texts went beyond the first stage.
 
-    The latency is that of the first stage + `reach` × that of the later stages, with the amortised times of this run.
-    It is valid at the batch size of the run. A text that is slow at one stage (a long text) is taken to be equally slow
-    at the next stages.
+    The latency of a text is the sum of the amortised times of the stages that it reaches. Of the texts beyond the first
+    stage, each later stage gets the same fraction as in this run. The latency is valid at the batch size of the run. A
+    text that is slow at one stage (a long text) is taken to be equally slow at the next stages.
 
     Parameters
     ----------
@@ -131,13 +131,13 @@ def predicted_latency(run: Run, reach: float | np.ndarray) -> dict[str, np.ndarr
         The run was not timed.
     """
     reach = np.atleast_1d(np.asarray(reach, dtype=np.float64))
-    first, later = _first_and_later(run)
-    latency = {"mean_ms": first.mean() + reach * later.mean()}
-    ms = np.concatenate([first, first + later])
+    first, later, shares = _paths(run)
+    latency = {"mean_ms": first.mean() + reach * (shares @ later.mean(axis=1) - first.mean())}
+    ms = np.concatenate([first, later.ravel()])
     order = np.argsort(ms, kind="stable")
+    path_weights = np.column_stack([1 - reach, np.outer(reach, shares)])
+    below = np.repeat(path_weights, len(first), axis=1)[:, order].cumsum(axis=1) / len(first)
     for p in PERCENTILES:
-        weights = np.concatenate([np.outer(1 - reach, np.ones(len(first))), np.outer(reach, np.ones(len(first)))], 1)
-        below = weights[:, order].cumsum(axis=1) / len(first)
         latency[f"p{p}_ms"] = ms[order][np.minimum((below < p / 100 - 1e-12).sum(axis=1), len(ms) - 1)]
     return latency
 
@@ -162,16 +162,16 @@ def reach_within(run: Run, name: str, limit: float) -> float:
     RunError
         The run was not timed.
     """
-    first, later = _first_and_later(run)
+    first, later, shares = _paths(run)
     if name == "mean_ms":
-        remaining = limit - first.mean()
-        return float(np.clip(remaining / later.mean(), -1, 1)) if later.mean() else float(np.sign(remaining) or 1)
-    # Within the limit is the fraction (1 - reach) · first_only + reach · all_stages of the texts.
+        remaining, more_ms = limit - first.mean(), shares @ later.mean(axis=1) - first.mean()
+        return float(np.clip(remaining / more_ms, -1, 1)) if more_ms > 0 else float(np.sign(remaining) or 1)
+    # Within the limit is the fraction (1 - reach) · first_only + reach · beyond of the texts.
     fraction = int(name[1:-3]) / 100
-    first_only, all_stages = np.mean(first <= limit), np.mean(first + later <= limit)
-    if all_stages >= fraction:
+    first_only, beyond = np.mean(first <= limit), shares @ np.mean(later <= limit, axis=1)
+    if beyond >= fraction:
         return 1.0
-    return float((first_only - fraction) / (first_only - all_stages)) if first_only >= fraction else -1.0
+    return float((first_only - fraction) / (first_only - beyond)) if first_only >= fraction else -1.0
 
 
 def _check_timed(run: Run) -> None:
@@ -179,9 +179,25 @@ def _check_timed(run: Run) -> None:
         raise RunError(f"{run.name}: was not timed; latencies need a run that `cascade-lab run` made")
 
 
-def _first_and_later(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Return 1,000 quantiles of the milliseconds per text at the first stage, and at the later stages together."""
-    latencies = list(stage_latencies(run).values())
+def _paths(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return 1,000 quantiles of the milliseconds of the texts that end at each stage.
+
+    Returns
+    -------
+    tuple of three ndarrays
+        Of the texts that end at the first stage, shape (1000,). Of those that end at each later stage, shape
+        (n_later, 1000), the time of the earlier stages included. Of the texts that go beyond the first stage, the
+        fraction that ends at each later stage, shape (n_later,). Without a later stage, the two are as if a stage that
+        takes no time followed.
+    """
+    text_ms = [latency.text_ms for latency in stage_latencies(run).values()]
     ranks = (np.arange(1000) + 0.5) / 10
-    first, *later = (np.percentile(s.text_ms, ranks) if len(s.text_ms) else np.zeros(1000) for s in latencies)
-    return first, np.sum(later, axis=0) if later else np.zeros(1000)
+    # Each quantile is a time that occurs: interpolated ones of a few batches have another mean.
+    quantiles = [np.percentile(ms, ranks, method="inverted_cdf") if len(ms) else np.zeros(1000) for ms in text_ms]
+    ends = np.cumsum(quantiles, axis=0)
+    if len(ends) == 1:
+        return ends[0], ends, np.ones(1)
+    n_reached = np.minimum.accumulate([len(ms) for ms in text_ms[1:]])
+    if not n_reached[0]:  # nothing is known of the later stages; a text passes through all of them
+        return ends[0], ends[1:], np.eye(len(n_reached))[-1]
+    return ends[0], ends[1:], -np.diff(np.append(n_reached, 0)) / n_reached[0]

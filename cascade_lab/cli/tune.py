@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +45,10 @@ def tune(
     delta: Annotated[float, typer.Option(min=1e-6, max=0.5, help="The probability that the guarantee may fail.")] = 0.1,
     by_label: Annotated[
         bool,
-        typer.Option("--by-label", help="Try a threshold per label of the last stage; use them if they are better."),
+        typer.Option(
+            "--by-label",
+            help="Try a threshold per label of the last stage; use them if better. Not with --guarantee.",
+        ),
     ] = False,
     overwrite: OVERWRITE = False,
 ) -> None:
@@ -92,7 +96,8 @@ def _print_tuning(tuning: Tuning) -> None:
     thresholds = table("stage", "threshold", *(["95% of resamples"] if bootstrap else []))
     for stage, row in tuning.thresholds.iterrows():
         resampled = [interval(row["low"], row["high"], ".4g")] if bootstrap else []
-        thresholds.add_row(str(stage), f"{row['chosen']:.6g}", *resampled)
+        chosen = "per label" if math.isnan(row["chosen"]) else f"{row['chosen']:.6g}"
+        thresholds.add_row(str(stage), chosen, *resampled)
     metrics = table("metric", "on this set", "95% interval", "held out (cross-validation)")
     for name, row in tuning.metrics.iterrows():
         between = interval(row["low"], row["high"])
@@ -102,7 +107,7 @@ def _print_tuning(tuning: Tuning) -> None:
         line(f"on {bootstrap.infeasible:.0%} of the resamples no thresholds satisfy the goal")
     if tuning.per_label is not None:
         gain = tuning.per_label.gain
-        used = "used" if tuning.per_label.improves else "not used"
+        used = "used" if tuning.uses_per_label else "not used"
         between = interval(gain.low, gain.high)
         line(f"a threshold per label: a gain of {number(gain.value)} ({between}) in {tuning.goal.metric}: {used}")
     line(f"goal: {tuning.goal}")

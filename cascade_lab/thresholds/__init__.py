@@ -12,6 +12,7 @@ from cascade_lab.lazy import lazy_names
 if TYPE_CHECKING:
     from cascade_lab.thresholds.grid import ThresholdGrid as ThresholdGrid
     from cascade_lab.thresholds.grid import swept_stages as swept_stages
+    from cascade_lab.thresholds.guarantee import Guarantee as Guarantee
     from cascade_lab.thresholds.guarantee import choose_with_guarantee as choose_with_guarantee
     from cascade_lab.thresholds.objective import Goal as Goal
     from cascade_lab.thresholds.per_label import PerLabelThresholds as PerLabelThresholds
@@ -38,6 +39,7 @@ if not TYPE_CHECKING:
         {
             "Choice": ".search",
             "Goal": ".objective",
+            "Guarantee": ".guarantee",
             "PerLabelThresholds": ".per_label",
             "Surface": ".surfaces",
             "ThresholdBootstrap": ".validation",

@@ -38,7 +38,7 @@ class GridCounts(NamedTuple):
     above_both : ndarray of int, shape (n_first, n_second, 6)
         Texts that reach both. They become fewer as either threshold rises.
     n_held : ndarray of int, shape (n_first, 2)
-        Texts in scope, and texts out of scope, that the first stage holds back.
+        Texts in scope, and texts out of scope, that do not go beyond the first stage of the cascade.
     """
 
     below_first: np.ndarray
@@ -69,7 +69,8 @@ class ThresholdGrid:
         of them does what the higher one does.
     ranks : ndarray of int, shape (n_stages, n)
         How many of a stage's thresholds a text's confidence reaches: it reaches `thresholds[k][i]` if
-        `ranks[k] > i`. 0 for a text that does not arrive at the stage.
+        `ranks[k] > i`. 0 for a text that does not arrive at the stage. A text whose label has a minimum of its own
+        (`min_probabilities`) does not move with the threshold: it reaches all of them, or none.
     outcomes : ndarray of int, shape (n_stages + 1, n)
         Row k: the outcome (an index into `OUTCOMES`) of a text that reaches the thresholds before stage k and not that
         of stage k. Last row: its outcome if it reaches all.
@@ -80,8 +81,8 @@ class ThresholdGrid:
     in_scope : ndarray of bool, shape (n,)
         The true label is a class of the last stage.
     is_held : ndarray of bool, shape (n,), optional
-        The texts that the first stage holds back, where its threshold is fixed. By default the first stage of `stages`
-        decides that.
+        The texts that do not go beyond the first stage of the cascade, where its threshold is fixed. None where that
+        stage is the first of `stages`, whose threshold decides it.
     """
 
     name: str
@@ -126,9 +127,16 @@ class ThresholdGrid:
         y_true = run.examples["label"].to_numpy(dtype=object)
         values, ranks = [], []
         for stage in stages:
-            arrived, confidence = routes[-1].reached[stage], decisions[stage].confidence
-            values.append(np.unique(np.append(confidence[arrived], 1.0)))
-            ranks.append(np.where(arrived, np.searchsorted(values[-1], confidence, side="right"), 0))
+            arrived, decision = routes[-1].reached[stage], decisions[stage]
+            own_minimums = list(spec.stage(stage).min_probabilities)
+            is_fixed = np.asarray(pd.Index(decision.label_above).isin(own_minimums))
+            values.append(np.unique(np.append(decision.confidence[arrived & ~is_fixed], 1.0)))
+            rank = np.searchsorted(values[-1], decision.confidence, side="right")
+            rank[is_fixed] = np.where(decision.above[is_fixed], len(values[-1]), 0)
+            ranks.append(np.where(arrived, rank, 0))
+        first, *later = spec.stages
+        # In a cascade with one stage, no text goes beyond the first.
+        goes_on = routes[-1].reached[later[0].name] if later else np.zeros(len(y_true), dtype=bool)
         return cls(
             name=run.name,
             stages=stages,
@@ -138,6 +146,7 @@ class ThresholdGrid:
             predicted=np.array([case.predicted for case in routes]),
             y_true=y_true,
             in_scope=np.asarray(pd.Index(y_true).isin(spec.in_scope_labels)),
+            is_held=None if later and stages[0] == first.name else ~goes_on,
         )
 
     def __repr__(self) -> str:
@@ -211,7 +220,7 @@ class ThresholdGrid:
             ranks=self.ranks[moving],
             outcomes=self.outcomes[cases, columns],
             predicted=self.predicted[cases, columns],
-            is_held=below.get(0, self.is_held),
+            is_held=below.get(0) if self.is_held is None else self.is_held,
         )
 
     def outcomes_at(self, indices: Sequence[int]) -> np.ndarray:
@@ -257,12 +266,12 @@ class ThresholdGrid:
             n_held = np.tile(np.bincount(out_of_scope, held, 2).astype(np.int32), (n_first, 1))
         return GridCounts(below_first, below_second, above_both, n_held)
 
-    def counts_at(self, *thresholds: np.ndarray) -> np.ndarray:
+    def counts_at(self, *thresholds: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         """Count the outcomes at any thresholds, ascending, of one or two stages: shape (n_first[, n_second], 6)."""
         at = [np.searchsorted(values, given) for values, given in zip(self.thresholds, thresholds, strict=True)]
         # Several thresholds may have one index: count it once.
         unique = [np.unique(index) for index in at]
-        counts = self.count(unique).counts
+        counts = self.count(unique, weights=weights).counts
         counts = counts if len(at) == 2 else counts[:, 0]
         return counts[np.ix_(*(np.searchsorted(u, index) for u, index in zip(unique, at, strict=True)))]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.stats import binom
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from cascade_lab.run import Run
 
 GUARANTEED = ("in_scope_accuracy", "reject_recall")
+
+
+class Guarantee(NamedTuple):
+    """A bound that holds on new texts with probability 1 - `delta`; see `choose_with_guarantee`."""
+
+    metric: str
+    at_least: float
+    delta: float = 0.1
+
+    def __str__(self) -> str:
+        return f"{self.metric} at least {self.at_least:g} with probability {1 - self.delta:g}"
 
 
 def choose_with_guarantee(
@@ -58,16 +69,38 @@ def choose_with_guarantee(
     RunError
         As `ThresholdGrid.from_run`.
     """
-    if metric not in GUARANTEED:
-        raise GoalError(f"'{metric}' cannot be guaranteed; {' and '.join(GUARANTEED)} can")
+    guarantee = Guarantee(metric, at_least, delta)
+    check_guarantee(goal, guarantee)
+    return choose_with_guarantee_on_grid(grid or ThresholdGrid.from_run(run, stages), goal, guarantee)
+
+
+def check_guarantee(goal: Goal, guarantee: Guarantee) -> None:
+    """Raise GoalError if the metric cannot be guaranteed, or not with this goal."""
+    if guarantee.metric not in GUARANTEED:
+        raise GoalError(f"'{guarantee.metric}' cannot be guaranteed; {' and '.join(GUARANTEED)} can")
     if any(name in LATENCIES for name in goal.at_most):
         raise GoalError("a guarantee cannot be combined with a bound on a latency; leave out one of the two")
-    grid = grid or ThresholdGrid.from_run(run, stages)
+
+
+def choose_with_guarantee_on_grid(
+    grid: ThresholdGrid, goal: Goal, guarantee: Guarantee, *, weights: np.ndarray | None = None
+) -> Choice:
+    """Choose as `choose_with_guarantee`, on the texts of a grid; `weights` says how often each text counts.
+
+    Weights other than 0 and 1 repeat texts, and the guarantee then holds no longer.
+
+    Raises
+    ------
+    InfeasibleError
+        No candidate passes the test and satisfies the goal's bounds.
+    """
+    metric, at_least, delta = guarantee
     first_stage, *later_stages = grid.stages
     first = np.concatenate([[0.0], 1 / (1 + np.exp(-np.linspace(-12, 12, 481))), [1.0]])
     combinations = product(np.arange(10) / 10, repeat=len(later_stages))
     later = [dict(zip(later_stages, values, strict=True)) for values in combinations]
-    counts = np.stack([_at_later_thresholds(grid, thresholds).counts_at(first) for thresholds in later], axis=1)
+    grids = [_at_later_thresholds(grid, thresholds) for thresholds in later]
+    counts = np.stack([fixed.counts_at(first, weights=weights) for fixed in grids], axis=1)
     hits, n = (counts @ is_outcome(names) for names in FRACTIONS[metric])
     p_value = binom.cdf(n - hits, n, 1 - at_least)
     # In-scope accuracy is safest at the lowest threshold, reject recall at the highest. (With several gates that have

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,10 +15,11 @@ from cascade_lab.exceptions import GoalError, InfeasibleError
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.objective import Goal
 from cascade_lab.thresholds.search import choose_on_grid
-from cascade_lab.thresholds.validation import corrected_standard_error, folds
+from cascade_lab.thresholds.validation import Procedure, corrected_standard_error, folds
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
+    from cascade_lab.spec import CascadeSpec
 
 _MAX_PRICE = 2.0**20
 
@@ -30,8 +32,9 @@ class PerLabelThresholds(NamedTuple):
     min_probabilities : dict of str to float
         As in `StageSpec.min_probabilities`. A label that is not named is never rejected.
     gain : Interval
-        How much they improve the goal's metric on texts left out, compared with one `min_probability` for all labels:
-        the mean over the folds of a repeated cross-validation, and its 95% interval. Above 0 is better.
+        How much they improve the goal's metric on texts left out, compared with one `min_probability` for all labels
+        (but for those to which the run's cascade gives a minimum of their own): the mean over the folds of a repeated
+        cross-validation, and its 95% interval. Above 0 is better; NaN where no fold allows a choice.
     held_out : dict of str to tuple of two floats
         The mean of each bounded metric on texts left out: with one minimum for all labels, and with one per label.
     improves : bool
@@ -42,6 +45,11 @@ class PerLabelThresholds(NamedTuple):
     gain: Interval
     held_out: dict[str, tuple[float, float]]
     improves: bool
+
+    def apply(self, spec: CascadeSpec) -> CascadeSpec:
+        """Return a cascade with these minimums at its last stage, which then has none for all labels."""
+        last = replace(spec.last, min_probability=None, min_probabilities=self.min_probabilities)
+        return replace(spec, stages=(*spec.stages[:-1], last))
 
 
 def per_label_thresholds(
@@ -78,20 +86,17 @@ def per_label_thresholds(
     InfeasibleError
         No minimum probabilities satisfy the goal.
     """
-    bounds = [*goal.at_least.items(), *goal.at_most.items()]
-    for name in (goal.metric, *(name for name, _ in bounds)):
-        if name != "mean_cost" and FRACTIONS.get(name, ((), ()))[1] not in (OUTCOMES, IN_SCOPE, OUT_OF_SCOPE):
-            raise GoalError(f"thresholds per label cannot be chosen for {name}; take accuracy or a cost")
-    if len(bounds) > 1:
-        raise GoalError("thresholds per label need a goal with at most one bound; drop the others")
+    check_per_label(goal)
+    bounds = _bounds(goal)
     last = run.spec.last.name
     gates = {name: value for name, value in thresholds.items() if name != last}
-    grid = ThresholdGrid.from_run(run, [last], gates)
-    indices = _choose(grid, goal, np.ones(len(grid.in_scope), dtype=int))
+    # The run's own minimums per label are part of the choice that these are compared with, and not of these.
+    grid, free_grid = (ThresholdGrid.from_run(r, [last], gates) for r in (run, _without_minimums(run)))
+    indices = _choose(free_grid, goal, np.ones(len(grid.in_scope), dtype=int))
     gains, on_left_out = [], []
     for train, test in folds(grid, n_repeats, n_folds, seed):
         try:
-            outcomes_per_label = _outcomes_at(grid, _choose(grid, goal, train))
+            outcomes_per_label = _outcomes_at(free_grid, _choose(free_grid, goal, train))
             common = choose_on_grid(grid, goal, weights=train).thresholds
         except InfeasibleError:
             continue
@@ -102,6 +107,11 @@ def per_label_thresholds(
         values = [float(goal.value(goal.metric, counts)) for counts in both]
         gains.append(goal.sign * (values[1] - values[0]))
         on_left_out.append({name: [float(goal.value(name, counts)) for counts in both] for name, _ in bounds})
+    thresholds_of_last = free_grid.thresholds[0]
+    chosen = {label: float(thresholds_of_last[index]) for label, index in indices.items() if index}
+    if not gains:
+        undefined = Interval(np.nan, np.nan, np.nan)
+        return PerLabelThresholds(chosen, undefined, {name: (np.nan, np.nan) for name, _ in bounds}, False)
     mean, error = float(np.mean(gains)), corrected_standard_error(np.array(gains), n_folds)
     half = error * float(student_t.ppf(0.975, max(len(gains) - 1, 1)))
     held_out = {name: tuple(np.mean([row[name] for row in on_left_out], axis=0).tolist()) for name, _ in bounds}
@@ -109,9 +119,50 @@ def per_label_thresholds(
     for name, bound in bounds:
         for_all, per_label = held_out[name]
         improves &= per_label >= min(bound, for_all) if name in goal.at_least else per_label <= max(bound, for_all)
-    thresholds_of_last = grid.thresholds[0]
-    chosen = {label: float(thresholds_of_last[index]) for label, index in indices.items() if index}
     return PerLabelThresholds(chosen, Interval(mean, mean - half, mean + half), held_out, bool(improves))
+
+
+def check_per_label(goal: Goal) -> None:
+    """Raise GoalError if minimum probabilities per label cannot be chosen for a goal."""
+    bounds = _bounds(goal)
+    for name in (goal.metric, *(name for name, _ in bounds)):
+        if name != "mean_cost" and FRACTIONS.get(name, ((), ()))[1] not in (OUTCOMES, IN_SCOPE, OUT_OF_SCOPE):
+            raise GoalError(f"thresholds per label cannot be chosen for {name}; take accuracy or a cost")
+    if len(bounds) > 1:
+        raise GoalError("thresholds per label need a goal with at most one bound; drop the others")
+
+
+def per_label_procedure(run: Run, goal: Goal, grid: ThresholdGrid) -> Procedure:
+    """Return the procedure that chooses the thresholds of a run's grid, and then a minimum for each label."""
+    last = run.spec.last.name
+    gates = [stage for stage in grid.stages if stage != last]
+    free_grid = ThresholdGrid.from_run(_without_minimums(run), [*gates, last])
+
+    def outcomes(weights: np.ndarray) -> np.ndarray:
+        thresholds = choose_on_grid(grid, goal, weights=weights).thresholds
+        # The gates' confidences are those of `grid`, so each threshold is found again.
+        fixed = free_grid.fix(
+            {
+                stage: int(np.searchsorted(values, thresholds[stage]))
+                for stage, values in zip(free_grid.stages, free_grid.thresholds, strict=True)
+                if stage != last
+            }
+        )
+        return _outcomes_at(fixed, _choose(fixed, goal, weights))
+
+    return outcomes
+
+
+def _bounds(goal: Goal) -> list[tuple[str, float]]:
+    return [*goal.at_least.items(), *goal.at_most.items()]
+
+
+def _without_minimums(run: Run) -> Run:
+    """Return a run whose last stage has no minimum probability per label."""
+    if not run.spec.last.min_probabilities:
+        return run
+    last = replace(run.spec.last, min_probabilities={})
+    return run.with_spec(replace(run.spec, stages=(*run.spec.stages[:-1], last)))
 
 
 def _choose(grid: ThresholdGrid, goal: Goal, weights: np.ndarray) -> dict[str, int]:
@@ -175,9 +226,11 @@ def _best(grid: ThresholdGrid, weights: np.ndarray, value: np.ndarray) -> dict[s
         steps = rank[arrives][own]
         # Texts with equal probability are rejected together, at the step after the last of them.
         is_last = np.append(steps[1:] != steps[:-1], True)
-        total = gain[own].cumsum()[is_last]
+        # No threshold rejects a probability of 1, which reaches all of them.
+        is_last &= steps < len(grid.thresholds[0])
+        total = np.append(0.0, gain[own].cumsum()[is_last])
         best = int(total.argmax())
-        chosen[str(label)] = int(steps[is_last][best]) if total[best] > 1e-12 else 0
+        chosen[str(label)] = int(steps[is_last][best - 1]) if total[best] > 1e-12 else 0
     return chosen
 
 

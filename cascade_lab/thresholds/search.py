@@ -84,8 +84,11 @@ def choose(
 
 
 def min_held_fraction(run: Run, goal: Goal) -> float:
-    """Return the fraction of texts that the first stage must hold back for the goal's bounds on latency to be met."""
-    limits = {name: value for name, value in goal.at_most.items() if name in LATENCIES}
+    """Return the fraction of texts that the first stage must hold back for the goal's bounds on latency to be met.
+
+    Above 1 where no threshold can meet them: the first stage alone takes longer.
+    """
+    limits = _latency_bounds(goal)
     if limits and not len(run.timings):
         raise RunError(f"{run.name}: has no timings, which a bound on {next(iter(limits))} needs; drop the bound")
     return 1 - min([reach_within(run, name, limit) for name, limit in limits.items()], default=1.0)
@@ -117,7 +120,7 @@ def choose_on_grid(
     grid : ThresholdGrid
     goal : Goal
     min_held : float
-        The fraction of texts that must not get beyond the first stage.
+        The fraction of texts that must not get beyond the first stage of the cascade.
     weights : ndarray of int, shape (n,), optional
         How often each text counts.
     max_lines : int, optional
@@ -134,6 +137,7 @@ def choose_on_grid(
     """
     totals = Totals.from_counts(np.bincount(grid.outcomes[0], weights, len(OUTCOMES)), goal.prevalence)
     task = _Task(goal, totals, min_held, weights)
+    _check_latency(grid, task)
     if len(grid.stages) <= 2:
         best = _search_pair(grid, task, max_lines)
     else:
@@ -297,6 +301,28 @@ def _evaluate(
     held = (n_held @ totals.weights) / totals.n - task.min_held
     rooms.append(np.broadcast_to(held[:, None], low.shape[:2]))
     return highest(goal.metric, goal.sign), highest("in_scope_accuracy", +1), np.min(rooms, axis=0)
+
+
+def _latency_bounds(goal: Goal) -> dict[str, float]:
+    return {name: value for name, value in goal.at_most.items() if name in LATENCIES}
+
+
+def _check_latency(grid: ThresholdGrid, task: _Task) -> None:
+    """Raise InfeasibleError if the bounds on latency do not hold and no threshold of the grid can change that."""
+    if not task.min_held:
+        return
+    bounds = ", ".join(f"{name} at most {value:g}" for name, value in _latency_bounds(task.goal).items())
+    where = f"{grid.name}: infeasible: {bounds}"
+    if task.min_held > 1:
+        raise InfeasibleError(f"{where}: even the first stage alone takes longer; ask for less")
+    if grid.is_held is not None:
+        held = np.bincount(~grid.in_scope, grid.is_held * (1 if task.weights is None else task.weights), 2)
+        beyond = 1 - float(held @ np.asarray(task.totals.weights) / task.totals.n)
+        if 1 - beyond < task.min_held:
+            raise InfeasibleError(
+                f"{where}: {beyond:.1%} of the texts go beyond the first stage, at most {1 - task.min_held:.1%} may, "
+                f"and its threshold is fixed; tune that stage too, not only {', '.join(grid.stages)} (--stage)"
+            )
 
 
 def _describe_nearest(grid: ThresholdGrid, nearest: _Candidate, task: _Task) -> str:

@@ -23,7 +23,8 @@ def _on_tuning_texts(tuning: Tuning) -> list[str]:
     thresholds = []
     for stage, row in tuning.thresholds.iterrows():
         between = "" if np.isnan(row["low"]) else f" (95% of resamples: {row['low']:.4f} to {row['high']:.4f})"
-        thresholds.append(f"stage {stage} {row['chosen']:.4f}{between}")
+        chosen = "one per label" if np.isnan(row["chosen"]) else f"{row['chosen']:.4f}"
+        thresholds.append(f"stage {stage} {chosen}{between}")
     name = tuning.goal.metric
     row = tuning.metrics.loc[name]
     result = [
@@ -62,7 +63,7 @@ def _alternatives(tuning: Tuning) -> list[str]:
     result, name = [], tuning.goal.metric
     if tuning.per_label is not None:
         gain = tuning.per_label.gain
-        used = "is used" if tuning.per_label.improves else "is not used"
+        used = "is used" if tuning.uses_per_label else "is not used"
         result.append(
             f"A threshold per label {used}: its gain in {_words(name, capital=False)} on texts left out is "
             f"{gain.value:.4f} ({gain.low:.4f} to {gain.high:.4f})."

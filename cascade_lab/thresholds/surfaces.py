@@ -113,11 +113,11 @@ def sweep(
         As `ThresholdGrid.from_run`.
     """
     grid = ThresholdGrid.from_run(run, [stage], thresholds)
-    counted = grid.count([np.arange(len(grid.thresholds[0]))])
-    counts = counted.counts[:, 0]
+    counts = grid.count([np.arange(len(grid.thresholds[0]))]).counts[:, 0]
     table = pd.DataFrame(counts, columns=list(OUTCOMES))
     table.insert(0, "threshold", grid.thresholds[0])
-    table["reach"] = 1 - counted.n_held.sum(axis=1) / len(grid.in_scope)
+    n_steps = len(grid.thresholds[0])
+    table["reach"] = 1 - np.bincount(grid.ranks[0], minlength=n_steps)[:n_steps].cumsum() / len(grid.in_scope)
     for name in goal.metrics if goal else FRACTIONS:
         table[name] = goal.value(name, counts) if goal else metric_from_counts(name, counts)
     table["macro_f1"] = _macro_f1(grid)

@@ -13,22 +13,30 @@ import pandas as pd
 
 from cascade_lab.analysis.bootstrap import Interval
 from cascade_lab.atomic import refuse_existing
+from cascade_lab.exceptions import GoalError, InfeasibleError
 from cascade_lab.spec import CascadeSpec
 from cascade_lab.thresholds.grid import ThresholdGrid
-from cascade_lab.thresholds.guarantee import choose_with_guarantee
+from cascade_lab.thresholds.guarantee import Guarantee, check_guarantee
 from cascade_lab.thresholds.objective import Goal
-from cascade_lab.thresholds.per_label import PerLabelThresholds, per_label_thresholds
-from cascade_lab.thresholds.search import Choice, choose
+from cascade_lab.thresholds.per_label import (
+    PerLabelThresholds,
+    check_per_label,
+    per_label_procedure,
+    per_label_thresholds,
+)
+from cascade_lab.thresholds.search import Choice, min_held_fraction
 from cascade_lab.thresholds.summary import sentences
 from cascade_lab.thresholds.validation import (
     ThresholdBootstrap,
     bootstrap_thresholds,
     check_separate,
     choose_by_prevalence,
+    choose_thresholds,
     compare_without_gate,
     cross_validate,
     held_out,
     metrics_at,
+    threshold_procedure,
 )
 
 if TYPE_CHECKING:
@@ -49,21 +57,23 @@ class Tuning:
     grid : ThresholdGrid
         The run's texts as the tuned stages see them.
     choice : Choice
-        The thresholds, and every metric on the run's texts.
+        One threshold per stage, and every metric with them on the run's texts. Where a threshold per label is used
+        (`uses_per_label`), the tuned cascade has it in place of the last stage's, and other metrics: see `metrics`.
     intervals : dict of str to Interval
-        Every metric at the chosen thresholds, with its 95% interval over texts.
+        Every metric of the tuned cascade on the run's texts, with its 95% interval over texts.
     cross_validation : DataFrame
-        See `cross_validate`.
+        Of the whole choice: with a guarantee or thresholds per label, where the tuned cascade has them. See
+        `cross_validate`.
     bootstrap : ThresholdBootstrap or None
-        See `bootstrap_thresholds`; None with a guarantee.
+        Of one threshold per stage: see `bootstrap_thresholds`; None with a guarantee.
     per_label : PerLabelThresholds or None
         Where a threshold per label was tried.
-    guarantee : str or None
-        What is guaranteed, as a sentence.
+    guarantee : Guarantee or None
+        What is guaranteed; `str` of it is a sentence.
     test : Run or None
         Another run: its labelled texts.
     held_out : DataFrame or None
-        Where there is a `test` run: see `validation.held_out`.
+        The tuned cascade on the texts of `test`: see `validation.held_out`.
     prevalences : tuple of float
         For `by_prevalence`.
     """
@@ -76,10 +86,15 @@ class Tuning:
     cross_validation: pd.DataFrame
     bootstrap: ThresholdBootstrap | None = None
     per_label: PerLabelThresholds | None = None
-    guarantee: str | None = None
+    guarantee: Guarantee | None = None
     test: Run | None = None
     held_out: pd.DataFrame | None = None
     prevalences: tuple[float, ...] = PREVALENCES
+
+    @property
+    def uses_per_label(self) -> bool:
+        """The tuned cascade has a minimum probability per label, because that improves on one for all."""
+        return self.per_label is not None and self.per_label.improves
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -90,7 +105,8 @@ class Tuning:
     def thresholds(self) -> pd.DataFrame:
         """One row per tuned stage: `own`, the run's threshold; `chosen`; and on resamples `low`, `median`, `high`.
 
-        `low` and `high` enclose 95% of the thresholds chosen on resamples; NaN with a guarantee.
+        `low` and `high` enclose 95% of the thresholds chosen on resamples; NaN with a guarantee. Where a threshold per
+        label is used, the last stage has no other: its row is NaN but for `own`.
         """
         table = pd.DataFrame(
             {
@@ -101,19 +117,22 @@ class Tuning:
         )
         chosen_again = self.bootstrap.thresholds if self.bootstrap else pd.DataFrame(columns=list(self.stages))
         quantiles = chosen_again.astype(float).quantile([0.025, 0.5, 0.975])
-        return table.join(quantiles.set_axis(["low", "median", "high"]).T)
+        table = table.join(quantiles.set_axis(["low", "median", "high"]).T)
+        if self.uses_per_label:
+            table.loc[table.index == self.run.spec.last.name, ["chosen", "low", "median", "high"]] = np.nan
+        return table
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """One row per metric, at the chosen thresholds.
+        """One row per metric, of the tuned cascade.
 
         `value`, `low`, `high`: on the tuning texts, with the 95% interval over texts. `chosen_again_low`,
-        `chosen_again_high`: the interval where thresholds are chosen again on each resample (not with a guarantee).
-        `cross_validated`: on texts left out of the choice; `optimism`: how much better the tuning texts look; and its
-        `standard_error`. With a test run also `test`, `test_low` and `test_high`.
+        `chosen_again_high`: the interval where thresholds are chosen again on each resample (not with a guarantee, nor
+        with thresholds per label). `cross_validated`: on texts left out of the choice; `optimism`: how much better the
+        tuning texts look; and its `standard_error`. With a test run also `test`, `test_low` and `test_high`.
         """
         table = pd.DataFrame.from_dict(self.intervals, orient="index", columns=Interval._fields).rename_axis("metric")
-        if self.bootstrap is not None:
+        if self.bootstrap is not None and not self.uses_per_label:
             again = self.bootstrap.metrics
             table["chosen_again_low"] = [again[name].low for name in table.index]
             table["chosen_again_high"] = [again[name].high for name in table.index]
@@ -135,26 +154,32 @@ class Tuning:
 
     @cached_property
     def by_prevalence(self) -> pd.DataFrame:
-        """The thresholds at other prevalences, computed when needed: see `choose_by_prevalence`."""
-        return choose_by_prevalence(self.run, self.prevalence_goal, self.prevalences, grid=self.grid)
+        """One threshold per stage at other prevalences, computed when needed: see `choose_by_prevalence`."""
+        options: dict[str, Any] = {"grid": self.grid, "guarantee": self.guarantee}
+        return choose_by_prevalence(self.run, self.prevalence_goal, self.prevalences, **options)
 
     @cached_property
     def without_gate(self) -> pd.DataFrame | None:
-        """The cascade compared with its last stage alone: see `compare_without_gate`. Computed when needed.
+        """The tuned cascade compared with its last stage alone: see `compare_without_gate`. Computed when needed.
 
-        None without a test run, without a gate, or if the last stage cannot reject.
+        None without a test run, without a gate, or if the last stage cannot reject, or alone satisfies the goal at no
+        threshold.
         """
         spec = self.run.spec
         if self.test is None or not spec.last.reject_labels or not any(stage.is_gate for stage in spec.stages):
             return None
-        return compare_without_gate(self.run, self.test, self.goal, grid=self.grid)
+        cascade = tuned_spec(self.run.spec, self.choice, self.per_label)
+        try:
+            return compare_without_gate(self.run, self.test, self.goal, guarantee=self.guarantee, cascade=cascade)
+        except InfeasibleError:
+            return None
 
     @property
     def tuned_on(self) -> dict[str, Any]:
         """The content of `[tuned_on]` in the tuned cascade's file; undefined metrics are left out."""
         details: dict[str, Any] = {}
         if self.guarantee is not None:
-            details["guarantee"] = self.guarantee
+            details["guarantee"] = str(self.guarantee)
         if self.per_label is not None:
             gain = self.per_label.gain
             details["by_label"] = f"a gain of {gain.value:.4f} ({gain.low:.4f} to {gain.high:.4f})"
@@ -162,7 +187,7 @@ class Tuning:
             name: [found.low, found.high] for name, found in self.intervals.items() if not np.isnan(found.low)
         }
         details["optimism"] = self.cross_validation["optimism"].dropna().to_dict()
-        return tuned_on(self.run, self.choice, self.goal, details)
+        return tuned_on(self.run, {name: found.value for name, found in self.intervals.items()}, self.goal, details)
 
     @property
     def spec(self) -> CascadeSpec:
@@ -170,11 +195,7 @@ class Tuning:
 
         It has a minimum probability per label where that improves on one for all (see `PerLabelThresholds.improves`).
         """
-        spec = self.run.spec.with_thresholds(self.choice.thresholds)
-        if self.per_label is not None and self.per_label.improves and self.per_label.min_probabilities:
-            last = replace(spec.last, min_probabilities=self.per_label.min_probabilities)
-            spec = replace(spec, stages=(*spec.stages[:-1], last))
-        return replace(spec, tuned_on=self.tuned_on)
+        return replace(tuned_spec(self.run.spec, self.choice, self.per_label), tuned_on=self.tuned_on)
 
     def write(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the tuned cascade as a `cascade.toml`; paths in it are relative to its folder.
@@ -194,8 +215,9 @@ class Tuning:
         return sentences(self)
 
     def __repr__(self) -> str:
-        thresholds = ", ".join(f"{stage} {value:.4f}" for stage, value in self.choice.thresholds.items())
-        metric = f"{self.goal.metric} {self.choice.metrics[self.goal.metric]:.4f}"
+        chosen = {k: "per label" if np.isnan(v) else f"{v:.4f}" for k, v in self.thresholds["chosen"].items()}
+        thresholds = ", ".join(f"{stage} {value}" for stage, value in chosen.items())
+        metric = f"{self.goal.metric} {self.intervals[self.goal.metric].value:.4f}"
         return f"<Tuning {self.run.name}: {self.goal}: {thresholds}; {metric}>"
 
     def _repr_html_(self) -> str:
@@ -234,7 +256,7 @@ def tune(
     delta : float
         The probability that the guarantee fails, over draws of the tuning set.
     by_label : bool
-        Try a threshold for each label of the last stage too; they are used if they improve.
+        Try a threshold for each label of the last stage too; they are used if they improve. Not with a guarantee.
     n_resamples : int
         Of the bootstrap of the thresholds.
     n_repeats : int
@@ -248,11 +270,11 @@ def tune(
     Raises
     ------
     GoalError
-        `test` has the texts of `run`, or the goal does not go with `guarantee` or `by_label`.
+        `test` has the texts of `run`, the goal does not go with `guarantee` or `by_label`, or both are given.
     InfeasibleError
         No thresholds satisfy the goal; the message names the nearest ones.
     RunError
-        As `ThresholdGrid.from_run`.
+        As `ThresholdGrid.from_run`; or `test` has other stages than `run`.
 
     Examples
     --------
@@ -260,32 +282,54 @@ def tune(
     >>> tuning = tune(Run.read("runs/val"), Goal("accuracy"), test=Run.read("runs/test"))  # doctest: +SKIP
     >>> tuning.write("tuned.toml")  # doctest: +SKIP
     """
+    guaranteed = None if guarantee is None else Guarantee(*guarantee, delta)
+    if guaranteed is not None:
+        check_guarantee(goal, guaranteed)
+        if by_label:
+            raise GoalError(
+                "a guarantee is of one threshold per stage, and does not hold with a threshold per label; leave out "
+                "guarantee (--guarantee) or by_label (--by-label)"
+            )
+    if by_label:
+        check_per_label(goal)
     run, test = run.labelled, None if test is None else test.labelled
     if test is not None:
         check_separate(run, test)
     grid = ThresholdGrid.from_run(run, stages)
-    if guarantee is None:
-        choice = choose(run, goal, grid=grid)
-    else:
-        choice = choose_with_guarantee(run, goal, *guarantee, delta=delta, grid=grid)
+    choice = choose_thresholds(grid, goal, guaranteed, min_held=min_held_fraction(run, goal))
+    per_label = per_label_thresholds(run, goal, choice.thresholds, seed=seed) if by_label else None
+    tuned_run = run.with_spec(tuned_spec(run.spec, choice, per_label))
     options: dict[str, Any] = {"grid": grid, "seed": seed, "progress": progress}
+    procedure = (
+        per_label_procedure(run, goal, grid)
+        if per_label is not None and per_label.improves
+        else threshold_procedure(run, goal, grid, guaranteed)
+    )
     return Tuning(
         run=run,
         goal=goal,
         grid=grid,
         choice=choice,
-        per_label=per_label_thresholds(run, goal, choice.thresholds, seed=seed) if by_label else None,
+        per_label=per_label,
         bootstrap=None if guarantee else bootstrap_thresholds(run, goal, n_resamples=n_resamples, **options),
-        cross_validation=cross_validate(run, goal, n_repeats=n_repeats, **options),
-        intervals=metrics_at(run, choice.thresholds, goal, seed=seed),
-        guarantee=f"{guarantee[0]} at least {guarantee[1]:g} with probability {1 - delta:g}" if guarantee else None,
+        cross_validation=cross_validate(run, goal, procedure=procedure, n_repeats=n_repeats, **options),
+        intervals=metrics_at(tuned_run, {}, goal, seed=seed),
+        guarantee=guaranteed,
         test=test,
-        held_out=None if test is None else held_out(run, test, choice.thresholds, goal),
+        held_out=None if test is None else held_out(tuned_run, test, {}, goal),
         prevalences=tuple(prevalences),
     )
 
 
-def tuned_on(run: Run, choice: Choice, goal: Goal | str, details: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def tuned_spec(spec: CascadeSpec, choice: Choice, per_label: PerLabelThresholds | None = None) -> CascadeSpec:
+    """Return a cascade at the chosen thresholds, with a minimum probability per label where that improves."""
+    spec = spec.with_thresholds(choice.thresholds)
+    return per_label.apply(spec) if per_label is not None and per_label.improves else spec
+
+
+def tuned_on(
+    run: Run, metrics: Mapping[str, float], goal: Goal | str, details: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the content of `[tuned_on]`: the run, its eval set, the goal and the metrics; undefined ones are left out.
 
     `goal` may be a sentence; `details` is added.
@@ -296,7 +340,7 @@ def tuned_on(run: Run, choice: Choice, goal: Goal | str, details: Mapping[str, A
         "goal": str(goal),
         **({"costs": dict(goal.costs)} if isinstance(goal, Goal) and goal.costs else {}),
         **({"prevalence": goal.prevalence} if isinstance(goal, Goal) and goal.prevalence else {}),
-        "figures": {name: value for name, value in choice.metrics.items() if not np.isnan(value)},
+        "figures": {name: value for name, value in metrics.items() if not np.isnan(value)},
         **(details or {}),
     }
 
@@ -311,4 +355,4 @@ def write_tuned(run: Run, choice: Choice, goal: Goal | str, output: str | Path) 
     SpecError
         The file cannot be written.
     """
-    replace(run.spec.with_thresholds(choice.thresholds), tuned_on=tuned_on(run, choice, goal)).write(output)
+    replace(tuned_spec(run.spec, choice), tuned_on=tuned_on(run, choice.metrics, goal)).write(output)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,17 +13,25 @@ from sklearn.model_selection import RepeatedStratifiedKFold
 from tqdm.auto import tqdm
 
 from cascade_lab.analysis.bootstrap import Interval, interval, resample_counts
-from cascade_lab.analysis.latency import predicted_latency
+from cascade_lab.analysis.latency import stage_latencies
 from cascade_lab.analysis.metrics import outcome_intervals
 from cascade_lab.analysis.outcomes import OUTCOMES, outcome_counts
 from cascade_lab.analysis.paired import mcnemar
 from cascade_lab.exceptions import GoalError, InfeasibleError, RunError
 from cascade_lab.thresholds.grid import ThresholdGrid
-from cascade_lab.thresholds.objective import Goal
-from cascade_lab.thresholds.search import choose, choose_on_grid, min_held_fraction
+from cascade_lab.thresholds.guarantee import Guarantee, choose_with_guarantee_on_grid
+from cascade_lab.thresholds.objective import LATENCIES, Goal
+from cascade_lab.thresholds.search import Choice, choose_on_grid, min_held_fraction
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
+    from cascade_lab.spec import CascadeSpec
+
+Procedure = Callable[[np.ndarray], np.ndarray]
+"""Takes how often each text counts, shape (n,), and returns each text's outcome in the cascade chosen on these texts.
+
+It raises InfeasibleError where nothing can be chosen.
+"""
 
 _MAX_LINES = 160  # thresholds per stage on a resample
 _N_STARTS = 1  # random starts on a resample, with three or more stages
@@ -114,6 +123,7 @@ def cross_validate(
     stages: Sequence[str] | None = None,
     *,
     grid: ThresholdGrid | None = None,
+    procedure: Procedure | None = None,
     n_repeats: int = 10,
     n_folds: int = 5,
     seed: int = 0,
@@ -128,6 +138,9 @@ def cross_validate(
     ----------
     run, goal, stages, grid
         As in `choose`.
+    procedure : function, optional
+        How the cascade is chosen, and what its texts' outcomes are then (see `Procedure`); by default the thresholds
+        that are best for `goal`.
     n_repeats, n_folds, seed : int
     progress : bool
         Show a progress bar.
@@ -145,31 +158,60 @@ def cross_validate(
         As `ThresholdGrid.from_run`.
     """
     grid = grid or ThresholdGrid.from_run(run, stages)
-    min_held, rows = min_held_fraction(run, goal), []
-    splits = list(folds(grid, n_repeats, n_folds, seed))
+    procedure = procedure or threshold_procedure(run, goal, grid)
+    rows, splits = [], list(folds(grid, n_repeats, n_folds, seed))
     for train, test in tqdm(splits, "folds", disable=not progress, leave=False):
         try:
-            chosen = choose_on_grid(grid, goal, min_held=min_held, weights=train)
+            outcomes = procedure(train)
         except InfeasibleError:
             continue
-        counts = np.bincount(grid.outcomes_at(grid.indices(chosen.thresholds)), test, len(OUTCOMES))
-        held_out = {(name, "held_out"): float(goal.value(name, counts)) for name in goal.metrics}
-        rows.append({**{(name, "tuned"): value for name, value in chosen.metrics.items()}, **held_out})
-    table = pd.DataFrame(rows, columns=pd.MultiIndex.from_product([goal.metrics, ["tuned", "held_out"]]))
+        parts = {"tuned": train, "held_out": test}
+        counts = {part: np.bincount(outcomes, weights, len(OUTCOMES)) for part, weights in parts.items()}
+        rows.append({(name, part): float(goal.value(name, counts[part])) for name in goal.metrics for part in parts})
+    columns = pd.MultiIndex.from_product([goal.metrics, ["tuned", "held_out"]])
+    table = pd.DataFrame(rows, columns=columns, dtype=np.float64)
     result = {}
     for name in goal.metrics:
         tuned, left_out = table[name, "tuned"], table[name, "held_out"]
-        optimism = (tuned - left_out).to_numpy()
-        error = corrected_standard_error(optimism, n_folds)
-        result[name] = [tuned.mean(), left_out.mean(), np.nanmean(optimism) if rows else np.nan, error]
+        optimism = tuned - left_out
+        error = corrected_standard_error(optimism.to_numpy(), n_folds)
+        result[name] = [tuned.mean(), left_out.mean(), optimism.mean(), error]
     columns = ["tuned", "held_out", "optimism", "standard_error"]
     result = pd.DataFrame.from_dict(result, orient="index", columns=columns).rename_axis("metric")
     result.attrs["infeasible"] = 1 - len(rows) / len(splits)
     return result
 
 
+def threshold_procedure(run: Run, goal: Goal, grid: ThresholdGrid, guarantee: Guarantee | None = None) -> Procedure:
+    """Return the procedure that chooses the thresholds of a grid, with a guarantee or without."""
+    min_held = min_held_fraction(run, goal)
+
+    def outcomes(weights: np.ndarray) -> np.ndarray:
+        chosen = choose_thresholds(grid, goal, guarantee, min_held=min_held, weights=weights)
+        return grid.outcomes_at(grid.indices(chosen.thresholds))
+
+    return outcomes
+
+
+def choose_thresholds(
+    grid: ThresholdGrid,
+    goal: Goal,
+    guarantee: Guarantee | None = None,
+    *,
+    min_held: float = 0.0,
+    weights: np.ndarray | None = None,
+) -> Choice:
+    """Choose thresholds on a grid, with a guarantee or without; `min_held` and `weights` as in `choose_on_grid`."""
+    if guarantee is not None:
+        return choose_with_guarantee_on_grid(grid, goal, guarantee, weights=weights)
+    return choose_on_grid(grid, goal, min_held=min_held, weights=weights)
+
+
 def held_out(tuned: Run, test: Run, thresholds: Mapping[str, float], goal: Goal) -> pd.DataFrame:
     """Return what thresholds that were chosen on `tuned` do on another run.
+
+    On both runs the cascade is that of `tuned` at these thresholds: whatever else `test` was made with, such as
+    another temperature, is not used.
 
     Returns
     -------
@@ -181,8 +223,11 @@ def held_out(tuned: Run, test: Run, thresholds: Mapping[str, float], goal: Goal)
     ------
     GoalError
         Most texts of `test` are texts of `tuned`.
+    RunError
+        `test` has other stages than `tuned`.
     """
     check_separate(tuned, test)
+    test = _as_cascade(test, tuned.spec)
     on_tuned, on_test = metrics_at(tuned, thresholds, goal), metrics_at(test, thresholds, goal)
     rows = {name: [on_tuned[name].value, *on_test[name]] for name in goal.metrics}
     columns = ["tuned", "held_out", "low", "high"]
@@ -196,6 +241,7 @@ def choose_by_prevalence(
     stages: Sequence[str] | None = None,
     *,
     grid: ThresholdGrid | None = None,
+    guarantee: Guarantee | None = None,
 ) -> pd.DataFrame:
     """Choose thresholds again for other fractions of texts out of scope, by reweighting the run's texts.
 
@@ -205,6 +251,8 @@ def choose_by_prevalence(
         As in `choose`; the goal's own prevalence is not used.
     prevalences : sequence of float
         Fractions of texts out of scope, between 0 and 1.
+    guarantee : Guarantee, optional
+        What the chosen thresholds guarantee, at any prevalence.
 
     Returns
     -------
@@ -216,7 +264,7 @@ def choose_by_prevalence(
     for prevalence in prevalences:
         reweighted = replace(goal, prevalence=prevalence)
         try:
-            chosen = choose_on_grid(grid, reweighted, min_held=min_held_fraction(run, reweighted))
+            chosen = choose_thresholds(grid, reweighted, guarantee, min_held=min_held_fraction(run, reweighted))
             rows[prevalence] = {**chosen.thresholds, **chosen.metrics}
         except InfeasibleError:
             rows[prevalence] = {}
@@ -231,6 +279,8 @@ def compare_without_gate(
     stages: Sequence[str] | None = None,
     *,
     grid: ThresholdGrid | None = None,
+    guarantee: Guarantee | None = None,
+    cascade: CascadeSpec | None = None,
 ) -> pd.DataFrame:
     """Compare the cascade with its last stage alone, each with thresholds chosen for `goal`.
 
@@ -243,6 +293,10 @@ def compare_without_gate(
     goal : Goal
     stages, grid
         For the cascade, as in `choose`.
+    guarantee : Guarantee, optional
+        What the thresholds of both guarantee.
+    cascade : CascadeSpec, optional
+        The cascade as it was tuned already; then only the last stage alone is tuned here.
 
     Returns
     -------
@@ -262,29 +316,53 @@ def compare_without_gate(
     last, gates = tuned.spec.last, {stage.name: 0.0 for stage in tuned.spec.stages if stage.is_gate}
     if not gates or not last.reject_labels:
         raise RunError(f"{tuned.name}: this comparison needs a gate, and a reject_label of the last stage; add them")
-    chosen = {
-        "cascade": choose(tuned, goal, stages, grid=grid).thresholds,
-        "last stage alone": {**gates, **choose(tuned, goal, [last.name], thresholds=gates).thresholds},
-    }
-    test, rows, correct = test.labelled, [], []
-    for name, thresholds in chosen.items():
-        predictions = test.replay(thresholds)
-        correct.append((predictions["label"] == predictions["predicted"]).to_numpy())
+    # A bound on the latency of a cascade says nothing of its last stage alone.
+    alone_goal = replace(goal, at_most={name: value for name, value in goal.at_most.items() if name not in LATENCIES})
+    if cascade is None:
+        grid = grid or ThresholdGrid.from_run(tuned, stages)
+        min_held = min_held_fraction(tuned, goal)
+        cascade = tuned.spec.with_thresholds(choose_thresholds(grid, goal, guarantee, min_held=min_held).thresholds)
+    alone_grid = ThresholdGrid.from_run(tuned, [last.name], gates)
+    alone = {**gates, **choose_thresholds(alone_grid, alone_goal, guarantee).thresholds}
+    specs = {"cascade": cascade, "last stage alone": tuned.spec.with_thresholds(alone)}
+    rows, correct = [], []
+    for name, spec in specs.items():
+        run = _as_cascade(test.labelled, spec)
+        correct.append((run.predictions["label"] == run.predictions["predicted"]).to_numpy())
+        thresholds = {stage: value for stage, value in spec.thresholds.items() if value is not None}
         row: dict[str, Any] = {"": name, "thresholds": thresholds}
-        for metric, found in metrics_at(test, thresholds, goal).items():
+        for metric, found in metrics_at(run, {}, goal).items():
             row |= {metric: found.value, f"{metric}_low": found.low, f"{metric}_high": found.high}
-        reach = float((predictions["decided_by"] != test.spec.stages[0].name).mean())
-        rows.append({**row, "mean_ms": _mean_ms(test, reach) if name == "cascade" else _mean_ms_of_later_stages(test)})
+        rows.append({**row, "mean_ms": _mean_ms(run, [last.name] if name == "last stage alone" else None)})
     wins, losses = int((correct[0] & ~correct[1]).sum()), int((correct[1] & ~correct[0]).sum())
     return pd.DataFrame(rows).set_index("").assign(p_value=mcnemar(wins, losses))
 
 
-def _mean_ms(run: Run, reach: float) -> float:
-    return float(predicted_latency(run, reach)["mean_ms"][0]) if len(run.timings) else np.nan
+def _mean_ms(run: Run, stages: Sequence[str] | None = None) -> float:
+    """Return the mean time of a text at the stages that it reaches, or at some stages alone; NaN without times."""
+    if not len(run.timings):
+        return np.nan
+    ms = {name: latency.text_ms.mean() for name, latency in stage_latencies(run).items() if len(latency.text_ms)}
+    if stages is not None:
+        return float(sum(ms.get(name, np.nan) for name in stages))
+    total = 0.0
+    for stage in run.spec.stages:
+        scores = run.scores(stage.name)
+        reach = float((scores.scored & ~scores.shadow).mean())
+        total += reach * ms.get(stage.name, np.nan) if reach else 0.0
+    return float(total)
 
 
-def _mean_ms_of_later_stages(run: Run) -> float:
-    return _mean_ms(run, 1.0) - _mean_ms(run, 0.0)
+def _as_cascade(test: Run, spec: CascadeSpec) -> Run:
+    """Return `test` as the cascade `spec` would have made it; raise RunError if it has other stages."""
+    for own, wanted in zip_longest(test.spec.stages, spec.stages):
+        if own is None or wanted is None or (own.name, own.labels) != (wanted.name, wanted.labels):
+            names = ", ".join(stage.name for stage in spec.stages)
+            raise RunError(
+                f"{test.name}: its stages or their labels are not those of the tuned cascade ({names}); give a run of "
+                "the same cascade on other texts"
+            )
+    return test.with_spec(spec)
 
 
 def check_separate(tuned: Run, test: Run) -> None:
