@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import stat
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cascade_lab.exceptions import CascadeLabError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
 UNFINISHED = ".unfinished"
+
+_temporary_names: set[str] = set()
+"""The temporary files that this process is writing now."""
 
 
 def refuse_existing(output: str | Path, *, overwrite: bool, error: type[CascadeLabError] = CascadeLabError) -> None:
-    """Raise `error` if there is something at `output` already and it may not be replaced."""
-    output = Path(output)
-    if (output.exists() or output.is_symlink()) and not overwrite:
+    """Raise `error` if there is something at `output` already and it may not be replaced, or if it is no name."""
+    output = _named(output, error)
+    if os.path.islink(output):
+        raise error(
+            f"{output} is a symbolic link, which is not replaced; give the path that it points to, or delete it"
+        )
+    if os.path.lexists(output) and not overwrite:
         raise error(f"{output} exists already; choose another output, or pass --overwrite (overwrite=True)")
 
 
@@ -34,9 +53,10 @@ def write_file(
     Parameters
     ----------
     path : path
-        The file. Folders that are missing are made.
+        The file. Folders that are missing are made. Only a regular file is replaced.
     write : callable
-        Writes the content to the temporary path that it is given. That path has the suffix of `path`.
+        Writes the content to the temporary path that it is given. That path has the suffix of `path`, and no other
+        process has the same one.
     error : type
         What to raise.
 
@@ -45,15 +65,16 @@ def write_file(
     error
         The file cannot be written; what was at `path` is still there.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}{UNFINISHED}{path.suffix}")
+    path = _named(path, error)
+    refuse_existing(path, overwrite=True, error=error)
     try:
+        if os.path.lexists(path) and not path.is_file():
+            kind = "a directory" if path.is_dir() else "not a regular file"
+            raise error(f"{path} is {kind}, so it is not overwritten; give the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with _temporary(path) as partial:
             write(partial)
             os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as problem:
         raise error(f"{path}: cannot be written ({problem.strerror or problem}); choose another output") from problem
     return path
@@ -98,17 +119,20 @@ def check_directory(
     what: str,
     error: type[CascadeLabError] = CascadeLabError,
 ) -> None:
-    """Raise `error` if a directory cannot be written to `output`: see `whole_directory` for the parameters."""
-    output = Path(output)
-    refuse_existing(output, overwrite=overwrite, error=error)
-    partial = unfinished_path(output)
-    if (partial.exists() or partial.is_symlink()) and not overwrite:
+    """Raise `error` if a directory cannot be written to `output`: see `whole_directory` for the parameters.
+
+    First it restores or removes what a killed process left, as `locked_output` does.
+    """
+    output = _named(output, error)
+    try:
+        if os.path.lexists(_lock_path(output)) or _replaced(output):
+            with _lock(output, what, error) as pids:
+                _recover(output, pids, marker, what, error)
+        _check(output, overwrite=overwrite, continues=False, marker=marker, what=what, error=error)
+    except OSError as problem:
         raise error(
-            f"{partial} is an unfinished {what}: another process is writing it, or one crashed; choose another output, "
-            "or pass --overwrite (overwrite=True)"
-        )
-    if (output.exists() or output.is_symlink()) and not (output / marker).is_file():
-        raise error(f"{output} exists and is not a {what}, so it is not overwritten; choose another output")
+            f"{output}: the {what} cannot be written ({problem.strerror or problem}); choose another output"
+        ) from problem
 
 
 @contextmanager
@@ -122,13 +146,15 @@ def whole_directory(
 ) -> Iterator[Path]:
     """Give a directory to fill. It becomes `output` when the block ends well, and is removed when it does not.
 
-    Until then it is named `<output>.unfinished`, so that a crash leaves no directory that looks whole.
+    Until then it is named `<output>.unfinished`, so that a crash leaves no directory that looks whole. Other processes
+    cannot write the same output meanwhile: see `locked_output`.
 
     Parameters
     ----------
     output : path
     overwrite : bool
-        Replace what is at `output`, but only if it contains the file `marker`.
+        Replace what is at `output`, but only if it contains the file `marker`. Where the system can exchange two
+        directories, there is always one of both at `output`, even if the process is killed.
     marker : str
         A file that every directory of this kind contains.
     what : str
@@ -139,22 +165,21 @@ def whole_directory(
     Raises
     ------
     error
-        `output` exists already, or the directory cannot be written.
+        `output` exists already, another process is writing it, or the directory cannot be written.
     """
-    output = Path(output)
-    check_directory(output, overwrite=overwrite, marker=marker, what=what, error=error)
+    output = _named(output, error)
     partial = unfinished_path(output)
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            _sync(partial)
-            _put_in_place(partial, output)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with locked_output(output, overwrite=overwrite, marker=marker, what=what, error=error):
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir()
+            try:
+                yield partial
+                put_in_place(partial, output)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as problem:
         raise error(
             f"{output}: the {what} cannot be written ({problem.strerror or problem}); nothing was left behind, choose "
@@ -162,9 +187,100 @@ def whole_directory(
         ) from problem
 
 
+@contextmanager
+def locked_output(
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    continues: bool = False,
+    marker: str,
+    what: str,
+    error: type[CascadeLabError] = CascadeLabError,
+) -> Iterator[None]:
+    """Hold the lock of `output`, so that no other process writes it; see `whole_directory` for the parameters.
+
+    The lock is the file `.<name>.lock` beside `output`; the system frees it when the process ends, however it ends.
+    That file contains the process id. What a killed process left is handled first: a directory that it was
+    replacing gets its name back if nothing has this name, and is removed otherwise. Without `fcntl` nothing is locked.
+
+    Parameters
+    ----------
+    continues : bool
+        A `<output>.unfinished` that is there is continued, and is not refused.
+
+    Raises
+    ------
+    error
+        `output` exists already, or another process is writing it.
+    OSError
+        The lock cannot be written.
+    """
+    output = _named(output, error)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(output, what, error) as pids:
+        _recover(output, pids, marker, what, error)
+        _check(output, overwrite=overwrite, continues=continues, marker=marker, what=what, error=error)
+        yield
+
+
 def unfinished_path(output: Path) -> Path:
     """Return the name of the directory `output` while it is being filled."""
     return output.with_name(output.name + UNFINISHED)
+
+
+def put_in_place(directory: Path, output: Path) -> None:
+    """Give the name `output` to a directory that is whole, and delete what had this name. Hold the lock of `output`.
+
+    Raises
+    ------
+    OSError
+        It cannot be renamed; what was at `output` is still there.
+    """
+    _sync(directory)
+    if not os.path.lexists(output):
+        directory.rename(output)
+    elif _exchange(directory, output):
+        _delete(directory)
+    else:
+        old = output.with_name(f"{output.name}.old-{os.getpid()}")
+        try:
+            output.rename(old)
+            directory.rename(output)
+        except BaseException:
+            if not os.path.lexists(output):
+                old.rename(output)
+            raise
+        _delete(old)
+
+
+def _named(output: str | Path, error: type[CascadeLabError]) -> Path:
+    path = Path(output)
+    try:
+        usable = path.name not in ("", "..") and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise error(f"{str(output)!r}: not a name to write to; give the name of a new file or directory")
+    return path
+
+
+def _check(
+    output: Path, *, overwrite: bool, continues: bool, marker: str, what: str, error: type[CascadeLabError]
+) -> None:
+    refuse_existing(output, overwrite=overwrite, error=error)
+    partial = unfinished_path(output)
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise error(
+            f"{partial} is in the way: it is not a directory, so it is no unfinished {what}; delete it, or choose "
+            "another output"
+        )
+    if partial.exists() and not overwrite and not continues:
+        cause = "left by a crash" if fcntl else "another process is writing it, or one crashed"
+        raise error(
+            f"{partial} is an unfinished {what}: {cause}; choose another output, or pass --overwrite (overwrite=True)"
+        )
+    if os.path.lexists(output) and not (output / marker).is_file():
+        raise error(f"{output} exists and is not a {what}, so it is not overwritten; choose another output")
 
 
 def _sync(directory: Path) -> None:
@@ -175,14 +291,186 @@ def _sync(directory: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _put_in_place(partial: Path, output: Path) -> None:
-    old = output.with_name(f"{output.name}.old-{os.getpid()}")
-    if output.exists():
-        output.rename(old)
+def _delete(directory: Path) -> None:
+    """Delete a directory wholly, also where an interrupt by the user comes in the middle."""
     try:
-        partial.rename(output)
-    except OSError:
-        if old.exists():
-            old.rename(output)
+        shutil.rmtree(directory, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two directories in one step; return False, with nothing done, where that is impossible."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    sys.audit("cascade_lab.exchange", str(one), str(other))
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):  # the file system, the kernel or a sandbox
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _lock_path(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
+
+
+@contextmanager
+def _lock(output: Path, what: str, error: type[CascadeLabError]) -> Iterator[list[int]]:
+    """Hold the lock of `output`; give the process ids that are in its file already: those of killed processes.
+
+    The file is removed at the end. So a file that can be locked is the lock only if it still has the lock's name.
+    """
+    path = _lock_path(output)
+    for _ in range(10):
+        # A check or the end of another process holds the lock for a moment only: try again for 0.1 seconds.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            pids = _read_pids(descriptor)
+            if pids is None:
+                raise error(f"{path} is in the way: it is no lock of this package; move it, or choose another output")
+            if _try_lock(descriptor) and _is_at(path, descriptor):
+                break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        time.sleep(0.01)
+    else:
+        owner = f"process {pids[-1]}" if pids else "another process"
+        raise error(f"{output}: {owner} is writing this {what}; wait until it has ended, or choose another output")
+    try:
+        replaced = {pid for _, pid in _replaced(output)}
+        pids = [pid for pid in _read_pids(descriptor) or [] if pid in replaced]
+        if not pids:
+            os.ftruncate(descriptor, 0)
+        # The ids of killed processes that left a directory stay in the file: this process may be killed too.
+        os.lseek(descriptor, 0, os.SEEK_END)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield pids
+    finally:
+        if fcntl is None:  # Windows removes no open file
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
+
+
+def _read_pids(descriptor: int) -> list[int] | None:
+    """Return the process ids in a lock's file, or None if it is another file."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return None
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    content = os.read(descriptor, 10_000)
+    return [int(line) for line in content.split()] if re.fullmatch(rb"(\d{1,10}\r?\n)*", content) else None
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file without waiting; return False if another process has locked it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        # Any other error: this file system has no locks, and then the file is not locked by anybody.
+        return problem.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _replaced(output: Path) -> list[tuple[Path, int]]:
+    """Return the directories that are named as a replaced `output` is, and the process id in each name."""
+    found = _siblings(output, re.escape(output.name) + r"\.old-([1-9]\d{0,9})")
+    return [(path, pid) for path, pid in found if path.is_dir() and not path.is_symlink()]
+
+
+def _siblings(path: Path, pattern: str) -> list[tuple[Path, int]]:
+    """Return the paths beside `path` whose names match `pattern`, and the process id that is the pattern's group."""
+    try:
+        matches = [re.fullmatch(pattern, name) for name in os.listdir(path.parent)]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # a folder may be writable and not readable
+        return []
+    return [(path.with_name(match[0]), int(match[1])) for match in matches if match]
+
+
+def _recover(output: Path, pids: list[int], marker: str, what: str, error: type[CascadeLabError]) -> None:
+    """Restore or remove what killed processes left when they replaced `output`. The lock of `output` is held.
+
+    Somebody may have named a directory `run.old-2` by hand. So a directory is renamed or removed only if its process
+    is in the lock's file, or if the new directory still waits, whole, to get the missing name.
+    """
+    for old, pid in _replaced(output):
+        missing = not os.path.lexists(output)
+        if pid in pids and not missing:
+            shutil.rmtree(old)
+        elif pid in pids or (missing and not _is_alive(pid) and (unfinished_path(output) / marker).is_file()):
+            old.rename(output)
+        elif pid != os.getpid() and _is_alive(pid) and (old / marker).is_file():
+            raise error(
+                f"{old} is a {what} that process {pid} is replacing; wait until the process has ended, or rename the "
+                "directory if it is yours"
+            )
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` that no other process uses, and remove those that killed processes left.
+
+    The file is locked while its process lives: process ids alone are not unique between containers.
+    """
+    start, end = f".{path.stem}{UNFINISHED}-", path.suffix
+    for left, pid in _siblings(path, re.escape(start) + r"(\d{1,10})-[0-9a-f]{8}" + re.escape(end)):
+        if pid == os.getpid() or not _is_alive(pid):
+            _remove_unlocked(left)
+    partial = path.with_name(f"{start}{os.getpid()}-{secrets.token_hex(4)}{end}")
+    _temporary_names.add(partial.name)
+    descriptor = None
+    try:
+        if fcntl:
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            _try_lock(descriptor)
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
+        _temporary_names.discard(partial.name)
+
+
+def _remove_unlocked(path: Path) -> None:
+    if path.name in _temporary_names:
+        return
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            if fcntl and _try_lock(descriptor):
+                path.unlink()
+        finally:
+            os.close(descriptor)

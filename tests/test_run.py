@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -124,13 +125,21 @@ with unfinished_run({str(tmp_path / "run")!r}) as folder:
     os._exit(9)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
-    assert [path.name for path in tmp_path.iterdir()] == ["run.unfinished"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.lock", "run.unfinished"]
     with pytest.raises(RunError, match="an unfinished run, left by a crash"):
         Run.read(tmp_path / "run.unfinished")
-    with pytest.raises(RunError, match="unfinished is an unfinished run"), unfinished_run(tmp_path / "run"):
+    with pytest.raises(RunError, match="is an unfinished run: left by a crash"), unfinished_run(tmp_path / "run"):
         pass
     with unfinished_run(tmp_path / "run", overwrite=True) as folder:
         assert not list(folder.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_another_writes_is_refused(tiny, tiny_evalset, tmp_path):
+    with unfinished_run(tmp_path / "run"), Cascade.load(tiny) as cascade:
+        for overwrite in (False, True):
+            with pytest.raises(RunError, match=rf"run: process {os.getpid()} is writing this run; wait until"):
+                cascade.run(EvalSet.read(tiny_evalset).limit(5), output=tmp_path / "run", overwrite=overwrite)
 
 
 def test_a_full_disk(tiny, tiny_evalset, small_disk):
