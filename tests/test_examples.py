@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_errors import end_of, five_texts, stage_answer
 
-from cascade_lab.analysis.examples import confident_errors, confused_texts, near_threshold
+from cascade_lab.analysis.errors import blame
+from cascade_lab.analysis.examples import confident_errors, confused_texts, near_threshold, surest_first
 from cascade_lab.exceptions import RunError, SpecError
 
 
@@ -99,3 +100,46 @@ def test_a_run_without_errors_has_empty_tables():
     last = {"name": "i", "labels": ["a", "b"]}
     run = run_of_probabilities([GATE, last], ["a"], {"gate": [[0.1, 0.9]], "i": [[0.9, 0.1]]})
     assert len(confident_errors(run)) == len(confused_texts(run)) == 0
+
+
+def test_a_rejection_by_a_minimum_is_as_sure_as_its_highest_probability_is_low():
+    """The last stage rejects below 0.8 (and c below 0.9): the surest rejection has the lowest highest probability.
+
+    ====  =====  =======  ================  =========  ====================================
+    text  label  P(in)    intent            predicted  how sure
+    ====  =====  =======  ================  =========  ====================================
+    t1    a      0.9      0.70, 0.20, 0.10  unsure     1 - 0.70
+    t2    a      0.9      0.40, 0.35, 0.25  unsure     1 - 0.40, the surest of the minimum's
+    t3    a      0.9      0.10, 0.05, 0.85  unsure     1 - 0.85, by the minimum of c
+    t4    b      0.9      0.95, 0.03, 0.02  a          0.95, a wrong class
+    t5    b      0.45     0.95, 0.03, 0.02  oos        0.55, stopped by the gate
+    ====  =====  =======  ================  =========  ====================================
+    """
+    last = {
+        "name": "intent",
+        "labels": ["a", "b", "c"],
+        "min_probability": 0.8,
+        "min_probabilities": {"c": 0.9},
+        "reject_label": "unsure",
+    }
+    intent = [[0.7, 0.2, 0.1], [0.4, 0.35, 0.25], [0.1, 0.05, 0.85], [0.95, 0.03, 0.02], [0.95, 0.03, 0.02]]
+    p = {"gate": [[0.1, 0.9]] * 4 + [[0.55, 0.45]], "intent": intent}
+    run = run_of_probabilities([GATE, last], ["a", "a", "a", "b", "b"], p)
+    expected = ["t4", "t2", "t5", "t1", "t3"]
+    assert confident_errors(run)["example_id"].tolist() == expected
+    assert confident_errors(run, 2)["example_id"].tolist() == expected[:2]
+    assert surest_first(run, blame(run))["example_id"].tolist() == expected
+    assert confused_texts(run, 1, 2)["example_id"].tolist() == ["t2", "t1"]
+    # At a minimum of 0 for all but c, t1 and t2 are right, and t3 is still rejected.
+    lower = {"intent": 0.0}
+    assert surest_first(run, run.replay(lower), thresholds=lower)["example_id"].tolist() == [
+        "t4", "t1", "t5", "t2", "t3"
+    ]  # fmt: skip
+
+
+def test_a_reject_label_that_is_a_class_is_as_sure_as_its_probability():
+    """The last stage has the reject label as a class too: a prediction of it is no rejection by the minimum."""
+    last = {"name": "intent", "labels": ["a", "b", "oos"], "min_probability": 0.7, "reject_label": "oos"}
+    p = {"gate": [[0.1, 0.9]] * 3, "intent": [[0.05, 0.05, 0.9], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]}
+    run = run_of_probabilities([GATE, last], ["a", "a", "a"], p)
+    assert confident_errors(run)["example_id"].tolist() == ["t1", "t3", "t2"]

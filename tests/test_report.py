@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from html import unescape
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import papermill
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +29,7 @@ from cascade_lab.analysis.tuned_on import WARNING
 from cascade_lab.cli import app
 from cascade_lab.exceptions import RunError
 from cascade_lab.provenance import sha256
+from cascade_lab.reporting.html import render_page
 from cascade_lab.reporting.report import NOTEBOOK, notebook_path, write_figures, write_report
 from cascade_lab.reporting.verify import verify_report
 from cascade_lab.thresholds import Goal, tune
@@ -279,6 +286,13 @@ def test_a_report_that_cannot_be_written_leaves_no_file(tiny_run, small, tmp_pat
     with pytest.raises(RunError, match=r"cannot be written \(.*; choose another output"):
         write_report(tiny_run, tmp_path / "file" / "report.html", notebook=small, parameters={"other": None})
     assert not list(tmp_path.glob(".*"))
+    # Both files or none: a page that cannot be written leaves no JSON, and a JSON that cannot be written no page.
+    for blocked in (".html", ".json"):
+        (tmp_path / f"report{blocked}").mkdir()
+        with pytest.raises(RunError):
+            write_report(tiny_run, tmp_path / "report.html", notebook=small, parameters={"other": None})
+        (tmp_path / f"report{blocked}").rmdir()
+        assert not list(tmp_path.glob("report.*"))
 
 
 def test_figures_of_a_run_without_timings_or_labels(tmp_path):
@@ -335,3 +349,234 @@ def test_a_report_of_an_older_schema_version_may_be_replaced(tiny_run, small, tm
         verify_report(report, tiny_run, notebook=small)
     write_report(tiny_run, report, notebook=small, parameters={"other": None})
     assert json.loads(json_path.read_text(encoding="utf-8")) == record
+
+
+@pytest.fixture
+def handed(tiny_run, small, tmp_path):
+    """A report that somebody hands over: in the directory of its run, made with the notebook `small`."""
+    run = Run.read(shutil.copytree(tiny_run.directory, tmp_path / "run"))
+    return write_report(run, notebook=small, parameters={"other": None})
+
+
+def change_record(report, **changes):
+    path = report.with_suffix(".json")
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def refused_line(*arguments):
+    result = cascade_lab(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def one_cell_notebook(path, code, *, parameters="run_dir = None\nother = None"):
+    cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_verify_executes_no_notebook_that_only_the_json_names(handed, small, tmp_path, monkeypatch):
+    marker = tmp_path / "executed"
+    evil = one_cell_notebook(tmp_path / "evil.ipynb", f"open({str(marker)!r}, 'w').close()")
+    shutil.copy(evil, tmp_path / "run" / "evil.ipynb")
+    monkeypatch.chdir(tmp_path)
+    climbing = os.path.relpath(evil, FOLDER)
+    for name in (evil, evil.with_suffix(""), climbing, climbing.removesuffix(".ipynb"), "evil.ipynb", "evil", ""):
+        change_record(handed, notebook=str(name))
+        message = refused_line("verify", handed)
+        assert "is not one of this package, so it is not executed; if you trust it, give it: --notebook PATH" in message
+    # Nor is a notebook that was given but is not the one of the report.
+    assert "nothing was executed" in refused_line("verify", handed, "--notebook", evil)
+    assert not marker.exists()
+    report = write_report(Run.read(tmp_path / "run"), notebook=evil)
+    marker.unlink()
+    assert cascade_lab("verify", report, "--notebook", evil).exit_code == 0
+    assert marker.exists()
+
+
+def test_verify_uses_no_file_that_only_the_json_names(handed, small, tmp_path):
+    """Not a run, not a file, not a value with which the notebook could open or write one."""
+    options = ("--notebook", small)
+    record = json.loads(handed.with_suffix(".json").read_text(encoding="utf-8"))
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    values = (str(secret), "../../secret.txt", "~", "..", ["a", {"b": str(secret)}], {str(secret): 1}, "C:secret.txt")
+    for value in values:
+        change_record(handed, parameters={"other": value})
+        assert "its parameter other = " in (message := refused_line("verify", handed, *options))
+        assert "may name a file, so it is used only if you give it: -p other=VALUE" in message
+    change_record(handed, parameters={}, runs=record["runs"] | {"other": {"run_id": "x"}})
+    assert "give it: -p other=PATH" in refused_line("verify", handed, *options)
+    change_record(handed, runs=record["runs"], files={"other": {"secret.txt": sha256(secret)}})
+    assert "give it: -p other=PATH" in refused_line("verify", handed, *options)
+    # A text is used as a text, even where a file has that name.
+    change_record(handed, files={}, parameters={"other": "secret.txt"})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(tmp_path)
+        changed = verify_report(handed, notebook=small).changed_values
+    assert changed == []
+    change_record(handed, parameters={"other": str(secret)})
+    result = cascade_lab("verify", handed, *options, "-p", f"other={secret}")
+    assert "files › other › secret.txt: was missing" in result.stdout
+
+
+def test_a_damaged_record_is_an_error_of_one_line(handed, small):
+    path = handed.with_suffix(".json")
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    deep = "[" * 100_000 + "]" * 100_000
+    texts = [
+        "",
+        "null",
+        "[]",
+        "3",
+        "{}",
+        deep,
+        json.dumps({**whole, "outputs": 0}).replace('"outputs": 0', f'"x": {deep}'),
+    ]
+    texts += [json.dumps({key: value for key, value in whole.items() if key != name}) for name in whole]
+    texts += [json.dumps(whole | {name: value}) for name in whole for value in (None, 3, [3], {"a": 3}, "a", [[]])]
+    table = {"section": "a", "kind": "table", "columns": ["a"], "index": ["b", "c"], "rows": [[1, 2]]}
+    damaged_outputs = [
+        {},
+        {"section": 1},
+        table,
+        {**table, "rows": 3},
+        {"section": [], "kind": {}},
+        {**table, "section": {}},
+    ]
+    texts += [json.dumps(whole | {"outputs": [output]}) for output in damaged_outputs]
+    for text in texts:
+        path.write_text(text, encoding="utf-8")
+        # `--notebook` is not given: a record that is read at all ends at its notebook.
+        refused_line("verify", handed)
+
+
+def test_verify_of_a_report_outside_its_run_names_the_option(handed, small, tmp_path):
+    (tmp_path / "sent").mkdir()
+    for suffix in (".html", ".json"):
+        shutil.copy(handed.with_suffix(suffix), tmp_path / "sent")
+    report = tmp_path / "sent" / handed.name
+    message = refused_line("verify", report, "--notebook", small)
+    assert f"{report}: is not in the directory of its run; give the run: --run RUN" in message
+    assert cascade_lab("verify", report, "--notebook", small, "--run", tmp_path / "run").exit_code == 0
+
+
+def test_a_kernel_that_dies_is_an_error_of_one_line(tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    notebook = one_cell_notebook(tmp_path / "killed.ipynb", code)
+    arguments = ("report", tiny_run.directory, "--notebook", notebook, "--output", tmp_path / "out.html")
+    message = refused_line(*arguments, "-p", "other=1")
+    assert "the report's notebook failed: its kernel died in cell 2 (out of memory?)" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.ipynb", "temporary"]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["in a cell", "while the kernel starts"])
+def test_a_signal_ends_a_report_and_its_kernel(tiny_run, tmp_path, number, moment):
+    (tmp_path / "temporary").mkdir()
+    pid_file = tmp_path / "pid"
+    code = f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    notebook = one_cell_notebook(tmp_path / "slow.ipynb", code)
+    command = [sys.executable, "-c", "from cascade_lab.cli import main; main()", "report", str(tiny_run.directory)]
+    command += ["--notebook", str(notebook), "--output", str(tmp_path / "out.html")]
+    env = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    awaited = f"{pid_file}" if moment == "in a cell" else "temporary/*/notebooks"
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(awaited.removeprefix(f"{tmp_path}/"))):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, stderr
+    assert stderr == f"error: stopped by {number.name}\n"
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not list(tmp_path.glob("out*"))
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path / "temporary") not in processes
+
+
+def wide_page(record, *, n_columns):
+    """A page with a table as notebook 03 shows it, with long texts, and with a wide table in Markdown."""
+    names = ["example_id", "text", "label", "predicted", "decided_by", "probability", "confidence", "would_become"]
+    names = [names[i] if i < len(names) else f"missed_by_{i}" for i in range(n_columns)]
+    texts = {"text": "a text of many words that a user wrote to the service desk about the very same laptop"}
+    row = [texts.get(name, "label_of_a_class") for name in names]
+    index = pd.MultiIndex.from_tuples([("intent", "unrecoverable reject")] * 3, names=["fault", "kind"])
+    data = {"text/html": pd.DataFrame([row] * 3, columns=names, index=index).to_html()}
+    markdown = "\n".join(["|".join(f"column{i}" for i in range(40)), "|".join(["---"] * 40), "|".join(["cell"] * 40)])
+    cells = [
+        {"cell_type": "code", "outputs": [{"output_type": "display_data", "data": data}]},
+        {"cell_type": "markdown", "source": f"# Wide\n\n{markdown}\n"},
+    ]
+    return render_page(cells, record)
+
+
+def test_every_table_scrolls_by_itself(handed):
+    html = wide_page(json.loads(handed.with_suffix(".json").read_text(encoding="utf-8")), n_columns=30)
+    assert len(re.findall(r"<table\b", html)) >= 3
+    assert len(re.findall(r'<div class="table"[^>]*><table\b', html)) == len(re.findall(r"<table\b", html))
+    assert "overflow-x: auto" in html
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.parametrize(("width", "n_columns", "fits"), [(1280, 8, True), (1280, 40, False), (500, 8, False)])
+def test_no_column_of_a_wide_table_is_out_of_reach(handed, tmp_path, width, n_columns, fits):
+    """The page is never wider than the window; a table is, and then it scrolls inside it."""
+    html = wide_page(json.loads(handed.with_suffix(".json").read_text(encoding="utf-8")), n_columns=n_columns)
+    measure = (
+        "<script>onload = () => { const t = document.querySelector('.table'); document.title = JSON.stringify("
+        "[innerWidth, document.documentElement.scrollWidth, t.clientWidth, t.scrollWidth]) }</script></body>"
+    )
+    html = re.sub("<meta http-equiv[^>]*>", "", html).replace("</body>", measure)
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "page.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    window, page, visible, table = json.loads(re.findall("<title>(.*)</title>", dom)[0])
+    assert page <= window
+    assert (table <= visible) == fits
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_signal_that_this_process_ignores_does_not_end_a_report(tiny_run, tmp_path):
+    """As under `nohup`, or in the background of a script."""
+    code = f"import os, signal\nos.kill({os.getpid()}, signal.SIGINT)"
+    notebook = one_cell_notebook(tmp_path / "signals.ipynb", code)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        report = write_report(tiny_run, tmp_path / "out.html", notebook=notebook, parameters={"other": 1})
+        assert report.is_file()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        report.unlink()
+        # A handler that returns: the report has stopped, and says so.
+        seen = []
+        signal.signal(signal.SIGINT, lambda *_: seen.append("seen"))
+        slow = one_cell_notebook(tmp_path / "slow.ipynb", f"{code}\nimport time\ntime.sleep(600)")
+        with pytest.raises(RunError, match="the report's notebook was stopped by SIGINT"):
+            write_report(tiny_run, report, notebook=slow, parameters={"other": 1})
+        assert seen == ["seen"]
+        assert not report.exists()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("name", ["../secret.txt", "/dev/zero", "scores/../../secret.txt", "pipe", "a\0b", "."])
+def test_a_manifest_names_no_file_outside_its_run(handed, small, tmp_path, name):
+    (tmp_path / "secret.txt").write_text("secret")
+    os.mkfifo(tmp_path / "run" / "pipe")
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["contents"][name] = sha256(tmp_path / "secret.txt")
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    message = refused_line("verify", handed, "--notebook", small)
+    assert "which is not a file of the run" in message
+    assert "which is not a file of the run" in refused_line("report", path.parent, "--notebook", small, "-p", "other=1")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cascade_lab.analysis.examples import confident_errors as confident_errors
     from cascade_lab.analysis.examples import confused_texts as confused_texts
     from cascade_lab.analysis.examples import near_threshold as near_threshold
+    from cascade_lab.analysis.examples import surest_first as surest_first
     from cascade_lab.analysis.label_audit import audit as audit
     from cascade_lab.analysis.metrics import confused_pairs as confused_pairs
     from cascade_lab.analysis.metrics import confusion as confusion
@@ -70,6 +71,7 @@ if not TYPE_CHECKING:
             "risk_coverage": ".coverage",
             "run_summary": ".summary",
             "slices": ".slicing",
+            "surest_first": ".examples",
             "tune": "..thresholds",
             "tuning_origin": ".tuned_on",
         },

@@ -21,7 +21,7 @@ Thresholds = Mapping[str, float] | None
 
 
 def confused_texts(run: Run, n: int = 10, n_texts: int = 3, *, thresholds: Thresholds = None) -> pd.DataFrame:
-    """Return the `n` pairs of true and predicted label with the most errors, each with its most confident texts.
+    """Return the `n` pairs of true and predicted label with the most errors, each with its surest texts.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def confused_texts(run: Run, n: int = 10, n_texts: int = 3, *, thresholds: Thres
 
 
 def confident_errors(run: Run, n: int | None = 20, *, thresholds: Thresholds = None) -> pd.DataFrame:
-    """Return the `n` errors with the highest probability, the highest first; None returns all errors.
+    """Return the `n` errors of which the cascade was surest, the surest first (`surest_first`); None returns all.
 
     Returns
     -------
@@ -50,8 +50,39 @@ def confident_errors(run: Run, n: int | None = 20, *, thresholds: Thresholds = N
     run = run.labelled.with_thresholds(thresholds)
     predictions = run.predictions
     table = with_texts(run, predictions)[predictions["label"] != predictions["predicted"]]
-    table = table.sort_values("probability", ascending=False, kind="stable")
+    table = surest_first(run, table)
     return (table if n is None else table.head(n)).reset_index(drop=True)
+
+
+def surest_first(run: Run, table: pd.DataFrame, *, thresholds: Thresholds = None) -> pd.DataFrame:
+    """Return the rows of a table sorted by how sure the cascade was of its predictions, the surest first.
+
+    Of most predictions the cascade is as sure as their probability is high. A rejection by `min_probability` is the
+    opposite: the probability is that of the label that was *not* predicted, so the rejection is as sure as that
+    probability is low. It counts as 1 - probability, as a gate's rejection counts as 1 - P(pass label).
+
+    Parameters
+    ----------
+    run : Run
+    table : DataFrame
+        With the columns `example_id`, `predicted`, `decided_by` and `probability` of the run at `thresholds`: those of
+        `confident_errors`, of `blame`, or of `run.predictions`.
+    thresholds : mapping of str to float, optional
+        As for `Run.replay`.
+
+    Returns
+    -------
+    DataFrame
+        The same rows and columns; equally sure rows keep their order.
+    """
+    run = run if thresholds is None else run.with_thresholds(thresholds)
+    last = run.spec.last
+    decision = run.decision(last.name)
+    by_minimum = ~decision.above & (decision.label_above != decision.label_below)
+    ids = run.predictions["example_id"][by_minimum & (run.predictions["decided_by"] == last.name).to_numpy()]
+    probability = table["probability"].to_numpy()
+    sureness = np.where(table["example_id"].isin(ids), 1 - probability, probability)
+    return table.iloc[np.argsort(-sureness, kind="stable")]
 
 
 def near_threshold(run: Run, stage: str, n: int = 10, *, thresholds: Thresholds = None) -> pd.DataFrame:

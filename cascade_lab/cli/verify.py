@@ -25,7 +25,10 @@ def verify(
     run: Annotated[
         Path | None, typer.Option(help="The run of the report [default: the run directory that it is in].")
     ] = None,
-    notebook: Annotated[Path | None, typer.Option(help="The notebook, if it is your own.", show_default=False)] = None,
+    notebook: Annotated[
+        Path | None,
+        typer.Option(help="The notebook, if it is your own; executed only if the report was made with it."),
+    ] = None,
     parameter: PARAMETERS = None,
 ) -> None:
     """Rebuild a report and compare it with the saved one; exit code 1 if a number or a word differs.

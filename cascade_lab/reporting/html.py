@@ -115,6 +115,9 @@ def _markdown(contents: _Contents, *, links: bool) -> Callable[[str], str]:
         def image(self, text: str, url: str, title: str | None = None) -> str:
             return escape(text)
 
+        def table(self, text: str) -> str:
+            return f'<div class="table" tabindex="0"><table>\n{text}</table></div>\n'
+
     reader = mistune.create_markdown(renderer=Renderer(escape=True), plugins=["table"])
     if not links:
         allowed = ("escape", "codespan", "emphasis", "linebreak", "softbreak")
@@ -141,7 +144,7 @@ def _output(output: Mapping[str, Any], render_markdown: Callable[[str], str]) ->
         html = re.sub(
             r"<table\b.*?</table>", lambda match: _align(match[0]), sanitize(data["text/html"]), flags=re.DOTALL
         )
-        return f'<div class="table">{html}</div>\n'
+        return f'<div class="table" tabindex="0">{html}</div>\n'
     if "text/plain" in data and not any("widget" in mime for mime in data):
         return f"<pre>{escape(_control_pictures(without_addresses(data['text/plain'])))}</pre>\n"
     return ""

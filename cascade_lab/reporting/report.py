@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 from tqdm import tqdm
-from traitlets.config import Config
 
 from cascade_lab.analysis.latency import is_timed
 from cascade_lab.atomic import write_file, write_text
@@ -24,17 +23,25 @@ from cascade_lab.exceptions import RunError, did_you_mean
 from cascade_lab.provenance import environment, package_version, sha256
 from cascade_lab.reporting.capture import VALUES_MIME, plain_value
 from cascade_lab.reporting.html import render_page, without_addresses
+from cascade_lab.reporting.record import SCHEMA_VERSION, check_report_output, record_text
 from cascade_lab.run import Run
+from cascade_lab.text import shorten
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-NOTEBOOK = "01_run_cascade"
-SCHEMA_VERSION = 2
+NOTEBOOKS = (
+    "01_run_cascade",
+    "02_study_clinc150",
+    "03_analyse_errors",
+    "04_tune_thresholds",
+    "05_study_latency",
+    "06_compare_runs",
+)
+"""The notebooks of this package. A report's JSON can name one of these; `verify_report` executes no other by name."""
+NOTEBOOK = NOTEBOOKS[0]
 
 _PACKAGE = Path(__file__).parents[1]
-# A kernel listens on sockets of this user, not on TCP ports that others on the machine can reach.
-_KERNEL = Config({"ConnectionFileMixin": {"transport": "ipc"}} if os.name == "posix" else {})
 # The kernel executes this before the notebook's cells. It undoes the settings of the user's matplotlibrc.
 _SETUP = """import matplotlib
 from cascade_lab.reporting.capture import record_outputs
@@ -122,57 +129,97 @@ def write_report(
     path = notebook_path(notebook)
     name = "report.html" if path.stem == NOTEBOOK else f"{path.stem}.html"
     output = _directory(run) / name if output is None else Path(output)
-    _check_report_output(output)
+    check_report_output(output)
     html, record = build_report(run, path, parameters or {}, progress=progress)
-    write_text(output.with_suffix(".json"), _to_json(record), error=RunError)
-    return write_text(output, html, error=RunError)
+
+    def write_both(unfinished: Path) -> None:
+        """Write the page, then the JSON: if one of them cannot be written, both are as they were."""
+        unfinished.write_text(html, encoding="utf-8")
+        write_text(output.with_suffix(".json"), record_text(record), error=RunError)
+
+    return write_file(output, write_both, error=RunError)
 
 
 def notebook_path(name: str | Path) -> Path:
     """Return the file of a notebook: `name` itself if it ends in `.ipynb`, else the package's notebook of that name.
 
     In a checkout the package's notebooks are beside the package; in an installation they are inside it.
+
+    Raises
+    ------
+    RunError
+        There is no such notebook.
     """
     if str(name).endswith(".ipynb"):
         if Path(name).is_file():
             return Path(name)
         raise RunError(f"{name}: no such notebook; give the path of an .ipynb, or a name such as {NOTEBOOK}")
-    folders = (_PACKAGE / "notebooks", _PACKAGE.parent / "notebooks")
-    for folder in folders:
+    if str(name) not in NOTEBOOKS:
+        raise RunError(f"no notebook is named '{name}'{did_you_mean(str(name), NOTEBOOKS)}")
+    for folder in (_PACKAGE / "notebooks", _PACKAGE.parent / "notebooks"):
         path = folder / f"{name}.ipynb"
         if path.is_file():
             return path
-    known = sorted(path.stem for folder in folders for path in folder.glob("*.ipynb"))
-    if not known:
-        raise RunError(f"notebook {name}.ipynb is missing from the package; install cascade-lab again")
-    raise RunError(f"no notebook is named '{name}'{did_you_mean(str(name), known)}")
+    raise RunError(f"notebook {name}.ipynb is missing from the package; install cascade-lab again")
 
 
 def build_report(
-    run: Run, path: Path, given: Mapping[str, Any], *, progress: bool = False
+    run: Run,
+    path: Path,
+    given: Mapping[str, Any],
+    *,
+    saved_values: Mapping[str, Any] | None = None,
+    notebook_sha256: str | None = None,
+    progress: bool = False,
 ) -> tuple[str, dict[str, Any]]:
-    """Execute the notebook at `path`; return the HTML page and the content of the JSON. Raises as `write_report`."""
+    """Execute the notebook at `path`; return the HTML page and the content of the JSON.
+
+    Parameters
+    ----------
+    run : Run
+    path : Path
+        The notebook.
+    given : mapping
+        The notebook's parameters. A path among them is read.
+    saved_values : mapping, optional
+        Parameters from the JSON of a report, for those that `given` lacks. They are never read as paths.
+    notebook_sha256 : str, optional
+        Execute nothing unless this is the digest of the notebook.
+    progress : bool
+
+    Raises
+    ------
+    RunError
+        The notebook has another digest; or as `write_report` raises.
+    """
     notebook = _read_notebook(path)
     sources = [(cell["cell_type"], cell["source"]) for cell in notebook.cells]
-    parameters = _sort_parameters(run, path, _default_parameters(notebook), given)
+    digest = new_sha256(json.dumps(sources).encode()).hexdigest()
+    if notebook_sha256 not in (None, digest):
+        raise RunError(
+            f"{path}: is not the notebook of the report, or was changed since; nothing was executed: give the one that "
+            "the report was made with, or write the report again with `cascade-lab report`"
+        )
+    parameters = _sort_parameters(run, path, _default_parameters(notebook), given, saved_values or {})
     links = {f"runs/{name}": _directory(each_run) for name, each_run in parameters.runs.items()}
     for each_run in parameters.runs.values():
+        _check_contents(each_run)
         each_run.check()
     links |= {f"files/{name}{file.suffix}": file for name, file in parameters.files.items()}
     values = parameters.values | {PurePath(link).stem: f"../{link}" for link in links}
-    data = path.resolve().parents[1] / "data"  # the default parameters name files in it
+    data = path.resolve().parent.parent / "data"  # the default parameters name files in it
     cells = _execute(notebook, run, links | ({"data": data} if data.is_dir() else {}), values, progress)
     record = {
         "schema_version": SCHEMA_VERSION,
         "notebook": path.stem,
-        "notebook_sha256": new_sha256(json.dumps(sources).encode()).hexdigest(),
+        "notebook_sha256": digest,
         "parameters": plain_value(parameters.values),
         "runs": {name: _run_identity(each_run) for name, each_run in parameters.runs.items()},
         "files": {name: _digests(file) for name, file in parameters.files.items()},
         "packages": environment()["packages"] | {name: package_version(name) for name in ("scipy", "matplotlib")},
         "outputs": list(_outputs(cells)),
     }
-    record = json.loads(_to_json(record))  # as `verify_report` reads it
+    record = json.loads(record_text(record))  # as `verify_report` reads it
     return render_page(cells, record), record
 
 
@@ -181,6 +228,21 @@ def _directory(run: Run) -> Path:
     if run.directory is None:
         raise RunError(f"{run.name} is only in memory; write the run first: run.write(path)")
     return run.directory
+
+
+def _check_contents(run: Run) -> None:
+    """Raise RunError where the manifest names a table that is no file of the run's directory: it is not read."""
+    manifest, contents = _directory(run) / "manifest.json", run.manifest.get("contents")
+    if not isinstance(contents, dict):
+        raise RunError(f"{manifest}: contents is not an object with the SHA-256 of each table; run again")
+    for name in contents:
+        path = PurePath(name)
+        is_inside = not path.is_absolute() and ".." not in path.parts and "\0" not in name
+        if not is_inside or ((_directory(run) / name).exists() and not (_directory(run) / name).is_file()):
+            raise RunError(
+                f"{manifest}: contents names '{shorten(name, 80)}', which is not a file of the run; put the manifest "
+                "back, or run again"
+            )
 
 
 def _read_notebook(path: Path) -> NotebookNode:
@@ -209,14 +271,17 @@ class _Parameters(NamedTuple):
     values: dict[str, Any]
 
 
-def _sort_parameters(run: Run, path: Path, defaults: Mapping[str, str], given: Mapping[str, Any]) -> _Parameters:
+def _sort_parameters(
+    run: Run, path: Path, defaults: Mapping[str, str], given: Mapping[str, Any], saved_values: Mapping[str, Any]
+) -> _Parameters:
     run_parameter = "run_dir" if "run_dir" in defaults else next((n for n in defaults if n.startswith("run")), None)
     if run_parameter is None:
         raise RunError(f"{path}: no parameter takes a run; name one run_dir, in the cell tagged parameters")
-    for name in given:
+    for name in (*given, *saved_values):
         if name not in defaults:
             raise RunError(f"{path}: has no parameter '{name}'{did_you_mean(name, list(defaults))}")
-    sorted_parameters = _Parameters({run_parameter: run}, {}, {})
+    saved_values = {name: value for name, value in saved_values.items() if name not in (*given, run_parameter)}
+    sorted_parameters = _Parameters({run_parameter: run}, {}, saved_values)
     for name, value in given.items():
         is_path = isinstance(value, os.PathLike) or (isinstance(value, str) and len(value) < 1000)
         if is_path and (Path(value) / "manifest.json").is_file():
@@ -228,7 +293,7 @@ def _sort_parameters(run: Run, path: Path, defaults: Mapping[str, str], given: M
     for name, default in defaults.items():
         # A default names a run of `make demo`, which has nothing to do with this run.
         names_a_run = default.strip("'\"").startswith("../runs/") and not name.startswith("output")
-        if names_a_run and name != run_parameter and name not in given:
+        if names_a_run and name != run_parameter and name not in (*given, *saved_values):
             raise RunError(f"{path.stem}: {name} is another run that it reads; give it: -p {name}=RUN")
     return sorted_parameters
 
@@ -241,43 +306,31 @@ def _execute(
     The kernel starts in a new folder, which has a link to each file and folder that the notebook needs. It reads no
     settings of the user.
     """
-    from jupyter_client.kernelspec import KernelSpecManager
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
     from nbformat.v4 import new_code_cell
     from papermill.parameterize import parameterize_notebook
 
+    from cascade_lab.reporting.kernel import execute
+
     notebook = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
     notebook.cells.insert(0, new_code_cell(_SETUP))
-    with (
-        TemporaryDirectory() as temporary,
-        tqdm(total=len(notebook.cells), desc="report", unit="cell", disable=not progress, leave=False) as bar,
-    ):
-        folder = Path(temporary)
-        for name in ("notebooks", "runs", "files", "settings"):
-            (folder / name).mkdir()
-        for name, target in links.items():
-            (folder / name).symlink_to(target.resolve(), target_is_directory=target.is_dir())
-        client = NotebookClient(
-            notebook,
-            timeout=None,
-            kernel_name="python3",
-            config=_KERNEL,
-            coalesce_streams=True,
-            resources={"metadata": {"path": str(folder / "notebooks")}},
-            on_cell_start=lambda **_: bar.update(),
-        )
-        kernel: Any = client.create_kernel_manager()
-        kernel.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # the kernel runs in this Python environment
-        if kernel.transport == "ipc":
-            kernel.ip = str(folder / "socket")
-        settings = {"PYTHONHASHSEED": "0", "TZ": "UTC", "IPYTHONDIR": str(folder / "settings")}
-        settings["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with Agg, cells would show no picture
-        try:
-            client.execute(env={**os.environ, **settings})
-        except CellExecutionError as error:
-            message = next(iter(str(error.evalue).strip().splitlines()), "")
-            raise RunError(f"{run.name}: the report's notebook failed: {error.ename}: {message}") from error
+    try:
+        with (
+            TemporaryDirectory() as temporary,
+            tqdm(total=len(notebook.cells), desc="report", unit="cell", disable=not progress, leave=False) as bar,
+        ):
+            folder = Path(temporary)
+            for name in ("notebooks", "runs", "files", "settings"):
+                (folder / name).mkdir()
+            for name, target in links.items():
+                (folder / name).symlink_to(target.resolve(), target_is_directory=target.is_dir())
+            settings = {"PYTHONHASHSEED": "0", "TZ": "UTC", "IPYTHONDIR": str(folder / "settings")}
+            settings["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with Agg, cells show no picture
+            execute(notebook, folder, settings, where=run.name, on_cell=bar.update)
+    except OSError as error:
+        raise RunError(
+            f"{run.name}: the report's notebook cannot be executed ({error.strerror or error}); free some space in "
+            "the folder for temporary files, or set TMPDIR to another"
+        ) from error
     return list(notebook.cells[1:])
 
 
@@ -319,44 +372,3 @@ def _digests(path: Path) -> dict[str, str]:
     if path.is_file():
         return {path.name: sha256(path)}
     return {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-def _to_json(record: Mapping[str, Any]) -> str:
-    """Return the record as JSON with one line for each output."""
-    lines = ",\n".join(f"  {json.dumps(output, ensure_ascii=False, allow_nan=False)}" for output in record["outputs"])
-    head = json.dumps({**record, "outputs": []}, indent=1, ensure_ascii=False, allow_nan=False)
-    return head.removesuffix("[]\n}") + f"[\n{lines}\n ]\n}}\n"
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read the JSON of a report; raises RunError."""
-    record = _read_json(path)
-    if record["schema_version"] != SCHEMA_VERSION:
-        raise RunError(
-            f"{path}: has schema version {record['schema_version']}, and this package reads {SCHEMA_VERSION}; "
-            "write the report again with `cascade-lab report`"
-        )
-    return record
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON of a report of any schema version; raises RunError."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); give a report, with its JSON beside it") from error
-    if not isinstance(record, dict) or "notebook_sha256" not in record or not record.get("runs"):
-        raise RunError(f"{path}: not the JSON of a report; give one that `cascade-lab report` wrote")
-    return record
-
-
-def _check_report_output(output: Path) -> None:
-    """Raise RunError where a report's JSON would replace another file, such as a manifest."""
-    path = output.with_suffix(".json")
-    if output.suffix != ".html":
-        raise RunError(f"{output}: a report is an HTML file with a JSON beside it; give a name that ends in .html")
-    if path.exists():
-        try:
-            _read_json(path)
-        except RunError as error:
-            raise RunError(f"{path}: exists, and is not the JSON of a report; choose another output") from error

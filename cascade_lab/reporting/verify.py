@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 
 from cascade_lab.exceptions import RunError
 from cascade_lab.reporting.html import package_list
-from cascade_lab.reporting.report import build_report, notebook_path, read_record
+from cascade_lab.reporting.record import not_a_record, read_record
+from cascade_lab.reporting.report import NOTEBOOKS, build_report, notebook_path
 from cascade_lab.run import Run
+from cascade_lab.text import shorten
+
+_MAX_SHOWN = 80  # characters of a name or a value from the JSON in a message
 
 
 class Verdict(NamedTuple):
@@ -55,7 +59,8 @@ def verify_report(
     run : Run, optional
         By default the run directory that the report is in.
     notebook : path, optional
-        The notebook, if the report is of your own notebook.
+        The notebook, if the report is of your own notebook. It is executed only if it is the one that the report was
+        made with. Without this, only a notebook of this package is executed, whatever the report's JSON names.
     parameters : mapping, optional
         The other runs and files that the notebook reads. The report has its other parameters.
     progress : bool
@@ -68,38 +73,99 @@ def verify_report(
     Raises
     ------
     RunError
-        Not a report, or a report of another run; or as `write_report` raises.
+        Not a report, or a report of another run, or of a notebook that is neither given nor of this package; a file
+        that the notebook reads is not given; or as `write_report` raises.
     """
     html_path, json_path = (Path(report).with_suffix(suffix) for suffix in (".html", ".json"))
     saved = read_record(json_path)
+    old_values = _saved_values(saved, json_path)
     try:
         saved_html = html_path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{html_path}: cannot be read ({error}); give a report, with its JSON beside it") from error
-    run = run or Run.read(html_path.resolve().parent)
-    for name in [*list(saved["runs"])[1:], *saved["files"]]:
-        if name not in (parameters or {}):
-            raise RunError(f"{report}: its notebook read another run or file as {name}; give it: -p {name}=PATH")
-    saved_run = next(iter(saved["runs"].values()))
-    if run.manifest["run_id"] != saved_run["run_id"]:
-        raise RunError(f"{report}: is of run {saved_run['run_id']}, and {run.name} is run {run.manifest['run_id']}")
-    all_parameters = {**saved["parameters"], **(parameters or {})}
-    new_html, new = build_report(run, notebook_path(notebook or saved["notebook"]), all_parameters, progress=progress)
+    given = parameters or {}
+    _check_given(report, saved, given, notebook)
+    folder = html_path.resolve().parent
+    if run is None and not (folder / "manifest.json").is_file():
+        raise RunError(f"{report}: is not in the directory of its run; give the run: --run RUN (run=Run.read(RUN))")
+    run = run or Run.read(folder)
+    saved_run_id = next(iter(saved["runs"].values()))["run_id"]
+    if run.manifest["run_id"] != saved_run_id:
+        raise RunError(f"{report}: is of run {_shown(saved_run_id)}, and {run.name} is run {run.manifest['run_id']}")
+    new_html, new = build_report(
+        run,
+        notebook_path(saved["notebook"] if notebook is None else notebook),
+        given,
+        saved_values=saved["parameters"],
+        notebook_sha256=None if notebook is None else saved["notebook_sha256"],
+        progress=progress,
+    )
     packages = {
         name: (saved["packages"].get(name), new["packages"].get(name))
         for name in {**saved["packages"], **new["packages"]}
     }
     return Verdict(
-        changed_values=_changed_values(saved, new),
+        changed_values=_changed_values(old_values, _named_values(new)),
         # The page shows the versions of packages: put the saved ones in, to see what else differs.
         page_difference=_page_difference(saved_html, new_html.replace(package_list(new), package_list(saved))),
         changed_packages={name: versions for name, versions in packages.items() if versions[0] != versions[1]},
     )
 
 
-def _changed_values(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def _check_given(
+    report: str | Path, saved: Mapping[str, Any], given: Mapping[str, Any], notebook: str | Path | None
+) -> None:
+    """Raise RunError where the record names a notebook, a run or a file that the user must give.
+
+    The JSON may come from somebody else. So it decides neither which code is executed nor which files are read.
+    """
+    if notebook is None and saved["notebook"] not in NOTEBOOKS:
+        raise RunError(
+            f"{report}: its notebook '{_shown(saved['notebook'])}' is not one of this package, so it is not executed; "
+            "if you trust it, give it: --notebook PATH (notebook=PATH)"
+        )
+    for name in [*list(saved["runs"])[1:], *saved["files"]]:
+        if name not in given:
+            raise RunError(
+                f"{report}: its notebook read another run or file as {_shown(name)}; give it: -p {_shown(name)}=PATH"
+            )
+    for name, value in saved["parameters"].items():
+        if name not in given and _may_name_a_file(value):
+            raise RunError(
+                f"{report}: its parameter {_shown(name)} = {_shown(repr(value))} may name a file, so it is used only "
+                f"if you give it: -p {_shown(name)}=VALUE"
+            )
+
+
+def _shown(value: Any) -> str:
+    return shorten(str(value), _MAX_SHOWN)
+
+
+def _saved_values(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the named values of a record that was read from a file; raises RunError where it is damaged."""
+    try:
+        return _named_values(saved)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise not_a_record(path) from error
+
+
+def _may_name_a_file(value: Any) -> bool:
+    r"""Return whether a notebook could open a file with a parameter's value, or with a part of it.
+
+    A name without a folder cannot: the notebook is executed in a new, empty folder.
+
+    >>> [_may_name_a_file(value) for value in ("../x", "~", [{"C:x": 1}], "two words", 0.5, None)]
+    [True, True, True, False, False, False]
+    """
+    if isinstance(value, Mapping):
+        return any(map(_may_name_a_file, (*value, *value.values())))
+    if isinstance(value, list):
+        return any(map(_may_name_a_file, value))
+    return isinstance(value, str) and re.search(r"[/\\]|^~|^\.{1,2}$|^[A-Za-z]:", value) is not None
+
+
+def _changed_values(old_values: Mapping[str, Any], new_values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return the values of two records that differ: name, saved value, new value."""
-    old_values, new_values = _named_values(saved), _named_values(new)
     return [
         (name, old_values.get(name), new_values.get(name))
         for name in {**old_values, **new_values}

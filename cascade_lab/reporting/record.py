@@ -1,0 +1,73 @@
+"""The JSON of a report: written, and read and checked, because it may come from somebody else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cascade_lab.exceptions import RunError
+from cascade_lab.text import shorten
+
+SCHEMA_VERSION = 2
+_RECORD = {
+    "notebook": str,
+    "notebook_sha256": str,
+    "parameters": dict,
+    "runs": dict,
+    "files": dict,
+    "packages": dict,
+    "outputs": list,
+}
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """Return the record as JSON with one line for each output."""
+    lines = ",\n".join(f"  {json.dumps(output, ensure_ascii=False, allow_nan=False)}" for output in record["outputs"])
+    head = json.dumps({**record, "outputs": []}, indent=1, ensure_ascii=False, allow_nan=False)
+    return head.removesuffix("[]\n}") + f"[\n{lines}\n ]\n}}\n"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read the JSON of a report, and check that its parts are there; raises RunError."""
+    record = _read_json(path)
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise RunError(
+            f"{path}: has schema version {shorten(str(record.get('schema_version')), 20)}, and this package reads "
+            f"{SCHEMA_VERSION}; write the report again with `cascade-lab report`"
+        )
+    is_whole = all(isinstance(record.get(key), kind) for key, kind in _RECORD.items())
+    if not is_whole or not all(isinstance(run, dict) and "run_id" in run for run in record["runs"].values()):
+        raise not_a_record(path)
+    return record
+
+
+def not_a_record(path: Path) -> RunError:
+    """Return the error for a file that is not the JSON of a report."""
+    return RunError(f"{path}: not the JSON of a report; give one that `cascade-lab report` wrote")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON of a report of any schema version; raises RunError."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise not_a_record(path) from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); give a report, with its JSON beside it") from error
+    if not isinstance(record, dict) or "notebook_sha256" not in record or not record.get("runs"):
+        raise not_a_record(path)
+    return record
+
+
+def check_report_output(output: Path) -> None:
+    """Raise RunError where a report's JSON would replace another file, such as a manifest."""
+    path = output.with_suffix(".json")
+    if output.suffix != ".html":
+        raise RunError(f"{output}: a report is an HTML file with a JSON beside it; give a name that ends in .html")
+    if path.exists():
+        try:
+            _read_json(path)
+        except RunError as error:
+            raise RunError(f"{path}: exists, and is not the JSON of a report; choose another output") from error
