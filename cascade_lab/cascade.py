@@ -17,11 +17,14 @@ from tqdm.auto import tqdm
 from cascade_lab.bert.tokenization import Encoding
 from cascade_lab.decisions import RoutingResult, StageDecision, check_labels, decide, route
 from cascade_lab.evalset import EvalSet
+from cascade_lab.evalset_files import check_columns
+from cascade_lab.exceptions import EvalSetError
 from cascade_lab.provenance import environment, sha256
 from cascade_lab.run import SCHEMA_VERSION, Run, StageScores, new_run_id, unfinished_run
 from cascade_lab.run_tables import TIMING_COLUMNS, predictions_frame
 from cascade_lab.spec import CascadeSpec, StageSpec
 from cascade_lab.stage import Batch, Stage
+from cascade_lab.text import shorten
 
 CHUNK = 8192  # texts whose token ids are held at the same time; the next chunk is tokenized meanwhile
 SPECULATE_MAX_TOKENS = 128  # up to this size all stages score a batch at once: half of it would load the same weights
@@ -98,8 +101,8 @@ class Cascade:
 
     def predict(
         self,
-        texts: Sequence[str],
-        texts_b: Sequence[str | None] | None = None,
+        texts: Sequence[str] | pd.Series | pd.DataFrame,
+        texts_b: Sequence[str | None] | pd.Series | None = None,
         *,
         batch_size: int | None = None,
         progress: bool = False,
@@ -111,13 +114,19 @@ class Cascade:
 
         Parameters
         ----------
-        texts : sequence of str
+        texts : sequence of str, or DataFrame
+            Of a table, the columns `text` and (where there is one) `text_b`.
         texts_b : sequence of str or None, optional
             The second text of each pair.
         batch_size : int, optional
             The most texts in one batch of a stage; by default as many as are scored fastest.
         progress : bool
             Show a progress bar.
+
+        Raises
+        ------
+        EvalSetError
+            A text is missing or is no string, naming its place (counted from 0), or a table has no column `text`.
 
         Returns
         -------
@@ -126,10 +135,7 @@ class Cascade:
             `<stage>_probability`: a gate's probability of its pass label, the last stage's highest probability; NaN
             where the text did not reach the stage.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts must be a sequence of texts, not one str; put it in a list")
-        texts = list(texts)
-        texts_b = None if texts_b is None else list(texts_b)
+        texts, texts_b = _check_texts(texts, texts_b)
         columns: dict[str, list[np.ndarray]] = {name: [] for name in ("predicted", "decided_by", "probability")}
         columns |= {f"{stage.name}_probability": [] for stage in self.spec.stages}
         with _bar(len(texts) * len(self.stages), progress) as bar:
@@ -325,6 +331,34 @@ class Cascade:
             logits = stage.score(encodings, batch_size=batch_size, done=bar.update)[0]
             shadowed[stage.spec.name] = ScoredRows(rows, logits)
         return shadowed
+
+
+def _check_texts(texts: Any, texts_b: Any) -> tuple[list[str], list[str | None] | None]:
+    """Return the texts to predict as lists; refuse what is no text, naming its place."""
+    if isinstance(texts, pd.DataFrame):
+        check_columns(list(texts.columns), ["text"], "the table")
+        if texts_b is None and "text_b" in texts:
+            second = texts["text_b"]
+            texts_b = None if second.isna().all() else second.astype(object).where(second.notna(), None)
+        texts = texts["text"]
+    if isinstance(texts, str | bytes | Mapping):
+        kind = "one str" if isinstance(texts, str) else type(texts).__name__
+        raise TypeError(f"texts must be a sequence of texts, not {kind}; put it in a list")
+    texts = list(texts)
+    texts_b = None if texts_b is None else list(texts_b)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise EvalSetError(f"texts[{i}] is {shorten(repr(text), 80)}; it must be a string: drop it, or give ''")
+    for i, text in enumerate(texts_b or ()):
+        if not (text is None or isinstance(text, str)):
+            raise EvalSetError(
+                f"texts_b[{i}] is {shorten(repr(text), 80)}; it must be a string, or None for a single text"
+            )
+    if texts_b is not None and len(texts_b) != len(texts):
+        raise EvalSetError(
+            f"there are {len(texts)} texts, but {len(texts_b)} second texts; give one for each (or None)"
+        )
+    return texts, texts_b
 
 
 def _take(

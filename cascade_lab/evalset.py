@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cascade_lab.atomic import write_file
-from cascade_lab.exceptions import EvalSetError
+from cascade_lab.evalset_files import Row, check_columns, check_keys, is_missing, read_rows
+from cascade_lab.evalset_parquet import read_parquet
+from cascade_lab.exceptions import EvalSetError, did_you_mean
+from cascade_lab.text import shorten
 
-Row = tuple[str, dict[str, Any]]
-"""The location of a row ("line 17"), and its columns."""
+ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet", ".json")
+MAX_CELLS = 20_000_000  # of a table with over MAX_COLUMNS columns: rows of JSON can each have another key
+MAX_COLUMNS = 1000
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,30 @@ class EvalSet:
         return len(self.examples)
 
     @classmethod
-    def read(cls, path: str | Path, *, split: str | None = None, unlabelled: bool = False) -> EvalSet:
+    def read(
+        cls,
+        path: str | Path,
+        *,
+        split: str | None = None,
+        unlabelled: bool = False,
+        label_column: str = "label",
+        encoding: str | None = None,
+    ) -> EvalSet:
         """Read an eval set. The ending of the file's name gives its format.
 
         Parameters
         ----------
         path : path
-            `.tsv` (without quoting, as in BERT's own files), `.csv`, `.jsonl`, `.parquet`, or CLINC150's `.json`.
+            `.tsv` (without quoting, as in BERT's own files), `.csv`, `.jsonl`, `.parquet`, or `.json` (CLINC150's, an
+            array of objects, or one object per line).
         split : str, optional
             Take only the rows whose column `split` has this value. In CLINC150's json, take the splits `S` and `oos_S`.
         unlabelled : bool
             Accept texts without a label. If the column `label` is missing, or a label is empty, it becomes None.
+        label_column : str
+            The column that the file must have. With another one than `label`, a row needs no `label`.
+        encoding : str, optional
+            The encoding of a text file; by default UTF-8, or what its byte-order mark says.
 
         Raises
         ------
@@ -66,21 +82,24 @@ class EvalSet:
             The file cannot be read, or a row is not usable. The message names the file and the row.
         """
         path = Path(path)
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
-            endings = ", ".join(_READERS)
-            raise EvalSetError(f"{path}: unknown format of an eval set; give a file that ends in {endings}")
+        if path.suffix.lower() not in ENDINGS:
+            raise EvalSetError(f"{path}: unknown format of an eval set; give a file that ends in {', '.join(ENDINGS)}")
         try:
             content = path.read_bytes()
-        except OSError as error:
-            raise EvalSetError(f"{path}: cannot be read ({error.strerror}); give an eval set") from error
-        columns = ("text",) if unlabelled else ("text", "label")
-        rows = [(f"{path} {where}", row) for where, row in reader(content, str(path), split, columns)]
-        if split is not None and path.suffix.lower() != ".json":
-            rows = _of_split(rows, split, str(path))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise EvalSetError(f"{path}: cannot be read ({reason}); give an eval set") from error
+        required = ("text",) if unlabelled else ("text", label_column)
+        if path.suffix.lower() == ".parquet":
+            found = read_parquet(content, str(path), split=split, required=required)
+        else:
+            found = read_rows(content, str(path), split=split, required=required, encoding=encoding)
+        rows = [(f"{path} {where}", row) for where, row in found]
+        if path.suffix.lower() in (".json", ".jsonl"):
+            check_keys(rows, required, str(path))
         if not rows:
             raise EvalSetError(f"{path}: contains no example; give an eval set with at least one row")
-        evalset = cls._from_rows(rows, unlabelled=unlabelled)
+        evalset = cls._from_rows(rows, unlabelled=unlabelled or label_column != "label")
         return replace(evalset, source=str(path), split=split, sha256=hashlib.sha256(content).hexdigest())
 
     @classmethod
@@ -96,7 +115,7 @@ class EvalSet:
         Raises
         ------
         EvalSetError
-            A row is not usable. The message names the row, counted from 0.
+            A column is missing, or a row is not usable. The message names the row, counted from 0.
 
         Examples
         --------
@@ -106,9 +125,14 @@ class EvalSet:
         """
         if not len(frame):
             raise EvalSetError("the table contains no example; give at least one row")
+        check_columns(list(frame.columns), ("text",) if unlabelled else ("text", "label"), "the table")
         rows = [(f"row {i}", row) for i, row in enumerate(frame.to_dict("records"))]
-        canonical = frame.to_json(orient="records", date_format="iso").encode()
-        return replace(cls._from_rows(rows, unlabelled=unlabelled), sha256=hashlib.sha256(canonical).hexdigest())
+        evalset = cls._from_rows(rows, unlabelled=unlabelled)
+        try:
+            canonical = frame.to_json(orient="records", date_format="iso").encode()
+        except (OverflowError, ValueError):  # integers beyond 64 bits
+            canonical = frame.astype(str).to_json(orient="records").encode()
+        return replace(evalset, sha256=hashlib.sha256(canonical).hexdigest())
 
     @property
     def texts(self) -> list[str]:
@@ -133,15 +157,17 @@ class EvalSet:
         Raises
         ------
         EvalSetError
-            There is no such column, or a row has no value in it.
+            There is no such column, a row has no value in it, or a value is a list or an object.
         """
         if name not in self.examples:
             known = ", ".join(self.examples.columns)
-            raise EvalSetError(f"{self.source or 'the table'}: has no column '{name}'; its columns are {known}")
+            near = did_you_mean(name, self.examples.columns).partition("; known")[0]
+            raise EvalSetError(f"{self.source or 'the table'}: has no column '{name}'; its columns are {known}{near}")
         values = self.examples[name].tolist()
         for location, value in zip(self.locations, values, strict=True):
             if _is_empty(value):
                 raise EvalSetError(f"{location}: has no {name}; fill in the column '{name}' or drop the row")
+            _check_single(value, location, name)
         return [str(value) for value in values]
 
     def write(self, path: str | Path) -> Path:
@@ -186,45 +212,98 @@ class EvalSet:
     def _from_rows(cls, rows: list[Row], *, unlabelled: bool) -> EvalSet:
         seen: dict[str, str] = {}
         columns = list(dict.fromkeys(key for _, row in rows for key in row))
+        if len(columns) > MAX_COLUMNS and len(columns) * len(rows) > MAX_CELLS:
+            raise EvalSetError(
+                f"{rows[0][0]}: the {len(rows):,} rows have {len(columns):,} different columns; drop columns"
+            )
         for number, (where, row) in enumerate(rows):
-            if _is_missing(row.get("text")):
-                raise EvalSetError(f"{where}: has no text; fill in the column 'text' or drop the row")
-            row["label"] = _label(row.get("label"), where, unlabelled)
-            row["example_id"] = str(number if _is_missing(row.get("example_id")) else row["example_id"])
-            row["text_b"] = None if _is_missing(row.get("text_b")) else row["text_b"]
-            for key in ("text", "text_b"):
-                _check_text(row[key], where, key)
-            if row["example_id"] in seen:
-                first = seen[row["example_id"]]
-                raise EvalSetError(f"{where}: example_id '{row['example_id']}' is at {first} too; rename one of them")
-            seen[row["example_id"]] = where
+            text, second, example_id = row.get("text"), row.get("text_b"), row.get("example_id")
+            if not (isinstance(text, str) and text.isascii()):
+                if is_missing(text):
+                    raise EvalSetError(f"{where}: has no text; fill in the column 'text' or drop the row")
+                _check_text(text, where, "text")
+            label = row.get("label")
+            if not (label and isinstance(label, str) and label.isascii()):
+                row["label"] = _label(label, where, unlabelled)
+            if second is not None:
+                row["text_b"] = second = None if is_missing(second) else second
+                if second is not None:
+                    _check_text(second, where, "text_b")
+            if not (isinstance(example_id, str) and example_id.isascii()):
+                row["example_id"] = example_id = str(number) if is_missing(example_id) else _id(example_id, where)
+            if example_id in seen:
+                first = seen[example_id]
+                raise EvalSetError(f"{where}: example_id '{example_id}' is at {first} too; rename one of them")
+            seen[example_id] = where
         order = ["example_id", "text", "text_b", "label"]
         order += [column for column in columns if column not in order]
-        examples = pd.DataFrame({column: [row.get(column) for _, row in rows] for column in order})
+        examples = pd.DataFrame({column: [row.get(column) for _, row in rows] for column in order[:2]})
         for column in ("text_b", "label"):
-            examples[column] = pd.Series([row[column] for _, row in rows], dtype=object)
-        for column in order[4:]:
-            try:
-                pa.array(examples[column], from_pandas=True)
-            except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
-                raise EvalSetError(
-                    f"column '{column}' mixes types of values; convert its values to one type, or drop the column"
-                ) from error
+            examples[column] = pd.Series([row.get(column) for _, row in rows], dtype=object)
+        others = {column: _writable(column, [row.get(column) for _, row in rows]) for column in order[4:]}
+        examples = pd.concat([examples, pd.DataFrame(others)], axis=1) if others else examples
         return cls(examples=examples, locations=tuple(where for where, _ in rows))
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and np.isnan(value)) or value is pd.NA
+def _writable(name: str, cells: list[Any]) -> pd.Series:
+    """Return a column that a run's tables can hold: integers beyond 64 bits become texts; other faults are refused."""
+    try:
+        values = pd.DataFrame({name: cells})[name]
+        array = pa.array(values, from_pandas=True)
+        table = pa.table({name: array})
+        if not _is_plain(array.type):
+            table.to_pandas()
+        pq.write_table(table.slice(0, 0) if _is_plain(array.type) else table, io.BytesIO())
+        return values
+    except (pa.ArrowException, OverflowError, RecursionError, TypeError, ValueError) as error:
+        shown = shorten(str(name), 40)
+        if isinstance(error, UnicodeEncodeError):
+            raise EvalSetError(f"column '{shown}' has half a surrogate pair; fix its name or its texts") from error
+        whole = [isinstance(cell, int | np.integer) and not isinstance(cell, bool) for cell in cells]
+        if any(whole) and all(number or is_missing(cell) for number, cell in zip(whole, cells, strict=True)):
+            texts = [str(cell) if number else None for number, cell in zip(whole, cells, strict=True)]
+            return pd.Series(texts, dtype=object)
+        if "no child field" in str(error):
+            raise EvalSetError(
+                f"column '{shown}' has empty objects ({{}}), which a run cannot keep; drop the column"
+            ) from error
+        raise EvalSetError(
+            f"column '{shown}' mixes types of values, or has a value that a run cannot keep; convert its values to one "
+            "type, or drop the column"
+        ) from error
+
+
+def _is_plain(type_: pa.DataType) -> bool:
+    types = pa.types
+    return (
+        types.is_string(type_)
+        or types.is_large_string(type_)
+        or types.is_integer(type_)
+        or types.is_floating(type_)
+        or types.is_boolean(type_)
+        or types.is_null(type_)
+    )
 
 
 def _is_empty(value: Any) -> bool:
-    return _is_missing(value) or value == ""
+    return not value if isinstance(value, str) else is_missing(value)
+
+
+def _check_single(value: Any, where: str, key: str) -> None:
+    if isinstance(value, list | tuple | set | dict | bytes | np.ndarray):
+        shown = shorten(str(value.tolist() if isinstance(value, np.ndarray) else value), 80)
+        one = "" if key == "example_id" else f" (one {key} per text)"
+        raise EvalSetError(f"{where}: {key} is {shown}; it must be a string or a number{one}")
 
 
 def _label(value: Any, where: str, unlabelled: bool) -> str | None:
     if not _is_empty(value):
-        # pandas stores integers beside missing values as floats: 7 became 7.0.
-        return str(int(value) if unlabelled and isinstance(value, float) and value.is_integer() else value)
+        if not isinstance(value, str):
+            _check_single(value, where, "label")
+            # pandas stores integers beside missing values as floats: 7 became 7.0.
+            value = str(int(value) if unlabelled and isinstance(value, float) and value.is_integer() else value)
+        _check_text(value, where, "label")
+        return str(value)
     if unlabelled:
         return None
     raise EvalSetError(
@@ -233,146 +312,24 @@ def _label(value: Any, where: str, unlabelled: bool) -> str | None:
     )
 
 
+def _id(value: Any, where: str) -> str:
+    _check_single(value, where, "example_id")
+    example_id = str(value)
+    _check_text(example_id, where, "example_id")
+    return example_id
+
+
 def _check_text(text: Any, where: str, key: str) -> None:
-    if text is None:
-        return
     if not isinstance(text, str):
-        raise EvalSetError(f"{where}: {key} is {text!r}; it must be a string")
+        raise EvalSetError(f"{where}: {key} is {shorten(repr(text), 80)}; it must be a string")
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise EvalSetError(
             f"{where}: {key} has half a surrogate pair at character {error.start}; fix the text"
         ) from error
-
-
-def _of_split(rows: list[Row], split: str, path: str) -> list[Row]:
-    splits = sorted({str(row["split"]) for _, row in rows if not _is_missing(row.get("split"))})
-    if split not in splits:
-        known = f"its splits are {', '.join(splits)}" if splits else "it has no column 'split'"
-        raise EvalSetError(f"{path}: no row has split '{split}'; {known}")
-    return [(where, row) for where, row in rows if str(row.get("split")) == split]
-
-
-def _decode(content: bytes, path: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise EvalSetError(f"{path} line {line}: byte {error.start} is not UTF-8; save it as UTF-8") from error
-
-
-def _check_columns(names: Sequence[str], required: Sequence[str], where: str) -> None:
-    for key in required:
-        if key not in names:
-            way_out = "name the columns in the first row"
-            if key == "label":
-                way_out = "add it, or read unlabelled texts with unlabelled=True"
-            raise EvalSetError(f"{where}: no column '{key}'; it has {', '.join(names)}; {way_out}")
-    if len(set(names)) < len(names):
-        raise EvalSetError(f"{where}: two columns have the same name; rename one of them")
-
-
-def _table_rows(lines: Iterator[tuple[int, list[str]]], path: str, required: Sequence[str]) -> Iterator[Row]:
-    """Turn numbered lists of fields, of which the first is the header, into rows."""
-    _, header = next(lines, (1, []))
-    _check_columns(header, required, f"{path} line 1")
-    for number, values in lines:
-        if values in ([], [""]):  # a blank line
-            continue
-        if len(values) > len(header):
-            raise EvalSetError(
-                f"{path} line {number}: has {len(values)} fields, but the header has {len(header)}; fix the row"
-            )
-        row = dict(zip(header, values, strict=False))
-        # An empty text is a text. In these optional columns an empty field means that there is no value.
-        yield f"line {number}", {k: v for k, v in row.items() if v or k not in ("text_b", "example_id", "label")}
-
-
-def _tsv(content: bytes, path: str, split: str | None, required: Sequence[str]) -> Iterator[Row]:
-    # Only a newline ends a row. str.splitlines would also split at form feeds and U+2028, which texts may contain.
-    lines = _decode(content, path).removesuffix("\n").split("\n")
-    fields = ((number, line.removesuffix("\r").split("\t")) for number, line in enumerate(lines, 1))
-    return _table_rows(fields, path, required)
-
-
-def _csv(content: bytes, path: str, split: str | None, required: Sequence[str]) -> Iterator[Row]:
-    text = _decode(content, path)
-    # In countries with a decimal comma, spreadsheets separate fields by semicolons.
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-
-    def lines() -> Iterator[tuple[int, list[str]]]:
-        end = 0
-        limit = csv.field_size_limit(len(content) + 1)
-        try:
-            for values in reader:
-                start, end = end + 1, reader.line_num
-                yield start, values
-        except csv.Error as error:
-            raise EvalSetError(f"{path} line {reader.line_num}: {error}; fix the row") from error
-        finally:
-            csv.field_size_limit(limit)
-
-    return _table_rows(lines(), path, required)
-
-
-def _jsonl(content: bytes, path: str, split: str | None, required: Sequence[str]) -> Iterator[Row]:
-    for number, line in enumerate(_decode(content, path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise EvalSetError(f"{path} line {number}: not JSON ({error.msg}); fix the line") from error
-        if not isinstance(row, dict):
-            raise EvalSetError(f'{path} line {number}: not a JSON object; write {{"text": …, "label": …}}')
-        yield f"line {number}", row
-
-
-def _parquet(content: bytes, path: str, split: str | None, required: Sequence[str]) -> Iterator[Row]:
-    try:
-        table = pq.read_table(pa.BufferReader(content))
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise EvalSetError(f"{path}: not a readable parquet file ({reason}); write it again") from error
-    _check_columns(table.column_names, required, path)
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"row {number}", row
-
-
-def _clinc150(content: bytes, path: str, split: str | None, required: Sequence[str]) -> Iterator[Row]:
-    """Read the json of Larson et al. (2019): it maps the name of a split to a list of [text, intent] pairs."""
-    try:
-        splits = json.loads(_decode(content, path))
-    except json.JSONDecodeError as error:
-        raise EvalSetError(f"{path} line {error.lineno}: not JSON ({error.msg}); fix the file") from error
-    pairs = list(splits.values()) if isinstance(splits, dict) else [None]
-    if not all(isinstance(rows, list) and all(map(_is_pair, rows)) for rows in pairs):
-        raise EvalSetError(
-            f"{path}: not CLINC150's json, {{split: [[text, intent], …]}}; rename a file with one JSON object per line "
-            "to .jsonl"
-        )
-    if split is None or split not in splits:
-        known = ", ".join(name for name in splits if not name.startswith("oos_"))
-        problem = "contains several splits" if split is None else f"has no split '{split}'"
-        raise EvalSetError(f"{path}: {problem}; choose one with --split: {known}")
-    for name in (split, f"oos_{split}"):
-        for i, (text, label) in enumerate(splits.get(name, [])):
-            yield f"{name}[{i}]", {"example_id": f"{name}-{i}", "text": text, "label": label, "split": name}
-
-
-def _is_pair(row: Any) -> bool:
-    return isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row)
-
-
-_READERS: dict[str, Callable[[bytes, str, str | None, Sequence[str]], Iterator[Row]]] = {
-    ".tsv": _tsv,
-    ".csv": _csv,
-    ".jsonl": _jsonl,
-    ".parquet": _parquet,
-    ".json": _clinc150,
-}
 
 
 def _to_tsv(examples: pd.DataFrame, path: str) -> bytes:
@@ -388,7 +345,7 @@ def _to_tsv(examples: pd.DataFrame, path: str) -> bytes:
 
 
 def _to_jsonl(examples: pd.DataFrame, path: str) -> bytes:
-    rows = ({k: v for k, v in row.items() if not _is_missing(v)} for row in examples.to_dict("records"))
+    rows = ({k: v for k, v in row.items() if not is_missing(v)} for row in examples.to_dict("records"))
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
 
 
@@ -399,7 +356,7 @@ def _to_parquet(examples: pd.DataFrame, path: str) -> bytes:
 
 
 def _cell(value: Any) -> str:
-    return "" if _is_missing(value) else str(value)
+    return "" if is_missing(value) else str(value)
 
 
 _WRITERS: dict[str, Callable[[pd.DataFrame, str], bytes]] = {

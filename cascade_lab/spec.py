@@ -96,13 +96,22 @@ class CascadeSpec:
         """
         path = Path(path)
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            text = _read_text(path)
         except OSError as error:
             raise SpecError(f"{path}: cannot be read ({error.strerror}); give a cascade.toml") from error
         except UnicodeDecodeError as error:
             raise SpecError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+        if _DEEP_KEY.search(text):
+            raise SpecError(f"{path}: not TOML of a cascade: a key has more than {_MAX_DEPTH} parts; fix it there")
+        try:
+            content = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise SpecError(f"{path}: not TOML: {error}; fix it there") from error
+        except RecursionError as error:
+            raise SpecError(f"{path}: not TOML of a cascade: too deeply nested; fix it there") from error
+        except (ValueError, OverflowError) as error:  # an integer of thousands of digits, a date that does not exist
+            raise SpecError(f"{path}: not TOML: {str(error).partition(';')[0]}; fix it there") from error
+        _check_values(content, str(path))
         return cls.from_dict(content, where=str(path), folder=path.parent)
 
     @classmethod
@@ -228,6 +237,10 @@ _PATHS = ("init_checkpoint", "bert_config_file", "vocab_file")
 _OF_LAST = ("min_probability", "min_probabilities", "reject_label")
 _TYPES = {"do_lower_case": bool, "max_seq_length": int}
 _CHOICES = {"engine": ("fast", "reference"), "precision": ("float32", "bfloat16")}
+_MAX_DEPTH = 32  # of tables and keys; a cascade.toml needs 3
+_MAX_BYTES = 8 * 2**20
+_KEY_PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*"""
+_DEEP_KEY = re.compile(rf"(?:^|[{{,\[])[ \t]*(?:{_KEY_PART}\.[ \t]*){{{_MAX_DEPTH}}}", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -266,7 +279,7 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
             expected = {bool: "true or false", int: "a whole number", str: "a string"}[_TYPES.get(key, str)]
             raise SpecError(f"{where}: {key} must be {expected}, not {value!r}")
         else:
-            values[key] = folder / Path(str(value)).expanduser() if key in _PATHS else value
+            values[key] = _path(value, f"{where}: {key}", folder) if key in _PATHS else value
         if key in _CHOICES and value not in _CHOICES[key]:
             raise SpecError(f"{where}: {key} is {value!r}; it is one of {', '.join(_CHOICES[key])}")
     stage = StageSpec(**values)
@@ -292,12 +305,48 @@ def _number(value: Any, where: str, key: str) -> float:
     return float(value)
 
 
+def _read_text(path: Path) -> str:
+    """Read a small UTF-8 file, without its byte-order mark, and with \\n as its only line break."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except ValueError as error:  # a NUL in the name
+        raise SpecError(f"{str(path)!r}: cannot be read ({error}); give the name of a file") from error
+    if len(content) > _MAX_BYTES:
+        raise SpecError(f"{path}: is larger than {_MAX_BYTES // 2**20} MiB; give a smaller file")
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_values(content: Any, where: str) -> None:
+    """Refuse what TOML does not promise: integers beyond 64 bits, and nesting that exhausts Python's stack."""
+    values = [(content, 0)]
+    while values:
+        value, depth = values.pop()
+        if depth > _MAX_DEPTH:
+            raise SpecError(f"{where}: is nested more than {_MAX_DEPTH} deep; fix it there")
+        if isinstance(value, dict | list):
+            values.extend((one, depth + 1) for one in (value.values() if isinstance(value, dict) else value))
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise SpecError(f"{where}: an integer has more than 64 bits; fix it there")
+
+
+def _path(value: Any, where: str, folder: Path) -> Path:
+    """Return a path of the file; `~` is a user's home."""
+    if "\0" in str(value):
+        raise SpecError(f"{where} is {value!r}; the name of a file contains no NUL character")
+    try:
+        return folder / Path(str(value)).expanduser()
+    except RuntimeError as error:
+        raise SpecError(f"{where} is '{value}', but there is no such user; write the whole path") from error
+
+
 def _labels(value: Any, where: str, folder: Path) -> tuple[str, ...]:
     """Take the labels from a list, or from a file with one label per line."""
     if isinstance(value, str):
-        path = folder / Path(value).expanduser()
+        path = _path(value, f"{where}: labels", folder)
         try:
-            labels = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            # Only a line break ends a label: str.splitlines would also split at form feeds and U+2028.
+            labels = [line.strip() for line in _read_text(path).rstrip().split("\n")]
         except OSError as error:
             raise SpecError(f"{where}: labels file {path} cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
@@ -306,11 +355,13 @@ def _labels(value: Any, where: str, folder: Path) -> tuple[str, ...]:
         labels = value
     else:
         raise SpecError(f"{where}: labels must be a list of strings, or the name of a file with one label per line")
+    seen: set[str] = set()
     for number, label in enumerate(labels, 1):
         if not label:
             raise SpecError(f"{where}: label {number} is empty; give every class a name")
-        if label in labels[: number - 1]:
+        if label in seen:
             raise SpecError(f"{where}: label '{label}' occurs twice; give every class its own name")
+        seen.add(label)
     if len(labels) < 2:
         raise SpecError(f"{where}: a classifier needs at least 2 labels, not {len(labels)}")
     return tuple(labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 
 def shorten(text: str, max_length: int) -> str:
     """Return a text on one line of at most `max_length` characters; "…" stands for what is cut.
@@ -14,9 +16,12 @@ def shorten(text: str, max_length: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, with each control character as "�", so that it cannot change a terminal or a page.
+    """Return a text on one line, with each control character as "�", and every kind of blank as a space, so that it cannot change a
+    terminal or a page.
 
-    >>> printable("pay\\nme\\x1b[31m now")
-    'pay me�[31m now'
+    >>> printable("pay\\nme\\x1b[31m now"), printable("付\\u3000款")
+    ('pay me�[31m now', '付 款')
     """
-    return "".join(char if char.isprintable() else "�" for char in " ".join(text.splitlines()))
+    line = " ".join(text.splitlines())
+    blanks = "".join(" " if unicodedata.category(char) == "Zs" else char for char in line)
+    return "".join(char if char.isprintable() else "�" for char in blanks)

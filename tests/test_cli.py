@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import random_run
 from typer.testing import CliRunner
 
-from cascade_lab import EvalSet, Run
+from cascade_lab import Cascade, EvalSet, Run
 from cascade_lab.cli import COMMANDS, app
+from cascade_lab.exceptions import EvalSetError
 
 
 def cascade_lab(*arguments, stdin=None):
@@ -69,6 +72,52 @@ def test_predict_refuses_bytes_that_are_not_utf8(tiny):
     refused(cascade_lab("predict", tiny, "-", stdin=b"pay\n\xff\n"), "standard input line 2: byte 0 is not UTF-8")
 
 
+def test_predict_takes_the_texts_of_a_table_and_refuses_missing_ones_by_their_place(tiny):
+    frame = pd.DataFrame({"text": ["pay my bill", "sing"], "text_b": [None, "now"]})
+    with Cascade.load(tiny) as cascade:
+        assert cascade.predict(frame).equals(cascade.predict(["pay my bill", "sing"], [None, "now"]))
+        assert cascade.predict(frame[["text"]]).equals(cascade.predict(frame["text"]))
+        for bad in (
+            ["pay", None],
+            pd.Series(["pay", float("nan")]),
+            ["pay", 5],
+            pd.DataFrame({"text": ["pay", pd.NA]}),
+        ):
+            with pytest.raises(EvalSetError, match=r"texts\[1\] is .*; it must be a string"):
+                cascade.predict(bad)
+        with pytest.raises(EvalSetError, match=r"texts_b\[0\] is nan"):
+            cascade.predict(["pay"], [float("nan")])
+        with pytest.raises(EvalSetError, match="1 texts, but 2 second texts"):
+            cascade.predict(["pay"], [None, None])
+        with pytest.raises(EvalSetError, match=r"no column 'text'; it has Text; did you mean 'Text'\?"):
+            cascade.predict(pd.DataFrame({"Text": ["pay"]}))
+        for bad in (b"pay", {"pay": 1}):
+            with pytest.raises(TypeError, match="put it in a list"):
+                cascade.predict(bad)
+
+
+def test_standard_input_may_have_a_byte_order_mark(tiny):
+    result = cascade_lab("predict", tiny, "-", "--json", stdin="\ufeffpay\n".encode())
+    assert json.loads(result.stdout)["text"] == "pay"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_lacks_a_character_prints_a_replacement(encoding, tiny):
+    code = "from cascade_lab.cli import main; main()"
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+
+    def printed(*arguments):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout.decode(encoding)
+
+    assert json.loads(printed("predict", tiny, "--json", "pay öl 开灯 🙂"))["text"] == "pay öl 开灯 🙂"
+    assert "pay ??" in printed("predict", tiny, "pay 开灯")
+    assert "p(in) ? 0.5" in printed("inspect", tiny)
+    assert "Usage" in printed("run", "--help")
+
+
 def test_bad_input_is_one_line_and_exit_code_2(tiny, tiny_evalset, tiny_run, tmp_path):
     refused(cascade_lab("run", tmp_path / "no.toml", tiny_evalset), "no.toml: cannot be read")
     refused(cascade_lab("run", tiny, tmp_path / "no.tsv"), "no.tsv: cannot be read")
@@ -85,9 +134,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, tiny_evalset, tiny_run, tmp
 
 def test_a_broken_checkpoint_leaves_no_run(tiny, tiny_evalset, tmp_path):
     shutil.copytree(tiny.parent, tmp_path / "broken")
-    (tmp_path / "broken" / "intent" / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n")
+    (tmp_path / "broken" / "intent" / "vocab.txt").write_text("[UNK]\n[CLS]\n")
     result = cascade_lab("run", tmp_path / "broken" / "cascade.toml", tiny_evalset, "--output", tmp_path / "run")
-    refused(result, "stage 'intent': ")
+    refused(result, "vocab.txt: has no token [SEP]")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 

@@ -111,7 +111,7 @@ BAD = {
     "not UTF-8 in json": ("set.json", b'{"test": [["\xff", "1"]]}', "line 1: byte 12 is not UTF-8"),
     "not JSON": ("set.jsonl", b'{"text": "a", "label": "1"}\n{"text\n', "line 2: not JSON"),
     "not an object": ("set.jsonl", b"[1]\n", "line 1: not a JSON object"),
-    "not CLINC150's json": ("set.json", b'[{"text": "a"}]', "not CLINC150's json"),
+    "not CLINC150's json": ("set.json", b'[["text", "a"]]', "not CLINC150's json"),
     "not parquet": ("set.parquet", b"PAR1", "not a readable parquet file"),
     "half a surrogate pair": (
         "set.jsonl",

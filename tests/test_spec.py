@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from textwrap import dedent
 
@@ -111,6 +112,57 @@ def test_a_bad_spec_is_refused_with_a_line_that_names_the_fault(fault, tmp_path)
         CascadeSpec.read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value).rstrip()
+
+
+def test_byte_order_marks_are_no_part_of_a_name_or_a_label(tmp_path):
+    path = tmp_path / "cascade.toml"
+    path.write_text(dedent(SPEC.replace('["0", "1", "2", "3"]', '"labels.txt"')), encoding="utf-8-sig")
+    (tmp_path / "labels.txt").write_text("light\u2028on\r\ngarden\r\ndoor\r\n\r\n", encoding="utf-8-sig", newline="")
+    spec = CascadeSpec.read(path)
+    assert spec.name == "tiny"
+    assert spec.last.labels == ("light\u2028on", "garden", "door")
+
+
+HOSTILE = {
+    "nested arrays": (f"tuned_on = {{a = {'[' * 100_000}{']' * 100_000}}}", "too deeply nested"),
+    "nested tables": (f"tuned_on = {'{a=' * 100_000}1{'}' * 100_000}", "too deeply nested"),
+    "nested a little": (f"tuned_on = {{a = {'[' * 40}{']' * 40}}}\n{SPEC}", "nested more than 32 deep"),
+    "long dotted key": (f"{'a.' * 200_000}a = 1", "a key has more than 32 parts"),
+    "long dotted table": (f"[{'a . ' * 20_000}a]", "a key has more than 32 parts"),
+    "quoted dotted key": (
+        f"x = {{{'^.'.replace('^', chr(34) + chr(92) + chr(34) + chr(34)) * 20_000}a = 1}}",
+        "32 parts",
+    ),
+    "long integer": (SPEC.replace("= 24", f"= {'1' * 100_000}"), "not TOML: Exceeds the limit"),
+    "hexadecimal integer": (SPEC.replace("= 24", f"= 0x{'f' * 10_000}"), "more than 64 bits"),
+    "65 bits": (SPEC.replace("threshold = 0.5", f"temperature = {10**400}\n    threshold = 0.5"), "more than 64 bits"),
+    "NUL in a path": (SPEC.replace('"gate/vocab.txt"', '"a\\u0000b"'), "vocab_file is .*contains no NUL"),
+    "NUL in labels": (SPEC.replace('["0", "1", "2", "3"]', '"a\\u0000b"'), "labels is .*contains no NUL"),
+    "unknown home": (SPEC.replace('"gate/vocab.txt"', '"~no body/v"'), "vocab_file is '~no body/v', but there is no"),
+    "unknown home of labels": (SPEC.replace('["0", "1", "2", "3"]', '"~no body/v"'), "labels is .* no such user"),
+    "date that does not exist": ("tuned_on = 2026-02-31", "not TOML"),
+    "large": ("#" * (9 * 2**20), "is larger than 8 MiB"),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_a_hostile_spec_is_refused_in_one_line_with_bounded_memory(fault, tmp_path):
+    content, message = HOSTILE[fault]
+    path = write(tmp_path, content)
+    tracemalloc.start()
+    with pytest.raises(SpecError, match=message) as caught:
+        CascadeSpec.read(path)
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_many_labels_are_read_in_time_that_grows_with_their_number(tmp_path):
+    (tmp_path / "labels.txt").write_text("".join(f"label {i}\n" for i in range(100_000)))
+    spec = CascadeSpec.read(write(tmp_path, SPEC.replace('["0", "1", "2", "3"]', '"labels.txt"')))
+    assert len(spec.last.labels) == 100_000
 
 
 def test_a_missing_file_and_bytes_that_are_not_utf8(tmp_path):

@@ -66,8 +66,8 @@ def finetune(
     """
     from cascade_lab.evalset import EvalSet
 
-    train_set = EvalSet.read(train, split=train_split).without(leave_out or [], label_column)
-    dev_set = EvalSet.read(dev, split=eval_split).without(leave_out or [], label_column)
+    train_set = EvalSet.read(train, split=train_split, label_column=label_column).without(leave_out or [], label_column)
+    dev_set = EvalSet.read(dev, split=eval_split, label_column=label_column).without(leave_out or [], label_column)
     names = _read_labels(labels) if labels else sorted(set(train_set.column(label_column)))
     with quiet_tensorflow("loading TensorFlow"):
         from cascade_lab.bert.finetune import Flags, Init
@@ -105,7 +105,7 @@ def _read_labels(labels: str) -> list[str]:
     if "," in labels:
         return labels.split(",")
     try:
-        return Path(labels).read_text(encoding="utf-8").splitlines()
+        return Path(labels).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(
             f"{labels}: cannot be read ({error}); give a file with one label per line, or a,b,c"

@@ -33,4 +33,6 @@ def import_hf(
         import_directory(source, output, overwrite=overwrite)
     origin = json.loads((output / "import.json").read_text(encoding="utf-8"))
     case = CASE[origin["do_lower_case"]]
-    line(f"{output}: {origin['architecture']}, activation {origin['hidden_act']}, {case}")
+    n_rows = origin["n_rows_without_token"]
+    unused = f", {n_rows} rows of the embedding have no token" if n_rows else ""
+    line(f"{output}: {origin['architecture']}, activation {origin['hidden_act']}, {case}{unused}")

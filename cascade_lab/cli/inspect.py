@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +48,7 @@ def _print_cascade(path: Path) -> None:
     from cascade_lab.spec import CascadeSpec
 
     spec = CascadeSpec.read(path)
-    with quiet_tensorflow("reading checkpoints"):
+    with _notices(), quiet_tensorflow("reading checkpoints"):
         from cascade_lab.bert.checkpoint import read_checkpoint
 
         checkpoints = [read_checkpoint(stage) for stage in spec.stages]
@@ -58,7 +61,7 @@ def _print_cascade(path: Path) -> None:
             cell(_rule(stage)),
             f"{config['num_hidden_layers']} × {config['hidden_size']}",
             f"{sum(weight.size for weight in checkpoint.weights.values()):,}",
-            f"{len(checkpoint.vocab):,}",
+            _n_tokens(len(checkpoint.vocab), config["vocab_size"]),
             str(stage.max_seq_length),
             "lowered" if stage.do_lower_case else "kept",
         )
@@ -67,12 +70,33 @@ def _print_cascade(path: Path) -> None:
         line(f"{stage.name}: {checkpoint.prefix}")
 
 
+def _n_tokens(n_tokens: int, n_rows: int) -> str:
+    """Return the number of tokens, and of the embedding's rows where it has more."""
+    return f"{n_tokens:,}" if n_tokens == n_rows else f"{n_tokens:,} of {n_rows:,}"
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Print the warnings of what reads checkpoints, one per line, afterwards."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(str(entry.message) for entry in caught if _is_notice(entry.category)):
+        line(f"note: {message}")
+
+
+def _is_notice(category: type[Warning]) -> bool:
+    from cascade_lab.bert.checkpoint_reader import CheckpointWarning
+
+    return issubclass(category, CheckpointWarning)
+
+
 def _rule(stage: StageSpec) -> str:
     return f"p({stage.pass_label}) ≥ {stage.threshold:g}" if stage.is_gate else "last"
 
 
 def _print_checkpoint(path: Path) -> None:
-    with quiet_tensorflow("reading the checkpoint"):
+    with _notices(), quiet_tensorflow("reading the checkpoint"):
         from cascade_lab.bert.checkpoint import find_checkpoint, list_variables
 
         prefix = find_checkpoint(path)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,7 +56,17 @@ def predict(
 def _print_json(texts: list[str], predictions: pd.DataFrame) -> None:
     for text, row in zip(texts, predictions.to_dict("records"), strict=True):
         values = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-        print(json.dumps({"text": text, **values}, ensure_ascii=False))
+        print(_to_json({"text": text, **values}))
+
+
+def _to_json(values: dict[str, Any]) -> str:
+    """Return JSON on one line; if standard output's encoding lacks a character, it is escaped as JSON has it."""
+    text = json.dumps(values, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(values)
+    return text
 
 
 def _print_table(texts: list[str], predictions: pd.DataFrame, spec: CascadeSpec) -> None:
@@ -68,6 +79,7 @@ def _print_table(texts: list[str], predictions: pd.DataFrame, spec: CascadeSpec)
 
 
 def _read_lines(content: bytes) -> list[str]:
+    content = content.removeprefix(codecs.BOM_UTF8)
     lines = content.removesuffix(b"\n").split(b"\n") if content else []
     texts = []
     for line_number, text in enumerate(lines, 1):
