@@ -116,8 +116,7 @@ class Stage:
             self._classifier = graph.classifier_graph(config, len(self.spec.labels), **names)
             self.graph = self._classifier.graph
             self.session = self._new_session()
-            with self.graph.as_default():  # without a default graph, the Saver would assume eager execution
-                self._classifier.saver.restore(self.session, checkpoint.prefix)
+            graph.set_weights(self.session, checkpoint.weights)
 
     def _new_session(self) -> tf.compat.v1.Session:
         config = tf1.ConfigProto(**self._threads)

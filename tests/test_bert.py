@@ -171,13 +171,15 @@ def rewrite(stage, **keys):
     stage.bert_config_file.write_text(json.dumps({**config, **keys}))
 
 
-def test_a_directory_without_checkpoint_file(stage):
-    (stage.init_checkpoint / "checkpoint").unlink()
-    refused(stage, "gate: contains no checkpoint: its file 'checkpoint' is missing")
+def test_a_directory_without_a_checkpoint(stage):
+    for name in ("checkpoint", "model.ckpt-7.index"):
+        (stage.init_checkpoint / name).unlink()
+    refused(stage, "gate: contains no checkpoint: its file 'checkpoint' is missing; give a directory with a checkpoint")
 
 
 def test_a_hugging_face_directory_names_the_command_that_converts_it(stage):
-    (stage.init_checkpoint / "checkpoint").unlink()
+    for name in ("checkpoint", "model.ckpt-7.index"):
+        (stage.init_checkpoint / name).unlink()
     (stage.init_checkpoint / "model.safetensors").touch()
     refused(stage, "is a Hugging Face directory; convert it with cascade-lab import-hf")
 

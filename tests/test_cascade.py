@@ -158,7 +158,8 @@ def test_a_label_of_no_stage_is_refused_before_anything_is_written(loaded, tmp_p
 
 def test_a_stage_that_cannot_be_loaded_closes_those_that_were(tiny, tmp_path, monkeypatch):
     shutil.copytree(tiny.parent, tmp_path / "broken")
-    (tmp_path / "broken" / "intent" / "checkpoint").unlink()
+    for name in ("checkpoint", "model.ckpt-7.index"):
+        (tmp_path / "broken" / "intent" / name).unlink()
     closed = []
     monkeypatch.setattr(cascade_module.Stage, "close", lambda self: closed.append(self.spec.name))
     with pytest.raises(CheckpointError, match="contains no checkpoint"):

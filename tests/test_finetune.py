@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,7 +216,7 @@ def test_settings_that_cannot_be_trained_are_refused(ground, tmp_path):
         finetune(Init.find(ground / "init"), *sets, list(KEYS), tmp_path / "out", flags=FLAGS)
     other = json.loads((ground / "init" / "bert_config.json").read_text()) | {"intermediate_size": 80}
     (tmp_path / "other.json").write_text(json.dumps(other))
-    refused("has shape .*, but by .*other.json it has shape", CheckpointError,
+    refused("has shape .*, but the graph needs .*; give the config that it was trained with", CheckpointError,
             init=Init.find(ground / "init", bert_config_file=tmp_path / "other.json"))  # fmt: skip
     with pytest.raises(CheckpointError, match="contains no checkpoint"):
         Init.find(tmp_path)
@@ -235,3 +237,32 @@ def test_a_google_release_without_a_checkpoint_file_is_found(ground, tmp_path):
     init = Init.find(tmp_path)
     assert init.prefix == str(tmp_path / "bert_model.ckpt")
     assert init.vocab_file == tmp_path / "vocab.txt"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_the_epochs_and_nothing_of_tensorflow(ground, tmp_path):
+    """TensorFlow warns of its own deprecated functions when a training deletes a checkpoint."""
+    import pty
+
+    screen, terminal = pty.openpty()
+    code = "from cascade_lab.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command(ground, tmp_path / "out")],
+        stdin=terminal, stdout=terminal, stderr=terminal, env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            part = os.read(screen, 4096)
+        except OSError:  # Linux: the other end was closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(screen)
+    text = shown.decode(errors="replace")
+    assert process.wait() == 0, text
+    assert "loading TensorFlow" in text
+    assert "epoch 4: train loss" in text
+    assert not re.findall(r"Traceback|Logging error|deprecated|WARNING|W0000|Instructions for updating", text)

@@ -181,6 +181,14 @@ def test_a_head_with_another_name_and_a_vocabulary_without_pad_are_exported(impo
     assert after["classifier.weight"].tobytes() == weights["output_weights"].tobytes()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert (settings["pad_token"], settings["mask_token"], settings["cls_token"]) == ("[UNK]", "[UNK]", "[CLS]")
+    # A head that tf.layers.dense saved is [hidden, labels]; it is turned once, not twice.
+    kernel = {**weights, "dense/kernel": weights["output_weights"].T, "dense/bias": weights["output_bias"]}
+    save_checkpoint(kernel, tmp_path / "dense.ckpt")
+    spec = replace(
+        spec, init_checkpoint=tmp_path / "dense.ckpt", output_weights="dense/kernel", output_bias="dense/bias"
+    )
+    after = load_file(export_directory(spec, tmp_path / "dense") / "model.safetensors")
+    assert after["classifier.weight"].tobytes() == weights["output_weights"].tobytes()
     assert not tf.compat.v1.get_default_graph().get_operations(), "the default graph does not change"
 
 
@@ -219,13 +227,11 @@ def refused(source: Path, tmp_path: Path, *parts: str) -> None:
     ("change", "message"),
     [
         ({"model_type": "roberta"}, 'config.json: model_type is "roberta"; it can be imported with "bert"'),
-        ({"model_type": None}, 'config.json: model_type is null; it can be imported with "bert"'),
         (
             {"architectures": ["BertForTokenClassification"]},
-            "architectures is ['BertForTokenClassification']; it",
+            'architectures is ["BertForTokenClassification"]; it can be imported with ["BertForSequenceCl',
         ),
-        ({"architectures": None}, "architectures is None; it must be one of BertForSequenceClassification, BertModel"),
-        ({"hidden_act": "silu"}, "hidden_act is 'silu'; it must be one of"),
+        ({"hidden_act": "silu"}, 'hidden_act is "silu"; it can be imported with "gelu" or "gelu_new"'),
         ({"hidden_act": "tanh"}, 'hidden_act is "tanh"; it can be imported with "gelu" or "gelu_new"'),
         ({"hidden_act": "gelu_erf"}, 'hidden_act is "gelu_erf"'),
         ({"position_embedding_type": "relative_key"}, 'position_embedding_type is "relative_key"; it can be imported'),
@@ -235,7 +241,7 @@ def refused(source: Path, tmp_path: Path, *parts: str) -> None:
         ({"hidden_size": None}, "hidden_size is None; it must be a whole number above 0"),
         ({"layer_norm_eps": 0}, "layer_norm_eps is 0; it must be a number above 0"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label must name the labels 0, 1 and so on, at least two"),
-        ({"id2label": {"0": "a"}}, "at least two"),
+        ({"id2label": {"0": "a"}}, "the model's head has one output, as for regression or re-ranking"),
         ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label has 'a' twice; give every class its own name"),
         ({"id2label": {"0": "a", "1": "b\nc", "2": "d"}}, "label 1 is 'b\\nc', but labels.txt has one label per line"),
         (
@@ -260,7 +266,7 @@ def test_directories_that_lack_a_file_are_refused(tmp_path):
     (source / "model.safetensors").rename(tmp_path / "kept")
     refused(source, tmp_path, "has no model.safetensors; give a Hugging Face model directory")
     (source / "pytorch_model.bin").write_bytes(b"")
-    refused(source, tmp_path, "pytorch_model.bin is not read, since it can execute code; save the model again")
+    refused(source, tmp_path, "has no model.safetensors, and pytorch_model.bin is not read; it can execute")
     (tmp_path / "kept").rename(source / "model.safetensors")
     (source / "tokenizer.json").rename(source / "tokens.json")
     refused(source, tmp_path, "has no vocabulary; add its vocab.txt or tokenizer.json")

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from cascade_lab.bert import reference
 from cascade_lab.bert.checkpoint import Checkpoint, read_checkpoint, stage_files
-from cascade_lab.bert.graph import classifier_graph, feed
+from cascade_lab.bert.graph import classifier_graph, feed, set_weights
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
 from cascade_lab.exceptions import SpecError, did_you_mean
 from cascade_lab.spec import StageSpec
@@ -247,7 +247,7 @@ def _differentiable(checkpoint: Checkpoint, stage: StageSpec) -> Iterator[_Diffe
         config = tf1.ConfigProto()
         config.gpu_options.allow_growth = True
         with tf1.Session(graph=classifier.graph, config=config) as session:
-            classifier.saver.restore(session, checkpoint.prefix)
+            set_weights(session, checkpoint.weights)
             yield _DifferentiableNetwork(
                 session, classifier.inputs, embedded_t, column_t, classifier.logits_t, gradient_t
             )

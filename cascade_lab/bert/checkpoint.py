@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import escape, glob
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
+from cascade_lab.bert.checkpoint_reader import CheckpointReader, checkpoint_in
+from cascade_lab.bert.variable_names import bert_scope, check_kind, find_name
 from cascade_lab.exceptions import CheckpointError
 from cascade_lab.spec import StageSpec
 
@@ -92,11 +94,7 @@ def read_checkpoint(stage: StageSpec) -> Checkpoint:
     where = f"stage '{stage.name}'"
     config = read_config(files.bert_config_file)
     vocab = read_vocab(files.vocab_file)
-    if len(vocab) != config["vocab_size"]:
-        raise CheckpointError(
-            f"{where}: {files.vocab_file} has {len(vocab)} tokens, but vocab_size in {files.bert_config_file} is "
-            f"{config['vocab_size']}; give the vocabulary that the checkpoint was trained with"
-        )
+    check_vocab_size(f"{where}: {files.vocab_file}", len(vocab), files.bert_config_file, config["vocab_size"])
     positions = config["max_position_embeddings"]
     if stage.max_seq_length > positions:
         raise CheckpointError(
@@ -104,35 +102,30 @@ def read_checkpoint(stage: StageSpec) -> Checkpoint:
             f"set max_seq_length to at most {positions}"
         )
     prefix = find_checkpoint(files.init_checkpoint)
-    shapes = variable_shapes(config, len(stage.labels), stage.output_weights, stage.output_bias)
-    return Checkpoint(prefix, config, vocab, _read_weights(prefix, shapes, where, stage))
+    _check_case(stage, {Path(prefix).parent, files.vocab_file.parent}, where)
+    return Checkpoint(prefix, config, vocab, _classifier_weights(prefix, config, stage, where))
 
 
 def find_checkpoint(path: Path) -> str:
-    """Return the prefix of the checkpoint at `path`, which is a directory, a prefix, or a checkpoint's index file.
+    """Return the prefix of the checkpoint at `path`, which is a directory, a prefix, or one of a checkpoint's files.
 
-    In a directory the newest checkpoint is taken, as by `tf.train.latest_checkpoint`.
+    In a directory it is the checkpoint that the file `checkpoint` names. Where there is no such file, as in Google's
+    releases of BERT, it is the directory's only checkpoint. A checkpoint in the directory itself is preferred to one
+    of the same name elsewhere: an absolute path in the file `checkpoint` is outdated when a directory is moved or
+    copied. Letters such as `[` and `*` in a path have no special meaning.
 
     Raises
     ------
     CheckpointError
-        There is no checkpoint at `path`.
+        There is no checkpoint at `path`, or several and no file says which one is meant.
     """
     if path.is_dir():
-        latest: str | None = tf.train.latest_checkpoint(str(path))
-        if latest is None and (path / "model.safetensors").exists():
-            raise CheckpointError(f"{path}: is a Hugging Face directory; convert it with cascade-lab import-hf")
-        if latest is None:
-            raise CheckpointError(
-                f"{path}: contains no checkpoint: its file 'checkpoint' is missing or names a checkpoint that does not "
-                "exist; give a directory with a checkpoint, or a prefix such as model.ckpt-1000"
-            )
-        return latest
+        return checkpoint_in(path)
     # Users also give the name of one of the checkpoint's files; they mean the prefix.
-    prefix = path.with_suffix("") if path.suffix in (".index", ".meta") else path
+    prefix = re.sub(r"\.(index|meta|data-\d{5}-of-\d{5})$", "", str(path))
     if not Path(f"{prefix}.index").is_file():
         raise CheckpointError(f"{path}: no such checkpoint ({prefix}.index is missing); give a directory or a prefix")
-    return str(prefix)
+    return prefix
 
 
 def checkpoint_files(prefix: str) -> list[Path]:
@@ -140,17 +133,22 @@ def checkpoint_files(prefix: str) -> list[Path]:
     return [Path(path) for path in sorted(glob(f"{escape(prefix)}.[di]*"))]
 
 
-def open_checkpoint(prefix: str) -> Any:
-    """Return TensorFlow's reader of the checkpoint at `prefix`."""
-    try:
-        return tf.train.load_checkpoint(prefix)
-    except (tf.errors.OpError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{prefix}.index: cannot be read ({_first_line(error)}); copy it again") from error
+def open_checkpoint(prefix: str) -> CheckpointReader:
+    """Return a reader of the checkpoint at `prefix`.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint cannot be read, or it contains no BERT with a pooler.
+    """
+    reader = CheckpointReader(prefix)
+    check_kind(prefix, list(reader.get_variable_to_shape_map()))
+    return reader
 
 
 def list_variables(prefix: str) -> dict[str, tuple[list[int], str]]:
     """Return the shape and type of every variable in the checkpoint at `prefix`, by name."""
-    reader = open_checkpoint(prefix)
+    reader = CheckpointReader(prefix)
     types = reader.get_variable_to_dtype_map()
     shapes = reader.get_variable_to_shape_map()
     return {name: (shapes[name], types[name].name) for name in sorted(shapes)}
@@ -164,14 +162,28 @@ def read_config(path: Path) -> dict[str, Any]:
     CheckpointError
         The file cannot be read, or a key is missing or has an unusable value.
     """
+    config = read_json(path, way_out="give a bert_config_file")
+    check_config(path, config)
+    return config
+
+
+def read_json(path: Path, *, way_out: str = "copy it again") -> dict[str, Any]:
+    """Read a JSON object, with a byte-order mark or without; raise CheckpointError if the file has none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a bert_config_file") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); give a bert_config_file") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {way_out}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); {way_out}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is not a JSON object; {way_out}")
+    return content
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a key of a config is missing or has an unusable value."""
     for key in SIZE_KEYS:
-        value = config.get(key) if isinstance(config, dict) else None
+        value = config.get(key)
         if type(value) is not int or value < 1:
             raise CheckpointError(f"{path}: {key} is {value!r}; it must be a whole number above 0")
     if config["hidden_size"] % config["num_attention_heads"]:
@@ -185,7 +197,6 @@ def read_config(path: Path) -> dict[str, Any]:
     epsilon = config.get("layer_norm_eps", 1e-12)
     if not isinstance(epsilon, float) or not epsilon > 0:
         raise CheckpointError(f"{path}: layer_norm_eps is {epsilon!r}; it must be a number above 0, such as 1e-12")
-    return dict(config)
 
 
 def n_multiplications_per_token(config: Mapping[str, Any]) -> int:
@@ -197,17 +208,21 @@ def n_multiplications_per_token(config: Mapping[str, Any]) -> int:
 def read_vocab(path: Path) -> dict[str, int]:
     """Read a `vocab.txt`, which has one token per line; return the id of each token.
 
+    Blank lines after the last token are no tokens. A byte-order mark is no part of the first token.
+
     Raises
     ------
     CheckpointError
         The file cannot be read, a token occurs twice, or one that BERT needs is missing.
     """
     try:
-        lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a vocab_file") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: byte {error.start} is not UTF-8; give a vocab_file") from error
+    while lines and not lines[-1].strip(" \t\r"):
+        lines.pop()
     vocab: dict[str, int] = {}
     for number, line in enumerate(lines):
         token = line.strip()
@@ -221,6 +236,19 @@ def read_vocab(path: Path) -> dict[str, int]:
         if token not in vocab:
             raise CheckpointError(f"{path}: has no token {token}; give a BERT vocabulary")
     return vocab
+
+
+def check_vocab_size(where: str, n_tokens: int, config_file: str | Path, vocab_size: int) -> None:
+    """Raise CheckpointError if a vocabulary has tokens for which the embedding has no row.
+
+    The embedding may have more rows than the vocabulary has tokens. Many models have such rows, so that their number
+    is a multiple of 8 or 64; no text looks them up.
+    """
+    if n_tokens > vocab_size:
+        raise CheckpointError(
+            f"{where} has {n_tokens} tokens, but vocab_size in {config_file} is {vocab_size}; give the vocabulary that "
+            "the checkpoint was trained with"
+        )
 
 
 def variable_shapes(
@@ -255,45 +283,87 @@ def variable_shapes(
     return shapes | {output_weights: (num_labels, hidden), output_bias: (num_labels,)}
 
 
-def _read_weights(
-    prefix: str, shapes: dict[str, tuple[int, ...]], where: str, stage: StageSpec
-) -> dict[str, np.ndarray]:
-    """Read the variables in `shapes`; others (Adam slots, `global_step`) are ignored."""
+def _classifier_weights(prefix: str, config: dict[str, Any], stage: StageSpec, where: str) -> dict[str, np.ndarray]:
+    """Read the variables of a classifier's graph; others (Adam slots, `global_step`) are ignored."""
     reader = open_checkpoint(prefix)
-    saved_shapes = reader.get_variable_to_shape_map()
-    weights = {}
-    for name, shape in shapes.items():
-        if name not in saved_shapes:
-            way_out = "give the checkpoint of a BERT classifier"
-            if not name.startswith("bert/"):
-                way_out = "name the variables of the head with output_weights and output_bias"
-            raise CheckpointError(f"{where}: {prefix} has no variable {name}, which the graph needs; {way_out}")
-        saved_shape = list(saved_shapes[name])
-        if tuple(saved_shape) != shape:
-            is_head = name in (stage.output_weights, stage.output_bias)
-            way_out = "give the config that it was trained with"
-            if is_head:
-                way_out = f"give its {saved_shape[0]} labels"
-            count = f" ({len(stage.labels)} labels)" if is_head else ""
+    saved_shapes = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
+    head = (stage.output_weights, stage.output_bias)
+    n_labels, hidden = len(stage.labels), config["hidden_size"]
+    shapes = variable_shapes(config, n_labels, *head)
+    weights = read_bert_weights(prefix, config, where=f"{where}: ", reader=reader)
+    for name in head:
+        saved_name = find_name(name, saved_shapes, bert_scope(prefix, saved_shapes), "/")
+        if saved_name not in saved_shapes:
             raise CheckpointError(
-                f"{where}: {prefix}: {name} has shape {saved_shape}, but the graph needs {list(shape)}{count}; "
-                f"{way_out}"
+                f"{where}: {prefix} has no variable {name}, which the graph needs; name the variables of the head with "
+                "output_weights and output_bias"
             )
-        try:
-            weights[name] = reader.get_tensor(name)
-        except (tf.errors.OpError, ValueError, IndexError) as error:
+        saved_shape = saved_shapes[saved_name]
+        # tf.layers.dense saves its kernel as [hidden, labels]. Where both are equal, only the name shows it.
+        is_turned = saved_shape == (hidden, n_labels) and (n_labels != hidden or saved_name.endswith("kernel"))
+        if saved_shape != shapes[name] and not is_turned:
+            n_saved = saved_shape[-1] if saved_shape[:1] == (hidden,) else (*saved_shape, 0)[0]
+            way_out = f"give its {n_saved} labels"
+            if n_saved < 2:
+                way_out = "this is not the head of a classifier; name its variables with output_weights and output_bias"
             raise CheckpointError(
-                f"{where}: {prefix}: {name} cannot be read ({_first_line(error)}): the file is truncated or "
-                "damaged; copy it again"
-            ) from error
-        if not np.isfinite(weights[name]).all():
-            n_bad = int((~np.isfinite(weights[name])).sum())
-            raise CheckpointError(
-                f"{where}: {prefix}: {name} holds NaN or infinity in {n_bad} of {weights[name].size} places: "
-                "the training diverged; take an earlier checkpoint"
+                f"{where}: {prefix}: {saved_name} has shape {list(saved_shape)}, but the graph needs "
+                f"{list(shapes[name])} ({n_labels} labels); {way_out}"
             )
+        weight = reader.read_float32(saved_name, where=f"{where}: ")
+        weights[name] = np.ascontiguousarray(weight.T) if is_turned else weight
     return weights
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+def read_bert_weights(
+    prefix: str, config: dict[str, Any], *, where: str = "", reader: CheckpointReader | None = None
+) -> dict[str, np.ndarray]:
+    """Read the variables of BERT without a head, float32, by their names in the graph (`bert/…`).
+
+    In the checkpoint they may have another scope than `bert/`, and another type of float.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is damaged, contains no BERT, or does not belong to the config.
+    """
+    reader = reader or open_checkpoint(prefix)
+    saved_shapes = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
+    scope = bert_scope(prefix, saved_shapes)
+    weights = {}
+    for name, shape in variable_shapes(config, 2).items():
+        if not name.startswith("bert/"):
+            continue
+        saved_name = scope + name.removeprefix("bert/")
+        if saved_name not in saved_shapes:
+            raise CheckpointError(
+                f"{where}{prefix} has no variable {saved_name}, which the graph needs; give the checkpoint of a BERT "
+                "classifier"
+            )
+        if saved_shapes[saved_name] != shape:
+            raise CheckpointError(
+                f"{where}{prefix}: {saved_name} has shape {list(saved_shapes[saved_name])}, but the graph needs "
+                f"{list(shape)}; give the config that it was trained with"
+            )
+        weights[name] = reader.read_float32(saved_name, where=where)
+    return weights
+
+
+def _check_case(stage: StageSpec, folders: set[Path], where: str) -> None:
+    """Raise CheckpointError if a file beside the weights says that the model was trained with the other case."""
+    for path in sorted(folder / name for folder in folders for name in _CASE_FILES):
+        if not path.is_file():
+            continue
+        content = read_json(path)
+        if path.name == "training.json":
+            content = content["flags"] if isinstance(content.get("flags"), dict) else {}
+        saved = content.get("do_lower_case")
+        if isinstance(saved, bool) and saved != stage.do_lower_case:
+            raise CheckpointError(
+                f"{where}: do_lower_case is {json.dumps(stage.do_lower_case)}, but {path} says that the model was "
+                f"trained with {json.dumps(saved)}; set do_lower_case = {json.dumps(saved)}"
+            )
+
+
+# Files that record whether texts are converted to lower case: of import-hf, of finetune, of transformers.
+_CASE_FILES = ("import.json", "training.json", "tokenizer_config.json")

@@ -17,13 +17,13 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from cascade_lab.atomic import check_directory, refuse_existing, unfinished_path
-from cascade_lab.bert.checkpoint import find_checkpoint, open_checkpoint, read_config, read_vocab, variable_shapes
+from cascade_lab.atomic import check_directory, locked_output, refuse_existing, unfinished_path
+from cascade_lab.bert.checkpoint import check_vocab_size, find_checkpoint, read_bert_weights, read_config, read_vocab
 from cascade_lab.bert.graph import TrainingGraph, feed, training_graph
-from cascade_lab.bert.resume import UnfinishedTraining
+from cascade_lab.bert.resume import UnfinishedTraining, remove_finished
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
 from cascade_lab.evalset import EvalSet
-from cascade_lab.exceptions import CheckpointError, TrainingError
+from cascade_lab.exceptions import TrainingError
 from cascade_lab.provenance import environment, sha256
 
 tf1 = tf.compat.v1
@@ -94,10 +94,6 @@ class Init:
             return cls(bert_config_file, vocab_file, None)
         path = Path(init)
         folder = path if path.is_dir() else path.parent
-        # Google's releases of BERT contain no file named `checkpoint`.
-        google_release = folder / "bert_model.ckpt"
-        if path.is_dir() and not (path / "checkpoint").exists() and Path(f"{google_release}.index").exists():
-            path = google_release
         return cls(
             bert_config_file or folder / "bert_config.json", vocab_file or folder / "vocab.txt", find_checkpoint(path)
         )
@@ -129,7 +125,7 @@ def finetune(
     output : path
         The new directory, which a `cascade.toml` can name: a checkpoint without optimizer slots, `bert_config.json`,
         `vocab.txt`, `labels.txt`, `training.json`. Until the training is finished it is saved in `<output>.unfinished`;
-        after an interruption the same call continues it.
+        after an interruption the same call continues it. Another process cannot train to the same output meanwhile.
     label_column : str
         The column of `train` and `dev` that is learned.
     flags : Flags, optional
@@ -148,17 +144,20 @@ def finetune(
     CheckpointError
         `init` is not usable.
     TrainingError
-        A label has no training text, `dev` has a label that is not in `labels`, `output` exists, `<output>.unfinished`
-        was trained with other flags, or the loss is NaN.
+        A label has no training text, `dev` has a label that is not in `labels`, `output` exists, another process
+        is writing it, `<output>.unfinished` was trained with other flags, or the loss is NaN.
     """
     flags = flags or Flags()
     output = Path(output)
     config, vocab = read_config(init.bert_config_file), read_vocab(init.vocab_file)
     targets = {"train": train.column(label_column), "dev": dev.column(label_column)}
-    _check_model(config, vocab, init, flags)
+    initial_weights = _check_model(config, vocab, init, flags)
     _check_labels(labels, {"train": train, "dev": dev}, targets)
+    directory: Any = {"marker": "training.json", "what": "training", "error": TrainingError}
+    check_directory(output, overwrite=True, **directory)
+    if not overwrite:
+        remove_finished(output, directory)
     refuse_existing(output, overwrite=overwrite, error=TrainingError)
-    check_directory(output, overwrite=True, marker="training.json", what="training", error=TrainingError)
     tokenizer = Tokenizer(init.vocab_file, do_lower_case=flags.do_lower_case, max_seq_length=flags.max_seq_length)
     index = {label: i for i, label in enumerate(labels)}
     encoded = {"train": tokenizer.encode(train.texts, train.texts_b), "dev": tokenizer.encode(dev.texts, dev.texts_b)}
@@ -174,24 +173,25 @@ def finetune(
         "init": _origin(init),
     }
     try:
-        unfinished = UnfinishedTraining(unfinished_path(output), identity)
-        session_config = tf1.ConfigProto(
-            intra_op_parallelism_threads=flags.threads, inter_op_parallelism_threads=flags.threads
-        )
-        session_config.gpu_options.allow_growth = True
-        with network.graph.as_default(), tf1.Session(config=session_config) as session:
-            step, state = unfinished.restore(session, network.weights, init.prefix)
-            with tqdm(total=n_steps, initial=step, unit="step", disable=not progress) as bar:
-                _train(session, network, encoded, y, flags, unfinished, step, state, bar)
-        record = {
-            **identity,
-            "sources": {"train": train.source, "dev": dev.source},
-            "steps": n_steps,
-            "curve": state["curve"],
-            "best_epoch": state["best_epoch"],
-            **environment(),
-        }
-        unfinished.finish(output, state["best_step"], config, init.vocab_file, labels, record)
+        with locked_output(output, overwrite=overwrite, continues=True, **directory):
+            unfinished = UnfinishedTraining(unfinished_path(output), identity)
+            session_config = tf1.ConfigProto(
+                intra_op_parallelism_threads=flags.threads, inter_op_parallelism_threads=flags.threads
+            )
+            session_config.gpu_options.allow_growth = True
+            with network.graph.as_default(), tf1.Session(config=session_config) as session:
+                step, state = unfinished.restore(session, network.weights, initial_weights)
+                with tqdm(total=n_steps, initial=step, unit="step", disable=not progress) as bar:
+                    _train(session, network, encoded, y, flags, unfinished, step, state, bar)
+            record = {
+                **identity,
+                "sources": {"train": train.source, "dev": dev.source},
+                "steps": n_steps,
+                "curve": state["curve"],
+                "best_epoch": state["best_epoch"],
+                **environment(),
+            }
+            unfinished.finish(output, state["best_step"], config, init.vocab_file, labels, record)
     except OSError as error:
         raise TrainingError(
             f"{output}: cannot be written ({error.strerror or error}); choose another output"
@@ -199,27 +199,17 @@ def finetune(
     return record
 
 
-def _check_model(config: dict[str, Any], vocab: Mapping[str, int], init: Init, flags: Flags) -> None:
-    if len(vocab) != config["vocab_size"]:
-        raise CheckpointError(
-            f"{init.vocab_file} has {len(vocab)} tokens, but vocab_size in {init.bert_config_file} is "
-            f"{config['vocab_size']}; give a config and a vocabulary that belong together"
-        )
+def _check_model(
+    config: dict[str, Any], vocab: Mapping[str, int], init: Init, flags: Flags
+) -> dict[str, np.ndarray] | None:
+    """Check that the files belong together; return BERT's weights, or None where they are random."""
+    check_vocab_size(str(init.vocab_file), len(vocab), init.bert_config_file, config["vocab_size"])
     if flags.max_seq_length > config["max_position_embeddings"]:
         raise TrainingError(
             f"max_seq_length is {flags.max_seq_length}, but the model has only {config['max_position_embeddings']} "
             "positions; lower max_seq_length"
         )
-    if init.prefix is None:
-        return
-    saved_shapes = open_checkpoint(init.prefix).get_variable_to_shape_map()
-    for name, shape in variable_shapes(config, 2).items():
-        if name.startswith("bert/") and tuple(saved_shapes.get(name, ())) != shape:
-            problem = f"has shape {saved_shapes[name]}" if name in saved_shapes else "is missing"
-            raise CheckpointError(
-                f"{init.prefix}: {name} {problem}, but by {init.bert_config_file} it has shape {list(shape)}; give the "
-                "config that belongs to the checkpoint"
-            )
+    return None if init.prefix is None else read_bert_weights(init.prefix, config)
 
 
 def _check_labels(labels: Sequence[str], sets: Mapping[str, EvalSet], targets: Mapping[str, Sequence[str]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,18 @@ def classifier_graph(
         )
         saver = tf1.train.Saver(tf1.global_variables())
     return ClassifierGraph(graph, inputs, logits_t, saver)
+
+
+def set_weights(session: Any, weights: Mapping[str, np.ndarray]) -> None:
+    """Set variables of the session's graph to values that are checked already; the graph does not change.
+
+    A Saver would read the file again: not under other names, with other types, or where a path contains `[`.
+    """
+    with session.graph.as_default():
+        variables = {variable.op.name: variable for variable in tf1.global_variables()}
+    initializers = [variables[name].initializer for name in weights]
+    values = (initializer.inputs[1] for initializer in initializers)
+    session.run(initializers, dict(zip(values, weights.values(), strict=True)))
 
 
 def placeholders() -> list[tf.Tensor]:

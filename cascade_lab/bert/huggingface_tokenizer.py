@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cascade_lab.bert.checkpoint import REQUIRED_TOKENS, read_vocab
+from cascade_lab.bert.checkpoint import REQUIRED_TOKENS, check_vocab_size, read_json, read_vocab
 from cascade_lab.exceptions import CheckpointError
 
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+"""The files of a Hugging Face directory that say how texts are tokenized."""
+
+_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def read_tokenizer(source: Path, vocab_size: int) -> tuple[list[str], bool | None]:
     """Return the tokens in the order of their ids, and whether texts are lower-cased (None: no file records it)."""
-    names = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
-    vocab_txt, tokenizer_json, settings = (source / name for name in names)
+    vocab_txt, tokenizer_json, settings, added, special = (source / name for name in TOKENIZER_FILES)
     vocabs: dict[Path, list[str]] = {}
     lowers: dict[Path, bool | None] = {}
+    if added.is_file():
+        _check_added_tokens(added, read_json(added))
+    if special.is_file():
+        _check_added_tokens(special, _contents(read_json(special).get("additional_special_tokens")))
     if vocab_txt.is_file():
         vocabs[vocab_txt] = list(read_vocab(vocab_txt))
     if tokenizer_json.is_file():
@@ -30,6 +43,18 @@ def read_tokenizer(source: Path, vocab_size: int) -> tuple[list[str], bool | Non
                 f"{settings}: tokenizer_class is {kind!r}; it must be one of {', '.join(_TOKENIZERS)}"
             )
         lower = content.get("do_lower_case")
+        _check_added_tokens(settings, _contents(content.get("added_tokens_decoder")))
+        _check_added_tokens(settings, _contents(content.get("additional_special_tokens")))
+        if content.get("do_basic_tokenize", True) is not True:
+            raise CheckpointError(
+                f"{settings}: do_basic_tokenize is {content['do_basic_tokenize']!r}, but bert-tensorflow always splits "
+                "texts at spaces and punctuation first; take a model with do_basic_tokenize true"
+            )
+        if content.get("never_split"):
+            raise CheckpointError(
+                f"{settings}: never_split is {content['never_split']!r}, but bert-tensorflow's tokenizer splits every "
+                "word; take a model without never_split"
+            )
         _check_splitting(settings, lower, content.get("strip_accents"), content.get("tokenize_chinese_chars", True))
         if lower is not None:
             lowers[settings] = lower
@@ -39,25 +64,24 @@ def read_tokenizer(source: Path, vocab_size: int) -> tuple[list[str], bool | Non
         raise CheckpointError(
             f"{source}: {tokenizer_json.name} and {settings.name} disagree on lower-casing; fix one of them"
         )
-    if len(vocabs) == 2 and vocabs[vocab_txt] != vocabs[tokenizer_json]:
+    if len({tuple(token.strip() for token in tokens) for tokens in vocabs.values()}) == 2:
         raise CheckpointError(
             f"{source}: {vocab_txt.name} and {tokenizer_json.name} have different tokens; delete the wrong file"
         )
     path, tokens = next(iter(vocabs.items()))
-    if len(tokens) != vocab_size:
-        raise CheckpointError(
-            f"{path}: has {len(tokens)} tokens, but vocab_size in config.json is {vocab_size}; give the vocabulary "
-            "that the model was trained with"
-        )
+    check_vocab_size(f"{path}:", len(tokens), "config.json", vocab_size)
     return tokens, next(iter(lowers.values()), None)
 
 
 def _read_tokenizer_json(path: Path) -> tuple[list[str], bool | None]:
     """Return the tokens of a `tokenizer.json` in the order of their ids, and whether it lower-cases texts."""
     content = read_json(path)
+    _check_added_tokens(path, _contents(content.get("added_tokens")))
     model, normalizer, splitter = (content.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer"))
+    # Old versions of tokenizers wrote no type; a prefix of later subwords is WordPiece's alone.
+    kind = model.get("type", "WordPiece" if "continuing_subword_prefix" in model else None)
     settings = (
-        ("model", model.get("type"), "WordPiece"),
+        ("model", kind, "WordPiece"),
         ("model's continuing_subword_prefix", model.get("continuing_subword_prefix"), "##"),
         ("model's unk_token", model.get("unk_token"), "[UNK]"),
         ("normalizer", normalizer.get("type"), "BertNormalizer"),
@@ -71,18 +95,25 @@ def _read_tokenizer_json(path: Path) -> tuple[list[str], bool | None]:
             )
     lower = normalizer.get("lowercase")
     _check_splitting(path, lower, normalizer.get("strip_accents"), normalizer.get("handle_chinese_chars"))
-    vocab = model.get("vocab", {})
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(type(number) is int for number in vocab.values()):
+        raise CheckpointError(f"{path}: its model's vocab must give each token a whole number; copy it again")
     by_id: dict[int, str] = {}
+    stripped: dict[str, str] = {}
     for token, number in vocab.items():
         if number in by_id:
             raise CheckpointError(
                 f"{path}: tokens {by_id[number]!r} and {token!r} both have id {number}; fix this file"
             )
-        if token.strip() != token or "\n" in token:
+        # bert-tensorflow removes the blanks around a token; the Chinese vocabulary has U+2028 as a token.
+        short = token.strip()
+        if "\n" in token or short in stripped:
+            same = f" beside {stripped[short]!r}" if short in stripped else ""
             raise CheckpointError(
-                f"{path}: token {token!r} cannot be written to vocab.txt, which has one token per line; rename it"
+                f"{path}: token {token!r} cannot be written to vocab.txt{same}, which has one token per line, without "
+                "blanks around it; rename it"
             )
-        by_id[number] = token
+        by_id[number], stripped[short] = token, token
     missing = next((number for number in range(len(by_id)) if number not in by_id), None)
     if missing is not None:
         raise CheckpointError(f"{path}: no token has id {missing}, or a token occurs twice; fix the vocabulary")
@@ -106,12 +137,21 @@ def _check_splitting(path: Path, lower: Any, strip_accents: Any, chinese: Any) -
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises CheckpointError if the file has none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: is not a JSON object; copy it again")
-    return content
+def _contents(tokens: Any) -> list[str]:
+    """Return the texts of added tokens, which are listed as texts, as objects with a `content`, or by id."""
+    if isinstance(tokens, dict):
+        tokens = list(tokens.values())
+    if not isinstance(tokens, list):
+        return []
+    return [str(token.get("content") if isinstance(token, dict) else token) for token in tokens]
+
+
+def _check_added_tokens(path: Path, tokens: Iterable[str]) -> None:
+    """Raise CheckpointError if there are added tokens, which transformers keeps whole wherever they stand in a text."""
+    added = [token for token in tokens if token not in _SPECIAL_TOKENS]
+    if added:
+        shown = ", ".join(repr(token) for token in added[:3]) + (", …" if len(added) > 3 else "")
+        raise CheckpointError(
+            f"{path}: has {len(added)} added tokens ({shown}), which bert-tensorflow's tokenizer would split; take a "
+            "model without added tokens, or train this one again with them as words of its vocabulary"
+        )

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from cascade_lab.atomic import to_json, write_text
+from cascade_lab.atomic import locked_output, put_in_place, to_json, unfinished_path, write_text
+from cascade_lab.bert.checkpoint import find_checkpoint
+from cascade_lab.bert.checkpoint_reader import CheckpointReader
+from cascade_lab.bert.graph import set_weights
 from cascade_lab.bert.writing import disk_errors, write_lines
 from cascade_lab.exceptions import TrainingError
+from cascade_lab.provenance import sha256
 
 tf1 = tf.compat.v1
+
+_FINISHED = "finished"
+_PARTS = {"steps", "best", "final", _FINISHED}
 
 
 class UnfinishedTraining:
@@ -30,7 +38,7 @@ class UnfinishedTraining:
     Raises
     ------
     TrainingError
-        `folder` contains an interrupted training with another identity.
+        `folder` contains an interrupted training with another identity, or something that is no training.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
@@ -45,13 +53,16 @@ class UnfinishedTraining:
                         "delete it"
                     )
         else:
+            _clear(folder)
             _write(path, json.dumps(identity, ensure_ascii=False))
 
-    def restore(self, session: Any, weights: Sequence[Any], prefix: str | None) -> tuple[int, dict[str, Any]]:
+    def restore(
+        self, session: Any, weights: Sequence[Any], initial_weights: Mapping[str, np.ndarray] | None
+    ) -> tuple[int, dict[str, Any]]:
         """Set the weights in `session`. Call it while the session's graph is the default graph.
 
-        The weights are those of the last checkpoint in this directory. If there is none, BERT's weights are those of
-        the checkpoint at `prefix`, and all others are random.
+        The weights are those of the last checkpoint in this directory. If there is none, BERT's weights are
+        `initial_weights`, and all others are random.
 
         Returns
         -------
@@ -61,18 +72,20 @@ class UnfinishedTraining:
             The state that was saved at that step.
         """
         self._step_saver = tf1.train.Saver(max_to_keep=2)
-        self._best_saver = tf1.train.Saver(weights, max_to_keep=1)
+        # Two are kept: a crash before the next save of `steps` goes back to the epoch before, and to its best epoch.
+        self._best_saver = tf1.train.Saver(weights, max_to_keep=2)
         session.run(tf1.global_variables_initializer())
-        latest = tf.train.latest_checkpoint(str(self.folder / "steps"))
+        latest = _latest_checkpoint(self.folder / "steps")
         if latest is not None:
-            self._step_saver.restore(session, latest)
+            reader = CheckpointReader(latest)
+            names = [variable.op.name for variable in tf1.global_variables()]
+            set_weights(session, {name: reader.get_tensor(name) for name in names})
             # Otherwise the Saver would not delete this checkpoint later.
             self._step_saver.recover_last_checkpoints([latest])
             step = int(latest.rsplit("-", 1)[1])
             return step, json.loads(Path(f"{latest}.state.json").read_text(encoding="utf-8"))
-        if prefix is not None:
-            bert = [weight for weight in weights if weight.op.name.startswith("bert/")]
-            tf1.train.Saver(bert).restore(session, prefix)
+        if initial_weights is not None:
+            set_weights(session, initial_weights)
         return 0, {"curve": [], "losses": [], "best_epoch": None, "best_step": None}
 
     def save(self, session: Any, step: int, state: dict[str, Any], *, best: bool = False) -> None:
@@ -92,7 +105,7 @@ class UnfinishedTraining:
     def last_checkpoint(self) -> str | None:
         """Return the prefix of the best epoch's checkpoint, else of the newest one; None if there is none."""
         for name in ("best", "steps"):
-            prefix: str | None = tf.train.latest_checkpoint(str(self.folder / name))
+            prefix = _latest_checkpoint(self.folder / name)
             if prefix is not None:
                 return prefix
         return None
@@ -119,10 +132,50 @@ class UnfinishedTraining:
         shutil.copyfile(vocab_file, final / "vocab.txt")
         write_lines(final / "labels.txt", labels)
         (final / "training.json").write_text(to_json(record), encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        final.rename(output)
-        shutil.rmtree(self.folder)
+        _write(self.folder / _FINISHED, sha256(final / "training.json"))
+        put_in_place(final, output)
+        _delete(self.folder)
+
+
+def remove_finished(output: Path, directory: dict[str, Any]) -> None:
+    """Delete `<output>.unfinished` if its training is at `output` already: its process was killed before it did so.
+
+    Parameters
+    ----------
+    output : path
+    directory : dict
+        `marker`, `what` and `error`, as for `whole_directory`.
+    """
+    folder = unfinished_path(output)
+    mark, record = folder / _FINISHED, output / "training.json"
+    try:
+        if mark.is_file() and record.is_file():
+            with locked_output(output, overwrite=True, continues=True, **directory):
+                if mark.is_file() and mark.read_text(encoding="utf-8") == sha256(record):
+                    _delete(folder)
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be deleted ({error.strerror or error}); delete it") from error
+
+
+def _delete(folder: Path) -> None:
+    """Delete the directory of a training. The identity goes first: without it, what is left is not continued."""
+    (folder / "identity.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what is left in the directory of a training whose deletion was interrupted."""
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.name not in _PARTS and not path.name.startswith((".identity.", ".finished.")):
+            raise TrainingError(f"{folder} is not an unfinished training ({path.name} is in it); move or delete it")
+    shutil.rmtree(folder)
+
+
+def _latest_checkpoint(folder: Path) -> str | None:
+    # tf.train.latest_checkpoint would take letters of the path, such as `[`, for a pattern.
+    return find_checkpoint(folder) if (folder / "checkpoint").is_file() else None
 
 
 def _write(path: Path, text: str) -> None:

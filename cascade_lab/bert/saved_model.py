@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from cascade_lab.atomic import to_json, whole_directory
 from cascade_lab.bert.checkpoint import read_checkpoint
-from cascade_lab.bert.graph import classifier_graph
+from cascade_lab.bert.graph import classifier_graph, set_weights
 from cascade_lab.bert.writing import disk_errors, write_lines
 from cascade_lab.spec import StageSpec
 
@@ -56,7 +56,7 @@ def export_saved_model(stage: StageSpec, output: str | Path, *, overwrite: bool 
         with classifier.graph.as_default(), tf1.Session(graph=classifier.graph) as session:
             logits_t = classifier.logits_t
             outputs = {"logits": logits_t, "probabilities": tf.nn.softmax(logits_t, name="probabilities")}
-            classifier.saver.restore(session, checkpoint.prefix)
+            set_weights(session, checkpoint.weights)
             signature = tf1.saved_model.build_signature_def(
                 {name: _tensor_info(input_t) for name, input_t in inputs.items()},
                 {name: _tensor_info(output_t) for name, output_t in outputs.items()},
