@@ -16,8 +16,9 @@ def shorten(text: str, max_length: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, with each control character as "�", and every kind of blank as a space, so that it cannot change a
-    terminal or a page.
+    """Return a text on one line that cannot change a terminal or a page.
+
+    Each control character becomes "�", and every kind of blank becomes a space.
 
     >>> printable("pay\\nme\\x1b[31m now"), printable("付\\u3000款")
     ('pay me�[31m now', '付 款')
