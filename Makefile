@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types lab format map lock demo-checkpoints study bench clean
+.PHONY: demo test test-slow lint types lab format map lock demo-checkpoints study bench clean
 
 # The demo's run on the test split; then thresholds tuned on dev, and the tuned cascade on test.
 demo: .venv/ready
@@ -13,6 +13,10 @@ demo: .venv/ready
 
 test: .venv/ready lint types
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+# Tests that take minutes, left out of `make test`.
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .

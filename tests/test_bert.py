@@ -69,9 +69,10 @@ some_text = st.one_of(
 )
 
 
+@pytest.mark.parametrize("n_examples", [650, pytest.param(2_600, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("do_lower_case", [True, False])
-def test_token_ids_equal_fulltokenizers_on_100_000_random_texts(do_lower_case, request):
-    """50,000 texts lower-cased and 50,000 not, with CLINC150's vocabulary if it is available."""
+def test_token_ids_equal_fulltokenizers_on_random_texts(do_lower_case, n_examples, request):
+    """20 texts per example: with `make test-slow` 50,000 lower-cased and 50,000 not, with CLINC150's vocabulary."""
     try:
         vocab = request.getfixturevalue("clinc150") / "gate" / "vocab.txt"
     except pytest.skip.Exception:
@@ -82,7 +83,7 @@ def test_token_ids_equal_fulltokenizers_on_100_000_random_texts(do_lower_case, r
     )
     count = 0
 
-    @settings(max_examples=2_600, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=n_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(some_text, min_size=20, max_size=20))
     def check(texts):
         nonlocal count
@@ -91,7 +92,7 @@ def test_token_ids_equal_fulltokenizers_on_100_000_random_texts(do_lower_case, r
             assert ids == full.convert_tokens_to_ids(full.tokenize(text)), ascii(text)
 
     check()
-    assert count >= 50_000
+    assert count >= 20 * n_examples * 0.95
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
