@@ -11,13 +11,15 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import texts, write_checkpoint
 from typer.testing import CliRunner
 
-from cascade_lab import CascadeSpec, Stage
+from cascade_lab import CascadeSpec, EvalSet, Stage
 from cascade_lab.bert.checkpoint import find_checkpoint, list_variables, open_checkpoint, read_checkpoint
 from cascade_lab.bert.checkpoint_reader import CheckpointReader, CheckpointWarning
+from cascade_lab.bert.finetune import Flags, Init, finetune
 from cascade_lab.cli import app
 from cascade_lab.exceptions import CheckpointError
 
@@ -44,7 +46,7 @@ def rewrite(folder: Path, change: Callable[[dict], dict], name: str = "model.ckp
 
     tf1 = tf.compat.v1
     reader = CheckpointReader(str(folder / "model.ckpt-7"))
-    variables = change({key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()})
+    variables = change({key: reader.read(key) for key in reader.variables})
     with tf.Graph().as_default(), tf1.Session() as session:
         for key, value in variables.items():
             tf1.get_variable(key, initializer=value)
@@ -276,6 +278,19 @@ def test_the_kind_of_model_is_named_before_any_size(folder, change, message):
     assert list_variables(str(folder / "model.ckpt-7")), "inspect still shows what is in it"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("pruned_heads", {"0": [1]}), ("position_embedding_type", "relative_key"), ("is_decoder", True)],
+)
+def test_settings_of_another_network_are_refused(folder, key, value):
+    config = json.loads((folder / "bert_config.json").read_text())
+    usual = {"pruned_heads": {}, "position_embedding_type": "absolute", "is_decoder": False}
+    (folder / "bert_config.json").write_text(json.dumps({**config, **usual}))
+    read_checkpoint(stage_in(folder))
+    (folder / "bert_config.json").write_text(json.dumps({**config, **usual, key: value}))
+    refused(lambda: read_checkpoint(stage_in(folder)), f"bert_config.json: {key} is {value!r}, which bert-tensorflow's")
+
+
 def test_an_object_based_checkpoint_is_named(folder):
     import tensorflow as tf
 
@@ -336,5 +351,11 @@ def test_a_file_beside_the_weights_contradicts_the_case(folder, name, content):
         f"stage 'gate': do_lower_case is true, but {folder / name} says that the model was trained with false; set",
     )
     read_checkpoint(stage_in(folder, do_lower_case=False))
+    flags = Flags(max_seq_length=24)
+    table = EvalSet.from_frame(pd.DataFrame({"text": ["pay", "sing"], "label": ["oos", "in"]}))
+    refused(
+        lambda: finetune(Init.find(folder), table, table, ["oos", "in"], folder.parent / "out", flags=flags),
+        f"the initial model: do_lower_case is true, but {folder / name} says that the model was trained with false",
+    )
     (folder / name).write_text(json.dumps({"do_lower_case": None, "flags": None}))
     read_checkpoint(stage_in(folder))

@@ -113,7 +113,7 @@ def test_a_bare_model_gives_a_checkpoint_without_a_head(imported):
     assert not (imported["base"] / "labels.txt").exists()
     tensors = load_file(DATA / "base" / "model.safetensors")
     reader = open_checkpoint(str(imported["base"] / "model.ckpt"))
-    kernel = reader.get_tensor("bert/encoder/layer_1/intermediate/dense/kernel")
+    kernel = reader.read("bert/encoder/layer_1/intermediate/dense/kernel")
     np.testing.assert_array_equal(kernel, tensors["encoder.layer.1.intermediate.dense.weight"].T)
 
 
@@ -266,7 +266,7 @@ def test_directories_that_lack_a_file_are_refused(tmp_path):
     (source / "model.safetensors").rename(tmp_path / "kept")
     refused(source, tmp_path, "has no model.safetensors; give a Hugging Face model directory")
     (source / "pytorch_model.bin").write_bytes(b"")
-    refused(source, tmp_path, "has no model.safetensors, and pytorch_model.bin is not read; it can execute")
+    refused(source, tmp_path, "pytorch_model.bin: is not a file of torch.save")
     (tmp_path / "kept").rename(source / "model.safetensors")
     (source / "tokenizer.json").rename(source / "tokens.json")
     refused(source, tmp_path, "has no vocabulary; add its vocab.txt or tokenizer.json")

@@ -128,11 +128,18 @@ def test_pruned_heads_are_refused(tmp_path):
     refused(source, tmp_path, 'pruned_heads is {"0": [1]}; it can be imported only without this key')
 
 
-@pytest.mark.parametrize("name", ["tf_model.h5", "flax_model.msgpack", "pytorch_model-00001-of-00002.bin"])
-def test_weights_in_another_format_are_named(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("flax_model.msgpack", "load it with from_pretrained(…, from_flax=True) of transformers 4 and save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "give model.safetensors or pytorch_model.bin"),
+        ("training_args.bin", "give model.safetensors or pytorch_model.bin"),
+    ],
+)
+def test_weights_in_another_format_are_named(name, way_out, tmp_path):
     source = altered(tmp_path, "gelu")
     (source / "model.safetensors").rename(source / name)
-    refused(source, tmp_path, f"has no model.safetensors, and {name} is not read; ", "save_pretrained")
+    refused(source, tmp_path, f"has no model.safetensors, and {name} is not read; {way_out}")
 
 
 def test_byte_order_marks_and_blank_last_lines_are_no_fault(tmp_path):

@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
-from cascade_lab.bert import reference
 from cascade_lab.bert.checkpoint import Checkpoint, read_checkpoint, stage_files
 from cascade_lab.bert.graph import classifier_graph, feed, set_weights
-from cascade_lab.bert.tokenization import Encoding, Tokenizer
-from cascade_lab.exceptions import SpecError, did_you_mean
+from cascade_lab.bert.quiet_tensorflow import tf
+from cascade_lab.bert.tokenization import Encoding, Tokenizer, full_tokenizer
+from cascade_lab.exceptions import CheckpointError, SpecError, did_you_mean
 from cascade_lab.spec import StageSpec
+from cascade_lab.text import printable, shorten
 
 tf1 = tf.compat.v1
 
@@ -120,7 +120,7 @@ def attribute(
     checkpoint = read_checkpoint(stage)
     vocab_file = stage_files(stage).vocab_file
     tokenizer = Tokenizer(vocab_file, do_lower_case=stage.do_lower_case, max_seq_length=stage.max_seq_length)
-    word_tokenizer = reference.load("tokenization").FullTokenizer(str(vocab_file), stage.do_lower_case)
+    word_tokenizer = full_tokenizer(vocab_file, do_lower_case=stage.do_lower_case)
     pad = checkpoint.weights["bert/embeddings/word_embeddings"][checkpoint.vocab.get("[PAD]", 0)]
     steps = n_steps if method == "integrated_gradients" else 0
     attributions = []
@@ -131,6 +131,12 @@ def attribute(
             wordpieces, spans, n_unread = _split(word_tokenizer, text, text_b, encoding)
             inputs = feed(network.inputs, [encoding])
             embedded, logits = network.session.run([network.embedded_t, network.logits_t], inputs)
+            if not np.isfinite(logits).all():
+                shown = printable(shorten(text, 60))
+                raise CheckpointError(
+                    f"stage '{stage.name}': a logit of the text '{shown}' is NaN or infinite: the weights are finite, "
+                    "but their products overflow; take an earlier checkpoint"
+                )
             predicted = int(logits[0].argmax())
             column = predicted if target is None else stage.labels.index(target)
             x = embedded.reshape(len(wordpieces), -1)

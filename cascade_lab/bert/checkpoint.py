@@ -31,6 +31,8 @@ SIZE_KEYS = (
 # The activations of bert-tensorflow, and those that only Hugging Face has. As in bert-tensorflow, "gelu" is the tanh
 # form; "gelu_erf" is the exact form.
 ACTIVATIONS = ("gelu", "relu", "tanh", "linear", "gelu_erf", "gelu_new", "gelu_pytorch_tanh")
+# Keys of Hugging Face's configs that change the network, and the only value that means BERT's own one.
+_UNREAD = {"pruned_heads": {}, "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 REQUIRED_TOKENS = ("[UNK]", "[CLS]", "[SEP]")
 
 
@@ -102,7 +104,7 @@ def read_checkpoint(stage: StageSpec) -> Checkpoint:
             f"set max_seq_length to at most {positions}"
         )
     prefix = find_checkpoint(files.init_checkpoint)
-    _check_case(stage, {Path(prefix).parent, files.vocab_file.parent}, where)
+    check_case(where, stage.do_lower_case, {Path(prefix).parent, files.vocab_file.parent})
     return Checkpoint(prefix, config, vocab, _classifier_weights(prefix, config, stage, where))
 
 
@@ -119,11 +121,16 @@ def find_checkpoint(path: Path) -> str:
     CheckpointError
         There is no checkpoint at `path`, or several and no file says which one is meant.
     """
-    if path.is_dir():
-        return checkpoint_in(path)
-    # Users also give the name of one of the checkpoint's files; they mean the prefix.
-    prefix = re.sub(r"\.(index|meta|data-\d{5}-of-\d{5})$", "", str(path))
-    if not Path(f"{prefix}.index").is_file():
+    try:
+        if path.is_dir():
+            return checkpoint_in(path)
+        # Users also give the name of one of the checkpoint's files; they mean the prefix.
+        prefix = re.sub(r"\.(index|meta|data-\d{5}-of-\d{5})$", "", str(path))
+        is_file = Path(f"{prefix}.index").is_file()
+    except (OSError, ValueError) as error:  # for example a name that is too long
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read ({reason}); give a directory or a prefix") from error
+    if not is_file:
         raise CheckpointError(f"{path}: no such checkpoint ({prefix}.index is missing); give a directory or a prefix")
     return prefix
 
@@ -142,16 +149,14 @@ def open_checkpoint(prefix: str) -> CheckpointReader:
         The checkpoint cannot be read, or it contains no BERT with a pooler.
     """
     reader = CheckpointReader(prefix)
-    check_kind(prefix, list(reader.get_variable_to_shape_map()))
+    check_kind(prefix, list(reader.variables))
     return reader
 
 
 def list_variables(prefix: str) -> dict[str, tuple[list[int], str]]:
     """Return the shape and type of every variable in the checkpoint at `prefix`, by name."""
-    reader = CheckpointReader(prefix)
-    types = reader.get_variable_to_dtype_map()
-    shapes = reader.get_variable_to_shape_map()
-    return {name: (shapes[name], types[name].name) for name in sorted(shapes)}
+    variables = CheckpointReader(prefix).variables
+    return {name: (list(variables[name].shape), variables[name].dtype.name) for name in sorted(variables)}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -194,6 +199,11 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("hidden_act") not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise CheckpointError(f"{path}: hidden_act is {config.get('hidden_act')!r}; it must be one of {known}")
+    for key, usual in _UNREAD.items():
+        if config.get(key) not in (usual, None):
+            raise CheckpointError(
+                f"{path}: {key} is {config[key]!r}, which bert-tensorflow's network does not have; give another model"
+            )
     epsilon = config.get("layer_norm_eps", 1e-12)
     if not isinstance(epsilon, float) or not epsilon > 0:
         raise CheckpointError(f"{path}: layer_norm_eps is {epsilon!r}; it must be a number above 0, such as 1e-12")
@@ -286,7 +296,7 @@ def variable_shapes(
 def _classifier_weights(prefix: str, config: dict[str, Any], stage: StageSpec, where: str) -> dict[str, np.ndarray]:
     """Read the variables of a classifier's graph; others (Adam slots, `global_step`) are ignored."""
     reader = open_checkpoint(prefix)
-    saved_shapes = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
+    saved_shapes = {name: variable.shape for name, variable in reader.variables.items()}
     head = (stage.output_weights, stage.output_bias)
     n_labels, hidden = len(stage.labels), config["hidden_size"]
     shapes = variable_shapes(config, n_labels, *head)
@@ -328,7 +338,7 @@ def read_bert_weights(
         The checkpoint is damaged, contains no BERT, or does not belong to the config.
     """
     reader = reader or open_checkpoint(prefix)
-    saved_shapes = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
+    saved_shapes = {name: variable.shape for name, variable in reader.variables.items()}
     scope = bert_scope(prefix, saved_shapes)
     weights = {}
     for name, shape in variable_shapes(config, 2).items():
@@ -349,7 +359,7 @@ def read_bert_weights(
     return weights
 
 
-def _check_case(stage: StageSpec, folders: set[Path], where: str) -> None:
+def check_case(where: str, do_lower_case: bool, folders: set[Path]) -> None:
     """Raise CheckpointError if a file beside the weights says that the model was trained with the other case."""
     for path in sorted(folder / name for folder in folders for name in _CASE_FILES):
         if not path.is_file():
@@ -358,9 +368,9 @@ def _check_case(stage: StageSpec, folders: set[Path], where: str) -> None:
         if path.name == "training.json":
             content = content["flags"] if isinstance(content.get("flags"), dict) else {}
         saved = content.get("do_lower_case")
-        if isinstance(saved, bool) and saved != stage.do_lower_case:
+        if isinstance(saved, bool) and saved != do_lower_case:
             raise CheckpointError(
-                f"{where}: do_lower_case is {json.dumps(stage.do_lower_case)}, but {path} says that the model was "
+                f"{where}: do_lower_case is {json.dumps(do_lower_case)}, but {path} says that the model was "
                 f"trained with {json.dumps(saved)}; set do_lower_case = {json.dumps(saved)}"
             )
 

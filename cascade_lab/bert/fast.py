@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
-from tensorflow.core.framework.attr_value_pb2 import AttrValue
-from tensorflow.python.framework import kernels
 
 from cascade_lab.bert.batching import round_up
+from cascade_lab.bert.quiet_tensorflow import AttrValue, kernels, tf
 from cascade_lab.bert.tokenization import Encoding
 
 tf1 = tf.compat.v1
@@ -43,10 +41,14 @@ _MASKED = -1e9  # added to the attention scores of padding, as bert-tensorflow a
 
 
 class Endpoints(NamedTuple):
-    """The inputs and the output of one form of the graph. `feed` makes the arrays for the inputs."""
+    """The inputs and the outputs of one form of the graph. `feed` makes the arrays for the inputs.
+
+    `features_t` is the last layer's output at `[CLS]`: float32, shape (n, hidden).
+    """
 
     inputs: list[tf.Tensor]
     logits_t: tf.Tensor
+    features_t: tf.Tensor
 
 
 class FastGraph(NamedTuple):
@@ -114,8 +116,8 @@ def fast_graph(
         network = _Network(config, weights, dtype, fused, output_weights, output_bias)
         uniform_inputs = [_integers("input_ids"), _integers("position_rows"), _integers("grid", 2)]
         ragged_inputs = [*uniform_inputs, _integers("slots"), tf1.placeholder(tf.float32, [None, None], name="mask")]
-        uniform = Endpoints(uniform_inputs, network.logits(*uniform_inputs))
-        ragged = Endpoints(ragged_inputs, network.logits(*ragged_inputs))
+        uniform = Endpoints(uniform_inputs, *network.outputs(*uniform_inputs))
+        ragged = Endpoints(ragged_inputs, *network.outputs(*ragged_inputs))
     return FastGraph(graph, uniform, ragged, network.load)
 
 
@@ -197,15 +199,15 @@ class _Network:
             value_t, assign, value = self._unassigned.pop()
             session.run(assign, {value_t: value})
 
-    def logits(
+    def outputs(
         self,
         input_ids_t: tf.Tensor,
         position_rows_t: tf.Tensor,
         grid_t: tf.Tensor,
         slots_t: tf.Tensor | None = None,
         mask_t: tf.Tensor | None = None,
-    ) -> tf.Tensor:
-        """Return the logits, float32, shape (n, n_labels), of a batch in the form that `feed` returns."""
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the logits, shape (n, n_labels), and the features of a batch in the form that `feed` returns."""
         x_t = tf.gather(self._word_embeddings_t, input_ids_t) + tf.gather(self._position_table_t, position_rows_t)
         x_t = tf.cast(self._norm(x_t, *self._norm_t), self._dtype)
         if mask_t is not None:
@@ -215,7 +217,7 @@ class _Network:
         context_t, first_t = self._attention_of_first(self._layers[-1], x_t, grid_t, mask_t)
         x_t = tf.cast(self._feed_forward(self._layers[-1], context_t, first_t), tf.float32)
         pooled_t = self._dense(x_t, *self._pooler_t, activation="tanh")
-        return self._dense(pooled_t, *self._head_t)
+        return self._dense(pooled_t, *self._head_t), x_t
 
     def _attention(
         self,

@@ -14,17 +14,25 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from tqdm.auto import tqdm
 
 from cascade_lab.atomic import check_directory, locked_output, refuse_existing, unfinished_path
-from cascade_lab.bert.checkpoint import check_vocab_size, find_checkpoint, read_bert_weights, read_config, read_vocab
+from cascade_lab.bert.checkpoint import (
+    check_case,
+    check_vocab_size,
+    find_checkpoint,
+    read_bert_weights,
+    read_config,
+    read_vocab,
+)
 from cascade_lab.bert.graph import TrainingGraph, feed, training_graph
-from cascade_lab.bert.resume import UnfinishedTraining, remove_finished
+from cascade_lab.bert.quiet_tensorflow import tf
+from cascade_lab.bert.resume import TRAINING_DIRECTORY, UnfinishedTraining, remove_finished
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
 from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import TrainingError
 from cascade_lab.provenance import environment, sha256
+from cascade_lab.text import printable, shorten
 
 tf1 = tf.compat.v1
 
@@ -153,10 +161,9 @@ def finetune(
     targets = {"train": train.column(label_column), "dev": dev.column(label_column)}
     initial_weights = _check_model(config, vocab, init, flags)
     _check_labels(labels, {"train": train, "dev": dev}, targets)
-    directory: Any = {"marker": "training.json", "what": "training", "error": TrainingError}
-    check_directory(output, overwrite=True, **directory)
+    check_directory(output, overwrite=True, continues=True, **TRAINING_DIRECTORY)
     if not overwrite:
-        remove_finished(output, directory)
+        remove_finished(output)
     refuse_existing(output, overwrite=overwrite, error=TrainingError)
     tokenizer = Tokenizer(init.vocab_file, do_lower_case=flags.do_lower_case, max_seq_length=flags.max_seq_length)
     index = {label: i for i, label in enumerate(labels)}
@@ -170,10 +177,10 @@ def finetune(
         "label_column": label_column,
         "train": {key: value for key, value in train.origin.items() if key != "source"},
         "dev": {key: value for key, value in dev.origin.items() if key != "source"},
-        "init": _origin(init),
+        "init": init_origin(init),
     }
     try:
-        with locked_output(output, overwrite=overwrite, continues=True, **directory):
+        with locked_output(output, overwrite=overwrite, continues=True, **TRAINING_DIRECTORY):
             unfinished = UnfinishedTraining(unfinished_path(output), identity)
             session_config = tf1.ConfigProto(
                 intra_op_parallelism_threads=flags.threads, inter_op_parallelism_threads=flags.threads
@@ -182,7 +189,7 @@ def finetune(
             with network.graph.as_default(), tf1.Session(config=session_config) as session:
                 step, state = unfinished.restore(session, network.weights, initial_weights)
                 with tqdm(total=n_steps, initial=step, unit="step", disable=not progress) as bar:
-                    _train(session, network, encoded, y, flags, unfinished, step, state, bar)
+                    _train(session, network, encoded, y, flags, unfinished, step, state, bar, dev.texts)
             record = {
                 **identity,
                 "sources": {"train": train.source, "dev": dev.source},
@@ -209,6 +216,8 @@ def _check_model(
             f"max_seq_length is {flags.max_seq_length}, but the model has only {config['max_position_embeddings']} "
             "positions; lower max_seq_length"
         )
+    folders = {init.vocab_file.parent} | ({Path(init.prefix).parent} if init.prefix else set())
+    check_case("the initial model", flags.do_lower_case, folders)
     return None if init.prefix is None else read_bert_weights(init.prefix, config)
 
 
@@ -240,6 +249,7 @@ def _train(
     step: int,
     state: dict[str, Any],
     bar: tqdm,
+    dev_texts: Sequence[str],
 ) -> None:
     """Train from `step` to the end. `state` is saved with every checkpoint, so that the training can continue there."""
     steps_per_epoch = math.ceil(len(y["train"]) / flags.train_batch_size)
@@ -256,13 +266,19 @@ def _train(
             loss, _ = session.run([network.loss_t, network.train_op], inputs)
             step += 1
             if not np.isfinite(loss):
-                raise _diverged(step, flags, unfinished)
+                raise _diverged(f"the loss is NaN or infinite at step {step}", flags, unfinished)
             state["losses"].append(float(loss))
             bar.set_postfix(epoch=epoch + 1, loss=f"{np.mean(state['losses'][-50:]):.3f}", refresh=False)
             bar.update()
             if step % flags.save_checkpoints_steps == 0 and step % steps_per_epoch:
                 _save(session, network, flags, unfinished, step, state)
-        _end_epoch(session, network, encoded["dev"], y["dev"], epoch, step, state, perf_counter() - start)
+        seconds = perf_counter() - start
+        logits = _dev_logits(session, network, encoded["dev"])
+        bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        if len(bad):
+            text = printable(shorten(dev_texts[bad[0]], 60))
+            raise _diverged(f"a logit of the text '{text}' is NaN or infinite after step {step}", flags, unfinished)
+        _end_epoch(logits, y["dev"], epoch, step, state, seconds)
         bar.write(_line(state["curve"][-1])) if not bar.disable else None
         _save(session, network, flags, unfinished, step, state, best=state["best_epoch"] == epoch + 1)
 
@@ -273,28 +289,26 @@ def _learning_rate(flags: Flags, step: int, n_steps: int) -> float:
     return flags.learning_rate * (step / n_warmup if step < n_warmup else 1 - step / n_steps)
 
 
-def _end_epoch(
-    session: Any,
-    network: TrainingGraph,
-    dev: list[Encoding],
-    y_dev: np.ndarray,
-    epoch: int,
-    step: int,
-    state: dict[str, Any],
-    seconds: float,
-) -> None:
-    """Score `dev`, add a row to the curve, and record the epoch if it is the best so far."""
+def _dev_logits(session: Any, network: TrainingGraph, dev: list[Encoding]) -> np.ndarray:
+    """Score `dev` without dropout: shape (len(dev), n_labels)."""
     logits = np.empty((len(dev), int(network.logits_t.shape[1])))
     order = np.argsort([-len(encoding.input_ids) for encoding in dev], kind="stable")
     for first in range(0, len(order), 64):
         batch = order[first : first + 64]
         logits[batch] = session.run(network.logits_t, feed(network.inputs, [dev[i] for i in batch]))
+    return logits
+
+
+def _end_epoch(
+    logits: np.ndarray, y_dev: np.ndarray, epoch: int, step: int, state: dict[str, Any], seconds: float
+) -> None:
+    """Add a row to the curve, and record the epoch if it is the best so far."""
     log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     row = {
         "epoch": epoch + 1,
         "step": step,
         "train_loss": float(np.mean(state["losses"])),
-        "dev_loss": float(-log_p[np.arange(len(dev)), y_dev].mean()),
+        "dev_loss": float(-log_p[np.arange(len(y_dev)), y_dev].mean()),
         "dev_accuracy": float((logits.argmax(axis=1) == y_dev).mean()),
         "seconds": round(seconds, 1),
     }
@@ -342,20 +356,21 @@ def _save(
     best: bool = False,
 ) -> None:
     if not session.run(network.finite_t):
-        raise _diverged(step, flags, unfinished)
+        raise _diverged(f"a weight is NaN or infinite after step {step}", flags, unfinished)
     unfinished.save(session, step, state, best=best)
 
 
-def _diverged(step: int, flags: Flags, unfinished: UnfinishedTraining) -> TrainingError:
+def _diverged(problem: str, flags: Flags, unfinished: UnfinishedTraining) -> TrainingError:
     prefix = unfinished.last_checkpoint()
     saved = f"the last good checkpoint is {prefix}" if prefix else "no checkpoint had been saved yet"
     return TrainingError(
-        f"the loss is NaN or infinite at step {step}: the training diverged; {saved}; lower learning_rate "
+        f"{problem}: the training diverged; {saved}; lower learning_rate "
         f"(it is {flags.learning_rate:g}) and train to another output, or delete {unfinished.folder}"
     )
 
 
-def _origin(init: Init) -> dict[str, Any]:
+def init_origin(init: Init) -> dict[str, Any]:
+    """Return what `training.json` records about the model that a training starts from."""
     files = [init.bert_config_file, init.vocab_file]
     files += [] if init.prefix is None else [Path(f"{init.prefix}.index")]
     return {"weights": init.prefix and Path(init.prefix).name, "sha256": {path.name: sha256(path) for path in files}}

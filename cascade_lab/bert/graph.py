@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from cascade_lab.bert import reference
+from cascade_lab.bert.quiet_tensorflow import tf
 from cascade_lab.bert.tokenization import Encoding
 
 tf1 = tf.compat.v1
@@ -24,6 +24,8 @@ class ClassifierGraph(NamedTuple):
         The placeholders `input_ids`, `input_mask` and `segment_ids`: int32, shape (n, length).
     logits_t : tf.Tensor
         float32, shape (n, num_labels).
+    features_t : tf.Tensor
+        The last layer's output at `[CLS]`: float32, shape (n, hidden).
     saver : tf.train.Saver
         Restores all variables of the graph from a checkpoint.
     """
@@ -31,6 +33,7 @@ class ClassifierGraph(NamedTuple):
     graph: tf.Graph
     inputs: list[tf.Tensor]
     logits_t: tf.Tensor
+    features_t: tf.Tensor
     saver: Any
 
 
@@ -45,7 +48,8 @@ def classifier_graph(
             config, num_labels, *inputs, output_weights=output_weights, output_bias=output_bias
         )
         saver = tf1.train.Saver(tf1.global_variables())
-    return ClassifierGraph(graph, inputs, logits_t, saver)
+    features_t = graph.get_tensor_by_name("bert/pooler/Squeeze:0")  # what bert-tensorflow's pooler reads
+    return ClassifierGraph(graph, inputs, logits_t, features_t, saver)
 
 
 def set_weights(session: Any, weights: Mapping[str, np.ndarray]) -> None:

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from cascade_lab.atomic import to_json, whole_directory
 from cascade_lab.bert.checkpoint import SIZE_KEYS, check_config, read_checkpoint, read_json, variable_shapes
 from cascade_lab.bert.huggingface_tokenizer import TOKENIZER_FILES, read_tokenizer
-from cascade_lab.bert.huggingface_weights import HEAD, Tensors, convert, read_tensors, torch_name, transposed
+from cascade_lab.bert.huggingface_weights import HEAD, INDEXES, Tensors, convert, read_tensors, torch_name, transposed
 from cascade_lab.bert.writing import save_checkpoint, write_lines
 from cascade_lab.exceptions import CheckpointError
 from cascade_lab.provenance import sha256
@@ -57,7 +57,8 @@ def import_directory(source: str | Path, output: str | Path, *, overwrite: bool 
     ----------
     source : path
         The directory of a `BertForSequenceClassification`, or of a `BertModel` with its pooler. It contains
-        `config.json`, `model.safetensors` (or its shards), and `vocab.txt` or `tokenizer.json`.
+        `config.json`, the weights, and `vocab.txt` or `tokenizer.json`. The weights are `model.safetensors`, else
+        `pytorch_model.bin` (each may be in shards), else `tf_model.h5`.
     output : path
         The new directory, which appears whole or not at all. If the model has a classification head, it contains
         `labels.txt` too. `import.json` records the source, and whether texts are converted to lower case.
@@ -90,7 +91,7 @@ def import_directory(source: str | Path, output: str | Path, *, overwrite: bool 
         labels = _labels(hf_config, source / "config.json", tensors.head_shape)
     shapes = variable_shapes(config, len(labels))
     weights = convert(tensors, {name: shapes[name] for name in shapes if labels or name not in HEAD})
-    names = ("config.json", *TOKENIZER_FILES, "model.safetensors.index.json")
+    names = ("config.json", *TOKENIZER_FILES, *INDEXES)
     files = tensors.files + [source / name for name in names if (source / name).is_file()]
     origin = {
         "source": str(source),

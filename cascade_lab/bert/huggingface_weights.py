@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cascade_lab.bert.checkpoint import read_json
 from cascade_lab.bert.checkpoint_reader import finite_float32
+from cascade_lab.bert.hdf5_file import read_hdf5
+from cascade_lab.bert.quiet_tensorflow import tf
+from cascade_lab.bert.torch_file import read_torch_file
 from cascade_lab.bert.variable_names import find_name, other_model, torch_scope
 from cascade_lab.exceptions import CheckpointError
 
 HEAD = {"output_weights": "classifier.weight", "output_bias": "classifier.bias"}
 """The names of the head's variables in Hugging Face's models, by their names in the graph."""
 
-_OTHER_FORMATS = (
-    ("pytorch_model*.bin", "it can execute code; save the model again with save_pretrained of a current transformers"),
-    ("tf_model*.h5", "load it with from_pretrained(…, from_tf=True) of transformers 4 and save_pretrained it again"),
-    ("flax_model*.msgpack", "load it with from_pretrained(…, from_flax=True) of transformers 4 and save_pretrained it"),
-)
+INDEXES = {"model.safetensors.index.json": "model.safetensors", "pytorch_model.bin.index.json": "pytorch_model.bin"}
+"""The files that list the shards of a model's weights, and the file that they stand for."""
+
+_FLAX = "load it with from_pretrained(…, from_flax=True) of transformers 4 and save_pretrained it again"
 
 
 class Tensors(NamedTuple):
@@ -66,12 +67,7 @@ def read_tensors(source: Path) -> Tensors:
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing, but the index names it; copy it too")
-        try:
-            by_name |= {_modern_name(name): (path, tensor) for name, tensor in load_file(path).items()}
-        except (SafetensorError, OSError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error}): it is truncated or damaged; copy it again"
-            ) from error
+        by_name |= {_modern_name(name): (path, tensor) for name, tensor in _read_file(path).items()}
     where = str(files[0] if len(files) == 1 else source)
     model = other_model(by_name)
     if model is not None:
@@ -129,21 +125,40 @@ def transposed(name: str, weight: np.ndarray) -> np.ndarray:
     return weight.T if name.endswith("/kernel") else weight
 
 
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix == ".bin":
+        return read_torch_file(path)
+    if path.suffix == ".h5":
+        return read_hdf5(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): it is truncated or damaged; copy it again") from error
+
+
 def _weight_files(source: Path) -> list[Path]:
-    """Return `model.safetensors`, or the shards that are listed in its index."""
-    single, index = source / "model.safetensors", source / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-            raise CheckpointError(f"{index}: its weight_map must name files of the same directory; copy it again")
-        return [source / name for name in sorted(set(names.values()))]
-    for pattern, way_out in _OTHER_FORMATS:
-        others = sorted(path.name for path in source.iterdir() if path.match(pattern))
-        if others:
-            raise CheckpointError(f"{source}: has no model.safetensors, and {others[0]} is not read; {way_out}")
+    """Return the files with the weights: one, or the shards that an index lists. safetensors are preferred."""
+    for index, single in INDEXES.items():
+        if (source / single).is_file():
+            return [source / single]
+        if (source / index).is_file():
+            names = read_json(source / index).get("weight_map")
+            if not isinstance(names, dict) or not all(_is_shard(name, single) for name in names.values()):
+                raise CheckpointError(
+                    f"{source / index}: its weight_map must name files of the same directory; copy it again"
+                )
+            return [source / name for name in sorted(set(names.values()))]
+    if (source / "tf_model.h5").is_file():
+        return [source / "tf_model.h5"]
+    others = sorted(path.name for path in source.iterdir() if path.name.endswith((".bin", ".h5", ".msgpack")))
+    if others:
+        way_out = _FLAX if others[0].endswith(".msgpack") else "give model.safetensors or pytorch_model.bin"
+        raise CheckpointError(f"{source}: has no model.safetensors, and {others[0]} is not read; {way_out}")
     raise CheckpointError(f"{source}: has no model.safetensors; give a Hugging Face model directory")
+
+
+def _is_shard(name: object, single: str) -> bool:
+    return isinstance(name, str) and Path(name).name == name and Path(name).suffix == Path(single).suffix
 
 
 def _modern_name(name: str) -> str:

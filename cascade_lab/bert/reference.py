@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import tensorflow as tf
+from cascade_lab.bert.quiet_tensorflow import tf
 
 tf1 = tf.compat.v1
 

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from cascade_lab.atomic import locked_output, put_in_place, to_json, unfinished_path, write_text
 from cascade_lab.bert.checkpoint import find_checkpoint
 from cascade_lab.bert.checkpoint_reader import CheckpointReader
 from cascade_lab.bert.graph import set_weights
+from cascade_lab.bert.quiet_tensorflow import tf
 from cascade_lab.bert.writing import disk_errors, write_lines
 from cascade_lab.exceptions import TrainingError
 from cascade_lab.provenance import sha256
 
 tf1 = tf.compat.v1
+
+TRAINING_DIRECTORY: Any = {"marker": "training.json", "what": "training", "error": TrainingError}
+"""What `whole_directory` and the functions beside it need to know about a training's directory."""
 
 _FINISHED = "finished"
 _PARTS = {"steps", "best", "final", _FINISHED}
@@ -79,7 +82,7 @@ class UnfinishedTraining:
         if latest is not None:
             reader = CheckpointReader(latest)
             names = [variable.op.name for variable in tf1.global_variables()]
-            set_weights(session, {name: reader.get_tensor(name) for name in names})
+            set_weights(session, {name: reader.read(name) for name in names})
             # Otherwise the Saver would not delete this checkpoint later.
             self._step_saver.recover_last_checkpoints([latest])
             step = int(latest.rsplit("-", 1)[1])
@@ -137,30 +140,35 @@ class UnfinishedTraining:
         _delete(self.folder)
 
 
-def remove_finished(output: Path, directory: dict[str, Any]) -> None:
-    """Delete `<output>.unfinished` if its training is at `output` already: its process was killed before it did so.
-
-    Parameters
-    ----------
-    output : path
-    directory : dict
-        `marker`, `what` and `error`, as for `whole_directory`.
-    """
+def remove_finished(output: Path) -> None:
+    """Delete `<output>.unfinished` if its training is at `output` already: its process was killed before it did so."""
     folder = unfinished_path(output)
     mark, record = folder / _FINISHED, output / "training.json"
     try:
-        if mark.is_file() and record.is_file():
-            with locked_output(output, overwrite=True, continues=True, **directory):
+        if folder.is_dir() and record.is_file():
+            with locked_output(output, overwrite=True, continues=True, **TRAINING_DIRECTORY):
                 if mark.is_file() and mark.read_text(encoding="utf-8") == sha256(record):
                     _delete(folder)
+                elif not any(folder.iterdir()):
+                    folder.rmdir()
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be deleted ({error.strerror or error}); delete it") from error
 
 
 def _delete(folder: Path) -> None:
-    """Delete the directory of a training. The identity goes first: without it, what is left is not continued."""
+    """Delete the directory of a training, also if this is interrupted and repeated.
+
+    The identity goes first: without it, what is left is not continued. The file that says that the training is finished
+    goes last: see `remove_finished`.
+    """
     (folder / "identity.json").unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _FINISHED:
+            path.unlink()
+    (folder / _FINISHED).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _clear(folder: Path) -> None:

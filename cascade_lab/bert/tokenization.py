@@ -10,12 +10,13 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from cascade_lab.bert import reference
+from cascade_lab.bert.checkpoint import read_vocab
 from cascade_lab.provenance import sha256
 
 MAX_CHARS_PER_WORD = 200  # as in FullTokenizer; a longer word becomes [UNK]
@@ -55,8 +56,8 @@ class Tokenizer:
     """
 
     def __init__(self, vocab_file: str | Path, *, do_lower_case: bool, max_seq_length: int):
-        self._reference = reference.load("tokenization").FullTokenizer(str(vocab_file), do_lower_case)
-        self._vocab = dict(self._reference.vocab)
+        self._reference = full_tokenizer(vocab_file, do_lower_case=do_lower_case)
+        self._vocab: dict[str, int] = self._reference.vocab
         self.settings = (sha256(vocab_file), do_lower_case, max_seq_length)
         self._max_seq_length = max_seq_length
         self._rust = RustTokenizer(
@@ -94,6 +95,11 @@ class Tokenizer:
             for text, agrees in zip(texts, in_rust, strict=True)
         ]
 
+    def text(self, encoding: Encoding) -> str:
+        """Return the wordpieces of a text joined to words, for messages: without its capitals and what was cut off."""
+        pieces = self._reference.convert_ids_to_tokens(encoding.input_ids[1:-1])
+        return " ".join(pieces).replace(" ##", "").replace(" [SEP] ", " / ")
+
     def _single(self, ids: list[int]) -> Encoding:
         ids = ids[: self._max_seq_length - 2]
         return Encoding([self._vocab["[CLS]"], *ids, self._vocab["[SEP]"]], len(ids) + 2)
@@ -124,6 +130,18 @@ class Tokenizer:
         normalized = self._rust.normalizer.normalize_str(trial)
         rust_words = [word for word, _ in self._rust.pre_tokenizer.pre_tokenize_str(normalized)]
         return bool(rust_words == self._reference.basic_tokenizer.tokenize(trial))
+
+
+def full_tokenizer(vocab_file: str | Path, *, do_lower_case: bool) -> Any:
+    """Return bert-tensorflow's `FullTokenizer` with the vocabulary that `read_vocab` reads.
+
+    Its own reader takes a byte-order mark for a part of the first token, and blank last lines for a token.
+    """
+    tokenizer = reference.load("tokenization").FullTokenizer(str(vocab_file), do_lower_case)
+    vocab = read_vocab(Path(vocab_file))
+    tokenizer.vocab = tokenizer.basic_tokenizer.vocab = tokenizer.wordpiece_tokenizer.vocab = vocab
+    tokenizer.inv_vocab = {number: token for token, number in vocab.items()}
+    return tokenizer
 
 
 def truncated_lengths(n_first: int, n_second: int, max_length: int) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
+
+from cascade_lab.bert.quiet_tensorflow import tf
 
 tf1 = tf.compat.v1
 

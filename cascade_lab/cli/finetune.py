@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli.console import quiet_tensorflow, shows_progress
-from cascade_lab.cli.options import DO_LOWER_CASE, NEW_DIRECTORY, OVERWRITE, TRAINING_SET
+from cascade_lab.cli.console import shows_progress, spinner
+from cascade_lab.cli.options import DO_LOWER_CASE, ENCODING, NEW_DIRECTORY, OVERWRITE, TRAINING_SET
 from cascade_lab.cli.printing import line
 from cascade_lab.exceptions import TrainingError
 
@@ -34,6 +34,7 @@ def finetune(
     ] = None,
     train_split: Annotated[str | None, typer.Option(help="The split of the training file.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="The split of the evaluation file.")] = None,
+    encoding: ENCODING = None,
     bert_config_file: Annotated[
         Path | None, typer.Option(help="The config [default: bert_config.json beside the checkpoint].")
     ] = None,
@@ -66,10 +67,14 @@ def finetune(
     """
     from cascade_lab.evalset import EvalSet
 
-    train_set = EvalSet.read(train, split=train_split, label_column=label_column).without(leave_out or [], label_column)
-    dev_set = EvalSet.read(dev, split=eval_split, label_column=label_column).without(leave_out or [], label_column)
+    train_set = EvalSet.read(train, split=train_split, label_column=label_column, encoding=encoding).without(
+        leave_out or [], label_column
+    )
+    dev_set = EvalSet.read(dev, split=eval_split, label_column=label_column, encoding=encoding).without(
+        leave_out or [], label_column
+    )
     names = _read_labels(labels) if labels else sorted(set(train_set.column(label_column)))
-    with quiet_tensorflow("loading TensorFlow"):
+    with spinner("loading TensorFlow"):
         from cascade_lab.bert.finetune import Flags, Init
         from cascade_lab.bert.finetune import finetune as train_classifier
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli.console import quiet_tensorflow
+from cascade_lab.cli.console import spinner
 from cascade_lab.cli.options import NEW_DIRECTORY, OVERWRITE
 from cascade_lab.cli.printing import line
 
@@ -27,7 +27,7 @@ def import_hf(
     from cascade_lab.atomic import check_directory
 
     check_directory(output, overwrite=overwrite, marker="import.json", what="converted checkpoint")
-    with quiet_tensorflow("importing"):
+    with spinner("importing"):
         from cascade_lab.bert.huggingface import import_directory
 
         import_directory(source, output, overwrite=overwrite)

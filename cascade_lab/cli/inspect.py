@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cascade_lab.cli.console import quiet_tensorflow
+from cascade_lab.cli.console import spinner
 from cascade_lab.cli.printing import cell, line, print_run, show, table, title
 
 if TYPE_CHECKING:
@@ -48,7 +45,7 @@ def _print_cascade(path: Path) -> None:
     from cascade_lab.spec import CascadeSpec
 
     spec = CascadeSpec.read(path)
-    with _notices(), quiet_tensorflow("reading checkpoints"):
+    with spinner("reading checkpoints"):
         from cascade_lab.bert.checkpoint import read_checkpoint
 
         checkpoints = [read_checkpoint(stage) for stage in spec.stages]
@@ -75,28 +72,14 @@ def _n_tokens(n_tokens: int, n_rows: int) -> str:
     return f"{n_tokens:,}" if n_tokens == n_rows else f"{n_tokens:,} of {n_rows:,}"
 
 
-@contextmanager
-def _notices() -> Iterator[None]:
-    """Print the warnings of what reads checkpoints, one per line, afterwards."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for message in dict.fromkeys(str(entry.message) for entry in caught if _is_notice(entry.category)):
-        line(f"note: {message}")
-
-
-def _is_notice(category: type[Warning]) -> bool:
-    from cascade_lab.bert.checkpoint_reader import CheckpointWarning
-
-    return issubclass(category, CheckpointWarning)
-
-
 def _rule(stage: StageSpec) -> str:
+    if stage.is_deferral:
+        return f"answers at confidence ≥ {stage.threshold:g}"
     return f"p({stage.pass_label}) ≥ {stage.threshold:g}" if stage.is_gate else "last"
 
 
 def _print_checkpoint(path: Path) -> None:
-    with _notices(), quiet_tensorflow("reading the checkpoint"):
+    with spinner("reading the checkpoint"):
         from cascade_lab.bert.checkpoint import find_checkpoint, list_variables
 
         prefix = find_checkpoint(path)
