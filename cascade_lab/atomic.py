@@ -10,20 +10,14 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cascade_lab.exceptions import CascadeLabError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from cascade_lab.locks import MAY_LOCK, Lock, is_alive, lock, lock_path, made_parents, remove, try_lock
 
 UNFINISHED = ".unfinished"
 
@@ -65,19 +59,82 @@ def write_file(
     error
         The file cannot be written; what was at `path` is still there.
     """
-    path = _named(path, error)
-    refuse_existing(path, overwrite=True, error=error)
+    path = _file(path, overwrite=True, error=error)
     try:
-        if os.path.lexists(path) and not path.is_file():
-            kind = "a directory" if path.is_dir() else "not a regular file"
-            raise error(f"{path} is {kind}, so it is not overwritten; give the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path) as partial:
+        with made_parents(path), _temporary(path) as partial:
             write(partial)
+            _flush(partial)
             os.replace(partial, path)
     except OSError as problem:
-        raise error(f"{path}: cannot be written ({problem.strerror or problem}); choose another output") from problem
+        raise _not_written(path, problem, error) from problem
     return path
+
+
+def write_files(files: Mapping[Path, bytes], *, error: type[CascadeLabError] = CascadeLabError) -> None:
+    """Write files of one folder that belong together; if one of them cannot be written, all are as they were.
+
+    Each file appears whole or not at all. A process that is killed between two of them leaves the first ones new and
+    the others old.
+
+    Raises
+    ------
+    error
+        A file cannot be written.
+    """
+    path = next(iter(files))
+    try:
+        with ExitStack() as stack:
+            for path in files:
+                stack.enter_context(made_parents(_file(path, overwrite=True, error=error)))
+            partials = {path: stack.enter_context(_temporary(path)) for path in files}
+            copies = {path: stack.enter_context(_temporary(path)) for path in files if path.exists()}
+            for path, content in files.items():
+                partials[path].write_bytes(content)
+                _flush(partials[path])
+            for path, copy in copies.items():
+                shutil.copyfile(path, copy)
+            begun = []
+            try:
+                for path in files:
+                    begun.append(path)
+                    os.replace(partials[path], path)
+            except BaseException:
+                for path in begun:
+                    os.replace(copies[path], path) if path in copies else path.unlink(missing_ok=True)
+                raise
+    except OSError as problem:
+        raise _not_written(path, problem, error) from problem
+
+
+@contextmanager
+def locked_file(
+    path: str | Path, *, overwrite: bool, what: str, error: type[CascadeLabError] = CascadeLabError
+) -> Iterator[None]:
+    """Hold the lock of a file while its content is computed, so that no other process writes it; see `lock`.
+
+    Parameters
+    ----------
+    path : path
+    overwrite : bool
+        A file that is there may be replaced.
+    what : str
+        The kind of file, for messages: "comparison".
+    error : type
+        What to raise.
+
+    Raises
+    ------
+    error
+        There is a file already and it may not be replaced, another process is writing it, or it cannot be written.
+    """
+    path = _named(path, error)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock(path, what, error))
+        except OSError as problem:
+            raise _not_written(path, problem, error) from problem
+        _file(path, overwrite=overwrite, error=error)
+        yield
 
 
 def write_text(path: str | Path, text: str, *, error: type[CascadeLabError] = CascadeLabError) -> Path:
@@ -115,20 +172,21 @@ def check_directory(
     output: str | Path,
     *,
     overwrite: bool,
+    continues: bool = False,
     marker: str,
     what: str,
     error: type[CascadeLabError] = CascadeLabError,
 ) -> None:
-    """Raise `error` if a directory cannot be written to `output`: see `whole_directory` for the parameters.
+    """Raise `error` if a directory cannot be written to `output`: see `locked_output` for the parameters.
 
     First it restores or removes what a killed process left, as `locked_output` does.
     """
     output = _named(output, error)
     try:
-        if os.path.lexists(_lock_path(output)) or _replaced(output):
-            with _lock(output, what, error) as pids:
-                _recover(output, pids, marker, what, error)
-        _check(output, overwrite=overwrite, continues=False, marker=marker, what=what, error=error)
+        if os.path.lexists(lock_path(output)) or _replaced(output):
+            with lock(output, what, error) as held:
+                _recover(output, held, continues, marker, what, error)
+        _check(output, overwrite=overwrite, continues=continues, marker=marker, what=what, error=error)
     except OSError as problem:
         raise error(
             f"{output}: the {what} cannot be written ({problem.strerror or problem}); choose another output"
@@ -178,7 +236,7 @@ def whole_directory(
                 yield partial
                 put_in_place(partial, output)
             except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+                _delete(partial)
                 raise
     except OSError as problem:
         raise error(
@@ -199,14 +257,13 @@ def locked_output(
 ) -> Iterator[None]:
     """Hold the lock of `output`, so that no other process writes it; see `whole_directory` for the parameters.
 
-    The lock is the file `.<name>.lock` beside `output`; the system frees it when the process ends, however it ends.
-    That file contains the process id. What a killed process left is handled first: a directory that it was
-    replacing gets its name back if nothing has this name, and is removed otherwise. Without `fcntl` nothing is locked.
+    What a killed process left is handled first. A directory that it was replacing gets its name back if nothing has
+    this name, and is removed otherwise. Its `<output>.unfinished` is removed, or is continued.
 
     Parameters
     ----------
     continues : bool
-        A `<output>.unfinished` that is there is continued, and is not refused.
+        A `<output>.unfinished` that is there is continued, and is neither removed nor refused.
 
     Raises
     ------
@@ -216,9 +273,8 @@ def locked_output(
         The lock cannot be written.
     """
     output = _named(output, error)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(output, what, error) as pids:
-        _recover(output, pids, marker, what, error)
+    with lock(output, what, error) as held:
+        _recover(output, held, continues, marker, what, error)
         _check(output, overwrite=overwrite, continues=continues, marker=marker, what=what, error=error)
         yield
 
@@ -264,6 +320,20 @@ def _named(output: str | Path, error: type[CascadeLabError]) -> Path:
     return path
 
 
+def _file(path: str | Path, *, overwrite: bool, error: type[CascadeLabError]) -> Path:
+    """Raise `error` if a file cannot be written to `path`, as far as its name and what is there tell."""
+    path = _named(path, error)
+    refuse_existing(path, overwrite=overwrite, error=error)
+    if os.path.lexists(path) and not path.is_file():
+        kind = "a directory" if path.is_dir() else "not a regular file"
+        raise error(f"{path} is {kind}, so it is not overwritten; give the name of a file")
+    return path
+
+
+def _not_written(path: Path, problem: OSError, error: type[CascadeLabError]) -> CascadeLabError:
+    return error(f"{path}: cannot be written ({problem.strerror or problem}); choose another output")
+
+
 def _check(
     output: Path, *, overwrite: bool, continues: bool, marker: str, what: str, error: type[CascadeLabError]
 ) -> None:
@@ -275,7 +345,7 @@ def _check(
             "another output"
         )
     if partial.exists() and not overwrite and not continues:
-        cause = "left by a crash" if fcntl else "another process is writing it, or one crashed"
+        cause = "left by a crash" if MAY_LOCK else "another process is writing it, or one crashed"
         raise error(
             f"{partial} is an unfinished {what}: {cause}; choose another output, or pass --overwrite (overwrite=True)"
         )
@@ -287,8 +357,12 @@ def _sync(directory: Path) -> None:
     """Flush every file to the disk before the directory gets the name that says that it is whole."""
     for path in directory.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            _flush(path)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _delete(directory: Path) -> None:
@@ -318,81 +392,6 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _lock_path(output: Path) -> Path:
-    return output.with_name(f".{output.name}.lock")
-
-
-@contextmanager
-def _lock(output: Path, what: str, error: type[CascadeLabError]) -> Iterator[list[int]]:
-    """Hold the lock of `output`; give the process ids that are in its file already: those of killed processes.
-
-    The file is removed at the end. So a file that can be locked is the lock only if it still has the lock's name.
-    """
-    path = _lock_path(output)
-    for _ in range(10):
-        # A check or the end of another process holds the lock for a moment only: try again for 0.1 seconds.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        try:
-            pids = _read_pids(descriptor)
-            if pids is None:
-                raise error(f"{path} is in the way: it is no lock of this package; move it, or choose another output")
-            if _try_lock(descriptor) and _is_at(path, descriptor):
-                break
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-        time.sleep(0.01)
-    else:
-        owner = f"process {pids[-1]}" if pids else "another process"
-        raise error(f"{output}: {owner} is writing this {what}; wait until it has ended, or choose another output")
-    try:
-        replaced = {pid for _, pid in _replaced(output)}
-        pids = [pid for pid in _read_pids(descriptor) or [] if pid in replaced]
-        if not pids:
-            os.ftruncate(descriptor, 0)
-        # The ids of killed processes that left a directory stay in the file: this process may be killed too.
-        os.lseek(descriptor, 0, os.SEEK_END)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        yield pids
-    finally:
-        if fcntl is None:  # Windows removes no open file
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
-        else:
-            with suppress(OSError):
-                path.unlink()
-            os.close(descriptor)
-
-
-def _read_pids(descriptor: int) -> list[int] | None:
-    """Return the process ids in a lock's file, or None if it is another file."""
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return None
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    content = os.read(descriptor, 10_000)
-    return [int(line) for line in content.split()] if re.fullmatch(rb"(\d{1,10}\r?\n)*", content) else None
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock an open file without waiting; return False if another process has locked it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
-        # Any other error: this file system has no locks, and then the file is not locked by anybody.
-        return problem.errno not in (errno.EAGAIN, errno.EACCES)
-    return True
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
 def _replaced(output: Path) -> list[tuple[Path, int]]:
     """Return the directories that are named as a replaced `output` is, and the process id in each name."""
     found = _siblings(output, re.escape(output.name) + r"\.old-([1-9]\d{0,9})")
@@ -408,35 +407,29 @@ def _siblings(path: Path, pattern: str) -> list[tuple[Path, int]]:
     return [(path.with_name(match[0]), int(match[1])) for match in matches if match]
 
 
-def _recover(output: Path, pids: list[int], marker: str, what: str, error: type[CascadeLabError]) -> None:
-    """Restore or remove what killed processes left when they replaced `output`. The lock of `output` is held.
+def _recover(output: Path, held: Lock, continues: bool, marker: str, what: str, error: type[CascadeLabError]) -> None:
+    """Restore or remove what killed processes left when they wrote `output`, whose lock is held.
 
-    Somebody may have named a directory `run.old-2` by hand. So a directory is renamed or removed only if its process
-    is in the lock's file, or if the new directory still waits, whole, to get the missing name.
+    Somebody may have given such a name to a directory by hand. So a directory is renamed or removed only if its
+    process is in the lock's file, or if the new directory still waits, whole, to get the missing name. And
+    `<output>.unfinished` is removed only if all of these processes wrote the same kind of directory.
     """
+    pids = [writer.pid for writer in held.killed]
     for old, pid in _replaced(output):
         missing = not os.path.lexists(output)
         if pid in pids and not missing:
             shutil.rmtree(old)
-        elif pid in pids or (missing and not _is_alive(pid) and (unfinished_path(output) / marker).is_file()):
+        elif pid in pids or (missing and not is_alive(pid) and (unfinished_path(output) / marker).is_file()):
             old.rename(output)
-        elif pid != os.getpid() and _is_alive(pid) and (old / marker).is_file():
+        elif pid != os.getpid() and is_alive(pid) and (old / marker).is_file():
             raise error(
                 f"{old} is a {what} that process {pid} is replacing; wait until the process has ended, or rename the "
                 "directory if it is yours"
             )
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name != "posix":
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+    partial = unfinished_path(output)
+    is_left = held.is_real and {writer.what for writer in held.killed} == {what}
+    if is_left and not continues and partial.is_dir() and not partial.is_symlink():
+        shutil.rmtree(partial)
 
 
 @contextmanager
@@ -447,18 +440,19 @@ def _temporary(path: Path) -> Iterator[Path]:
     """
     start, end = f".{path.stem}{UNFINISHED}-", path.suffix
     for left, pid in _siblings(path, re.escape(start) + r"(\d{1,10})-[0-9a-f]{8}" + re.escape(end)):
-        if pid == os.getpid() or not _is_alive(pid):
+        if pid == os.getpid() or not is_alive(pid):
             _remove_unlocked(left)
     partial = path.with_name(f"{start}{os.getpid()}-{secrets.token_hex(4)}{end}")
     _temporary_names.add(partial.name)
     descriptor = None
     try:
-        if fcntl:
+        if MAY_LOCK:
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            _try_lock(descriptor)
+            try_lock(descriptor)
         yield partial
     finally:
-        partial.unlink(missing_ok=True)
+        if os.path.lexists(partial):
+            remove(partial)
         if descriptor is not None:
             os.close(descriptor)
         _temporary_names.discard(partial.name)
@@ -470,7 +464,7 @@ def _remove_unlocked(path: Path) -> None:
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
         try:
-            if fcntl and _try_lock(descriptor):
+            if try_lock(descriptor) is not False and MAY_LOCK:
                 path.unlink()
         finally:
             os.close(descriptor)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from cascade_lab.atomic import check_directory, locked_output, refuse_existing, whole_directory, write_file, write_text
+from cascade_lab.atomic import (
+    check_directory,
+    locked_file,
+    locked_output,
+    refuse_existing,
+    whole_directory,
+    write_file,
+    write_files,
+    write_text,
+)
 from cascade_lab.exceptions import CascadeLabError, RunError
 
 KIND = {"marker": "manifest.json", "what": "run", "error": RunError}
@@ -144,7 +154,7 @@ def script_killed_twice(folder: Path, platform: str, stride: str = "1") -> None:
 
 
 def script_first(folder: Path) -> None:
-    """A first writing: nothing or the whole directory is there; what is unfinished needs `overwrite`."""
+    """A first writing: nothing or the whole directory is there, and the same call then works."""
 
     def check(root: Path) -> None:
         output = root / "run"
@@ -152,12 +162,9 @@ def script_first(folder: Path) -> None:
             assert content_of(output) == "new"
             with pytest.raises(RunError, match="exists already"):
                 write_run(output, "newer", overwrite=False)
-        elif (root / "run.unfinished").exists():
-            with pytest.raises(RunError, match="is an unfinished run: left by a crash; choose another output, or pass"):
-                write_run(output, "newer", overwrite=False)
-            assert names_in(root) == ["run.unfinished"]
-        write_run(output, "newer")
-        assert content_of(output) == "newer"
+        else:
+            write_run(output, "new", overwrite=False)
+        assert content_of(output) == "new"
         assert names_in(root) == ["run"]
 
     kill_everywhere(folder, lambda _: None, lambda root: write_run(root / "run", "new", overwrite=False), check)
@@ -467,8 +474,93 @@ def test_a_lock_without_a_process_does_not_stop_the_next_writer(tmp_path):
     (tmp_path / ".run.lock").write_text(f"{dead_process()}\n{os.getppid()}\n{os.getpid()}\n")
     with locked_output(tmp_path / "run", **KIND):
         assert names_in(tmp_path) == [".run.lock"]
-        assert (tmp_path / ".run.lock").read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / ".run.lock").read_text().splitlines()[-1] == f"{os.getpid()} run"
     assert names_in(tmp_path) == []
+
+
+def test_only_what_a_killed_process_of_the_same_kind_left_is_removed(tmp_path):
+    """A folder of that name without a lock may be somebody's; an unfinished training is continued."""
+    for lock in ("", f"{dead_process()}\n", f"{dead_process()} training\n", f"{dead_process()} run\n1 training\n"):
+        write_run(tmp_path / "run.unfinished", "kept", overwrite=False)
+        if lock:
+            (tmp_path / ".run.lock").write_text(lock)
+        with pytest.raises(RunError, match="is an unfinished run: left by a crash; choose another output, or pass"):
+            write_run(tmp_path / "run", "new", overwrite=False)
+        assert content_of(tmp_path / "run.unfinished") == "kept"
+        (tmp_path / ".run.lock").write_text(f"{dead_process()} run\n")
+        with locked_output(tmp_path / "run", continues=True, **KIND):
+            assert content_of(tmp_path / "run.unfinished") == "kept"
+        (tmp_path / ".run.lock").write_text(f"{dead_process()} run\n1 run\n")
+        write_run(tmp_path / "run", "new", overwrite=False)
+        assert names_in(tmp_path) == ["run"]
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_a_locked_file_has_one_writer(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    what = {"what": "comparison", "error": RunError}
+    with locked_file(path, overwrite=False, **what):
+        with (
+            pytest.raises(RunError, match=rf"x.json: process {os.getpid()} is writing this comparison; wait until"),
+            locked_file(path, overwrite=True, **what),
+        ):
+            pass
+        write_text(path, "first")
+    assert names_in(path.parent) == ["x.json"]
+    with (
+        pytest.raises(RunError, match=r"x.json exists already; choose another"),
+        locked_file(path, overwrite=False, **what),
+    ):
+        pass
+    with locked_file(path, overwrite=True, **what):
+        write_text(path, "second")
+    assert path.read_text() == "second"
+    assert names_in(path.parent) == ["x.json"]
+
+
+def test_a_failed_writing_leaves_no_new_folder(tmp_path):
+    def fails(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CascadeLabError):
+        write_file(tmp_path / "a" / "b" / "x.txt", fails)
+    with pytest.raises(ZeroDivisionError), whole_directory(tmp_path / "a" / "run", **KIND):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), locked_file(tmp_path / "a" / "x.txt", overwrite=False, what="page"):
+        raise ZeroDivisionError
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("failing", range(8))
+def test_files_that_belong_together_are_all_new_or_all_as_they_were(old, failing, tmp_path, monkeypatch):
+    """One change after the other fails: those that write, and those that rename."""
+    paths = [tmp_path / "x.json", tmp_path / "x.html", tmp_path / "x.txt"]
+    if old:
+        for path in paths:
+            path.write_text(f"old {path.name}")
+    count = iter(range(100))
+
+    def failing_once(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            if next(count) == failing:
+                raise OSError(28, "No space left on device")
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", failing_once(os.replace))
+    monkeypatch.setattr(Path, "write_bytes", failing_once(Path.write_bytes))
+    files = {path: f"new {path.name}".encode() for path in paths}
+    if failing < 6:
+        with pytest.raises(RunError, match=r"x\.\w+: cannot be written \(No space left on device\); choose another"):
+            write_files(files, error=RunError)
+        assert names_in(tmp_path) == (sorted(path.name for path in paths) if old else [])
+        assert all(path.read_text() == f"old {path.name}" for path in tmp_path.iterdir())
+    else:
+        write_files(files, error=RunError)
+        assert all(path.read_text() == f"new {path.name}" for path in paths)
+        assert names_in(tmp_path) == sorted(path.name for path in paths)
 
 
 def test_without_fcntl_directories_and_files_are_written_as_before(tmp_path):

@@ -14,12 +14,12 @@ import tensorflow as tf
 from test_atomic import kill_everywhere, names_in, script
 
 from cascade_lab import EvalSet
-from cascade_lab.atomic import locked_output
+from cascade_lab.atomic import check_directory, locked_output
 from cascade_lab.bert.finetune import Flags, Init, finetune
-from cascade_lab.bert.resume import UnfinishedTraining, remove_finished
+from cascade_lab.bert.resume import TRAINING_DIRECTORY, UnfinishedTraining, remove_finished
 from cascade_lab.exceptions import TrainingError
 
-KIND = {"marker": "training.json", "what": "training", "error": TrainingError}
+KIND = TRAINING_DIRECTORY
 IDENTITY = {"seed": 0}
 FILES = [
     "bert_config.json", "checkpoint", "labels.txt", "model.ckpt-3.data-00000-of-00001", "model.ckpt-3.index",
@@ -79,15 +79,12 @@ def script_first(folder: Path) -> None:
     """A first training: once it is at its name, the next call removes what is left of its directory."""
 
     def check(root: Path) -> None:
-        remove_finished(root / "out", KIND)
+        check_directory(root / "out", overwrite=True, continues=True, **KIND)
+        remove_finished(root / "out")
         if not (root / "out").exists():
             finish(root, overwrite=False)
         assert record_of(root / "out") == "new"
-        # Only when the identity is deleted, and its process killed, may a part remain: the next training clears it.
-        left = root / "out.unfinished"
-        assert not (left / "identity.json").exists()
-        with locked_output(root / "out", overwrite=True, continues=True, **KIND):
-            assert names_in(UnfinishedTraining(left, IDENTITY).folder) == ["identity.json"]
+        assert names_in(root) == ["out", "vocab.txt"]
 
     kill_everywhere(folder, prepare, lambda root: finish(root, overwrite=False), check)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cascade_lab.cli.console import quiet_tensorflow
-from cascade_lab.cli.options import CASCADE
+from cascade_lab.cli.console import spinner
+from cascade_lab.cli.options import CASCADE, OVERWRITE
 from cascade_lab.cli.printing import cell, line, show, table
+from cascade_lab.text import printable
 
 if TYPE_CHECKING:
     from cascade_lab.bert.attributions import Attribution
@@ -31,23 +33,28 @@ def attribute(
     ] = None,
     n_steps: Annotated[int, typer.Option(min=1, help="Points at which gradients are taken.")] = 64,
     output: Annotated[Path | None, typer.Option(help="An HTML page to write as well.")] = None,
+    overwrite: OVERWRITE = False,
 ) -> None:
     """Show which words of a text raise or lower a stage's logit of a label.
 
     Example: cascade-lab attribute cascade.toml "what is my balance" --stage gate
     """
+    from cascade_lab.atomic import locked_file
     from cascade_lab.spec import CascadeSpec
 
     spec = CascadeSpec.read(cascade)
     explained = spec.last if stage is None else spec.stage(stage)
-    with quiet_tensorflow("attributing"):
-        from cascade_lab.bert import attributions
+    lock = nullcontext() if output is None else locked_file(output, overwrite=overwrite, what="page")
+    with lock:
+        with spinner("attributing"):
+            from cascade_lab.bert import attributions
 
-        results = attributions.attribute(explained, texts, method=method, target=target, n_steps=n_steps)
+            results = attributions.attribute(explained, texts, method=method, target=target, n_steps=n_steps)
+        if output is not None:
+            _write_page(results, f"{spec.name}, stage {explained.name}", output)
     for result in results:
         _print_attribution(result, explained.name)
     if output is not None:
-        _write_page(results, f"{spec.name}, stage {explained.name}", output)
         line(f"page: {output}")
 
 
@@ -71,5 +78,6 @@ def _write_page(results: list[Attribution], title: str, output: Path) -> None:
     from cascade_lab.displays.text import TextAttributionDisplay
 
     body = TextAttributionDisplay(results, title=title).to_html()
-    head = f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+    title = escape(printable(title))
+    head = f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
     write_text(output, f"{head}{body}</html>\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.console import shows_progress
-from cascade_lab.cli.options import OVERWRITE, RUN
+from cascade_lab.cli.options import ENCODING, OVERWRITE, RUN
 from cascade_lab.cli.printing import cell, line, number, show, table
 from cascade_lab.exceptions import CascadeLabError
 
@@ -29,6 +29,7 @@ def audit(
         typer.Option(metavar="RUN_OR_FILE", help="Look for the texts in another set too, such as the training set."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Use only this split of the file at --against.")] = None,
+    encoding: ENCODING = None,
     similarity: Annotated[
         float,
         typer.Option(min=0.5, max=1, help="The least similarity of near duplicates: cosine of 4-grams."),
@@ -44,14 +45,14 @@ def audit(
     """
     from cascade_lab.analysis.label_audit import audit as audit_run
     from cascade_lab.analysis.label_audit import write_audit
-    from cascade_lab.atomic import refuse_existing
+    from cascade_lab.atomic import locked_file
     from cascade_lab.run import Run
 
-    refuse_existing(output, overwrite=overwrite)
-    audited = Run.read(run)
-    other = None if against is None else _read_set(against, split)
-    doubts = audit_run(audited, other, similarity=similarity, progress=shows_progress())
-    write_audit(doubts, output)
+    with locked_file(output, overwrite=overwrite, what="audit"):
+        audited = Run.read(run)
+        other = None if against is None else _read_set(against, split, encoding)
+        doubts = audit_run(audited, other, similarity=similarity, progress=shows_progress())
+        write_audit(doubts, output)
     _print_audit(doubts, int(audited.examples["label"].notna().sum()))
     line(f"audit: {output}")
 
@@ -72,10 +73,10 @@ def _print_audit(doubts: pd.DataFrame, n_labelled: int) -> None:
     show("", shown)
 
 
-def _read_set(path: Path, split: str | None) -> Run | EvalSet:
+def _read_set(path: Path, split: str | None, encoding: str | None) -> Run | EvalSet:
     from cascade_lab.evalset import EvalSet
     from cascade_lab.run import Run
 
     if path.is_dir() and split is not None:
         raise CascadeLabError(f"{path}: is a run, which has no splits; omit --split, or give an eval set")
-    return Run.read(path) if path.is_dir() else EvalSet.read(path, split=split)
+    return Run.read(path) if path.is_dir() else EvalSet.read(path, split=split, encoding=encoding)

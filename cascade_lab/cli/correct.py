@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli.options import OVERWRITE, RUN
+from cascade_lab.cli.options import ENCODING, OVERWRITE, RUN
 from cascade_lab.cli.printing import cell, line, show, table
 
 MAX_ROWS = 10
@@ -20,6 +20,7 @@ def correct(
         typer.Argument(metavar="AUDIT", help="The csv of `audit`, with labels in corrected_label.", show_default=False),
     ],
     output: Annotated[Path, typer.Option(help="The eval set to write: .tsv, .jsonl or .parquet.", show_default=False)],
+    encoding: ENCODING = None,
     overwrite: OVERWRITE = False,
 ) -> None:
     """Write a run's eval set again with the labels that were corrected in an audit.
@@ -29,14 +30,15 @@ def correct(
     Example: cascade-lab correct runs/test audit.csv --output corrected.tsv
     """
     from cascade_lab.analysis.label_audit import read_corrections
-    from cascade_lab.atomic import refuse_existing
+    from cascade_lab.atomic import locked_file
     from cascade_lab.evalset import EvalSet
     from cascade_lab.run import Run
 
-    refuse_existing(output, overwrite=overwrite)
-    audited = Run.read(run)
-    corrected = read_corrections(csv, EvalSet.from_frame(audited.examples, unlabelled=True), audited.spec)
-    corrected.write(output)
+    with locked_file(output, overwrite=overwrite, what="eval set"):
+        audited = Run.read(run)
+        before = EvalSet.from_frame(audited.examples, unlabelled=True)
+        corrected = read_corrections(csv, before, audited.spec, encoding=encoding)
+        corrected.write(output)
     labels = corrected.examples[["text", "label"]].assign(before=audited.examples["label"]).dropna()
     changed = labels[labels["label"] != labels["before"]]
     shown = table("text", "was", "is")

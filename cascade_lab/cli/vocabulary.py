@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cascade_lab.cli.options import DO_LOWER_CASE, OVERWRITE, SPLIT, TRAINING_SET
+from cascade_lab.cli.options import DO_LOWER_CASE, ENCODING, OVERWRITE, SPLIT, TRAINING_SET
 from cascade_lab.cli.printing import line
 
 
@@ -16,6 +16,7 @@ def vocabulary(
     output: Annotated[Path, typer.Option(help="The vocab.txt to write.", show_default=False)],
     size: Annotated[int, typer.Option(min=100, help="The most tokens.")] = 8000,
     split: SPLIT = None,
+    encoding: ENCODING = None,
     do_lower_case: DO_LOWER_CASE = True,
     overwrite: OVERWRITE = False,
 ) -> None:
@@ -23,12 +24,12 @@ def vocabulary(
 
     Example: cascade-lab vocabulary --train train.tsv --size 4000 --output vocab.txt
     """
-    from cascade_lab.atomic import refuse_existing, write_text
+    from cascade_lab.atomic import locked_file, write_text
     from cascade_lab.bert.vocabulary import train_vocabulary
     from cascade_lab.evalset import EvalSet
 
-    refuse_existing(output, overwrite=overwrite)
-    texts = EvalSet.read(train, split=split).texts
-    tokens = train_vocabulary(texts, size=size, do_lower_case=do_lower_case)
-    write_text(output, "".join(f"{token}\n" for token in tokens))
+    with locked_file(output, overwrite=overwrite, what="vocabulary"):
+        texts = EvalSet.read(train, split=split, encoding=encoding).texts
+        tokens = train_vocabulary(texts, size=size, do_lower_case=do_lower_case)
+        write_text(output, "".join(f"{token}\n" for token in tokens))
     line(f"{output}: {len(tokens):,} tokens from {len(texts):,} texts")
