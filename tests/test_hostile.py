@@ -19,6 +19,7 @@ import pytest
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet
 from cascade_lab.reporting.report import notebook_path, write_figures, write_report
+from cascade_lab.text import visible
 
 NOTEBOOKS = notebook_path("01_run_cascade").parent
 
@@ -185,7 +186,7 @@ def test_a_report_of_hostile_texts_runs_nothing_loads_nothing_and_shows_them(bro
     page = PageText(dom)
     assert not page.tags & {"script", "iframe", "object", "svg", "link"}
     for text in texts:
-        assert "".join(chr(0x2400 + ord(c)) if c < " " else c for c in text).replace("\x7f", "␡") in page.text, text
+        assert visible(text) in page.text, text
     assert "x" * 200 in page.text
     record = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
     tables = [output for output in record["outputs"] if output.get("columns") == ["text"]]

@@ -1,13 +1,14 @@
-"""Shows errors as one line, hides what TensorFlow prints, and decides whether to show progress."""
+"""Shows errors as one line, and decides whether to show progress."""
 
 from __future__ import annotations
 
+import errno
 import io
-import logging
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,10 @@ from rich.live import Live
 from rich.spinner import Spinner
 from typer.core import TyperGroup
 
-from cascade_lab.exceptions import CascadeLabError
+from cascade_lab.exceptions import CascadeLabError, CheckpointWarning
 from cascade_lab.text import printable
+
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # UsageError of click, or of the copy of click in typer
 
 
 class Group(TyperGroup):
@@ -35,19 +38,70 @@ class Group(TyperGroup):
                 stream.reconfigure(errors="replace")
         return super().main(*args, **kwargs)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _printable_usage_errors():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
+        if ctx.params.get("debug"):
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")  # see bert.quiet_tensorflow
         try:
-            with _raised_sigterm():
-                return super().invoke(ctx)
+            with _raised_sigterm(), _printable_usage_errors(), _notices():
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
         except CascadeLabError as error:
             if ctx.params.get("debug"):
                 raise
-            typer.echo(f"error: {printable(str(error))}", err=True)
+            typer.echo(f"error: {_without_middle(printable(str(error)))}", err=True)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            # Only standard output has no name: it is redirected to a full disk. A closed pipe ends a command quietly.
+            if ctx.params.get("debug") or error.filename is not None or error.errno == errno.EPIPE:
+                raise
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # at the end Python would write the rest, and fail again
+            typer.echo(f"error: standard output: cannot be written ({error.strerror}); free some space", err=True)
             raise typer.Exit(2) from error
         except (KeyboardInterrupt, _Terminated) as stop:
             number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
             typer.echo(f"error: stopped by {number.name}", err=True)
             raise typer.Exit(128 + number) from stop
+
+
+def _without_middle(message: str, max_length: int = 1500) -> str:
+    """Return a message without its middle if it repeats a long text of a file: its place and its way out stay."""
+    half = max_length // 2
+    return message if len(message) <= max_length else f"{message[:half]} … {message[-half:]}"
+
+
+@contextmanager
+def _printable_usage_errors() -> Iterator[None]:
+    """Make the message of an unknown option or a wrong value, which repeats what was typed, printable."""
+    try:
+        yield
+    except _USAGE_ERROR as error:
+        error.message = printable(error.message)
+        raise
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Print every `CheckpointWarning` once, as one line on stderr; other warnings are shown as always."""
+    shown: set[str] = set()
+    show = warnings.showwarning
+
+    def note(message: Any, category: type[Warning], *args: Any, **keys: Any) -> None:
+        if not issubclass(category, CheckpointWarning):
+            show(message, category, *args, **keys)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            over_spinner = "\r\x1b[2K" if sys.stderr.isatty() else ""
+            typer.echo(f"{over_spinner}note: {_without_middle(printable(str(message)))}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = note
+        yield
 
 
 class _Terminated(BaseException):
@@ -73,32 +127,25 @@ def _raised_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_tensorflow(activity: str) -> Iterator[None]:
-    """Show `activity` on stderr while TensorFlow loads, and hide what TensorFlow itself prints there.
+def spinner(activity: str) -> Iterator[None]:
+    """Show `activity` on stderr meanwhile, if it is a terminal.
 
-    TensorFlow prints to file descriptor 2 before it reads any setting that would silence it. So the descriptor itself
-    is redirected. Later on, its log shows errors only.
+    It is shown through a copy of file descriptor 2, which is redirected while TensorFlow is imported.
     """
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its warnings are about functions that it deprecates
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    stderr_copy = os.dup(2)
-    with open(stderr_copy, "w", encoding="utf-8") as screen, open(os.devnull, "w") as devnull:
-        os.dup2(devnull.fileno(), 2)
-        try:
-            # Without the two options, rich replaces sys.stderr meanwhile; TensorFlow's log would keep that stream, and
-            # write to it after it is closed.
-            with Live(
-                Spinner("dots", activity, style="status.spinner"),
-                console=Console(file=screen),
-                refresh_per_second=12.5,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            ):
-                yield
-        finally:
-            os.dup2(stderr_copy, 2)
+    with (
+        open(os.dup(2), "w", encoding="utf-8") as screen,
+        # Without the last two options, rich replaces sys.stderr meanwhile; TensorFlow's log would keep that stream, and
+        # write to it after it is closed.
+        Live(
+            Spinner("dots", activity, style="status.spinner"),
+            console=Console(file=screen),
+            refresh_per_second=12.5,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ),
+    ):
+        yield
 
 
 def shows_progress() -> bool:

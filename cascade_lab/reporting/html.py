@@ -16,7 +16,7 @@ from bleach.css_sanitizer import CSSSanitizer
 from bleach.sanitizer import Cleaner
 
 from cascade_lab.reporting.capture import VALUES_MIME
-from cascade_lab.text import shorten
+from cascade_lab.text import exact, shorten, visible
 
 # The browser refuses to load or run anything, even if a text got past the escaping.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -39,12 +39,12 @@ def render_page(cells: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -
     parts = []
     for cell in cells:
         if cell["cell_type"] == "markdown":
-            parts.append(render_prose(_control_pictures(cell["source"])))
+            parts.append(render_prose(visible(cell["source"])))
         elif cell["cell_type"] == "code":
             parts += filter(None, (_output(output, render_output_text) for output in cell["outputs"]))
     cascade_names = ", ".join(dict.fromkeys(run["name"] for run in record["runs"].values()))
     heading = next((text for level, text, _ in contents.entries if level == 1), None)
-    title = escape(record["notebook"]) if heading is None else re.sub("<[^>]*>", "", heading)
+    title = _escaped_line(record["notebook"]) if heading is None else re.sub("<[^>]*>", "", heading)
     after_heading = next((i + 1 for i, part in enumerate(parts) if "<h1" in part), 0)
     parts.insert(after_heading, _run_facts(record["runs"]))
     parts.append(f'<section class="origin">{contents.heading(_ORIGIN, 2)}{_origin(record)}</section>')
@@ -110,7 +110,7 @@ def _markdown(contents: _Contents, *, links: bool) -> Callable[[str], str]:
             return contents.heading(text, level)
 
         def text(self, text: str) -> str:
-            return escape(unescape(text))  # Markdown reads &lt; as <
+            return escape(visible(unescape(text)))  # Markdown reads &lt; as <
 
         def image(self, text: str, url: str, title: str | None = None) -> str:
             return escape(text)
@@ -129,7 +129,7 @@ def _markdown(contents: _Contents, *, links: bool) -> Callable[[str], str]:
 def _output(output: Mapping[str, Any], render_markdown: Callable[[str], str]) -> str:
     """Return one output of a cell as HTML; stderr is left out, because it is meant for who runs the notebook."""
     if output["output_type"] == "stream":
-        return f"<pre>{escape(_control_pictures(output['text']))}</pre>\n" if output["name"] == "stdout" else ""
+        return f"<pre>{escape(visible(output['text']))}</pre>\n" if output["name"] == "stdout" else ""
     data, metadata = output.get("data", {}), output.get("metadata", {})
     if "image/svg+xml" in data:
         source = base64.b64encode(data["image/svg+xml"].encode()).decode()
@@ -139,14 +139,14 @@ def _output(output: Mapping[str, Any], render_markdown: Callable[[str], str]) ->
             source = re.sub(r"\s", "", data[mime])
             return _image(f"data:{mime};base64,{source}", data, metadata.get(mime, {}))
     if "text/markdown" in data:
-        return render_markdown(_control_pictures(data["text/markdown"]))
+        return render_markdown(visible(data["text/markdown"]))
     if "text/html" in data:
         html = re.sub(
             r"<table\b.*?</table>", lambda match: _align(match[0]), sanitize(data["text/html"]), flags=re.DOTALL
         )
         return f'<div class="table" tabindex="0">{html}</div>\n'
     if "text/plain" in data and not any("widget" in mime for mime in data):
-        return f"<pre>{escape(_control_pictures(without_addresses(data['text/plain'])))}</pre>\n"
+        return f"<pre>{escape(visible(without_addresses(data['text/plain'])))}</pre>\n"
     return ""
 
 
@@ -208,11 +208,20 @@ def sanitize(html: str) -> str:
             rules.append(f"{selector.strip()} {{{_CSS_SANITIZER.sanitize_css(declarations)}}}")
     style = f"<style>{' '.join(rules)}</style>" if rules else ""
     body = re.sub(r"<style\b.*?</style>", "", html, flags=re.DOTALL | re.IGNORECASE)
-    clean = style + str(_CLEANER.clean(_control_pictures(body))).strip()
+    clean = style + str(_CLEANER.clean(visible(_ENTITY.sub(_visible_entity, body)))).strip()
     for random_id in random_ids:
         stable_id = "T_" + sha256(clean.replace(random_id, "").encode()).hexdigest()[:8]
         clean = clean.replace(random_id, stable_id)
     return clean
+
+
+_ENTITY = re.compile(r"&#?\w+;?")
+
+
+def _visible_entity(entity: re.Match[str]) -> str:
+    """Return an entity as it is, or the visible form of the character that it stands for, such as &#x202e;."""
+    character = unescape(entity[0])
+    return entity[0] if visible(character) == character else visible(character)
 
 
 _CELL = re.compile(r"<t([dh])\b([^>]*)>(.*?)</t\1>", re.DOTALL)
@@ -258,12 +267,12 @@ def _run_facts(runs: Mapping[str, Any]) -> str:
         split = f", {evalset['split']}" if evalset.get("split") else ""
         source = PurePath(evalset.get("source") or evalset.get("path") or "a table").name
         thresholds = ", ".join(
-            f"{stage} {value:.4g}" for stage, value in run["thresholds"].items() if value is not None
+            f"{stage} {exact(value)}" for stage, value in run["thresholds"].items() if value is not None
         )
         facts = {parameter: ""} if len(runs) > 1 else {}
         facts |= {"run": run["run_id"], "cascade": run["name"], "texts": f"{run['n_examples']:,} ({source}{split})"}
         facts["thresholds"] = thresholds or "none"
-        items = (f"<div><dt>{escape(k)}</dt><dd>{_escaped_line(v)}</dd></div>" for k, v in facts.items())
+        items = (f"<div><dt>{_escaped_line(k)}</dt><dd>{_escaped_line(v)}</dd></div>" for k, v in facts.items())
         lines.append(f'<dl class="facts">{"".join(items)}</dl>\n')
     return "".join(lines)
 
@@ -311,23 +320,14 @@ def _table(caption: str, rows: Sequence[tuple[str, str | None, str | None]]) -> 
 
     def html_rows() -> Iterator[str]:
         for name, value, digest in rows:
-            digest_html = f' <span class="digest">{escape(digest)}</span>' if digest else ""
+            digest_html = f' <span class="digest">{_escaped_line(digest)}</span>' if digest else ""
             value_html = _escaped_line(value or "", _MAX_ORIGIN_LENGTH)
-            yield f"<tr><th>{escape(name)}</th><td>{value_html}{digest_html}</td></tr>"
+            yield f"<tr><th>{_escaped_line(name)}</th><td>{value_html}{digest_html}</td></tr>"
 
-    body = "".join(html_rows())
-    return f'<div class="table"><table><caption>{escape(caption)}</caption><tbody>{body}</tbody></table></div>\n'
+    head = f"<caption>{_escaped_line(caption)}</caption>"
+    return f'<div class="table"><table>{head}<tbody>{"".join(html_rows())}</tbody></table></div>\n'
 
 
 def _escaped_line(text: str, max_length: int = _MAX_LENGTH) -> str:
     """Return a text as HTML on one line, shortened."""
-    return escape(_control_pictures(shorten(text, max_length)))
-
-
-def _control_pictures(text: str) -> str:
-    """Return a text with each control character as its Unicode picture; tabs and line feeds stay.
-
-    >>> _control_pictures("a\\x00b\\x7f")
-    'a␀b␡'
-    """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda c: "\u2421" if c[0] == "\x7f" else chr(0x2400 + ord(c[0])), text)
+    return escape(visible(shorten(text, max_length)))

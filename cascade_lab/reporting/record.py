@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_lab.exceptions import RunError
+from cascade_lab.json_files import read_object
 from cascade_lab.text import shorten
 
 SCHEMA_VERSION = 2
@@ -50,13 +51,8 @@ def not_a_record(path: Path) -> RunError:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Read the JSON of a report of any schema version; raises RunError."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise not_a_record(path) from error
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); give a report, with its JSON beside it") from error
-    if not isinstance(record, dict) or "notebook_sha256" not in record or not record.get("runs"):
+    record = read_object(path, error=RunError, way_out="give a report, with its JSON beside it")
+    if "notebook_sha256" not in record or not record.get("runs"):
         raise not_a_record(path)
     return record
 
@@ -66,6 +62,11 @@ def check_report_output(output: Path) -> None:
     path = output.with_suffix(".json")
     if output.suffix != ".html":
         raise RunError(f"{output}: a report is an HTML file with a JSON beside it; give a name that ends in .html")
+    if output.exists() and not path.exists():
+        raise RunError(
+            f"{output}: exists, and has no JSON of a report beside it, so it is not overwritten; delete it, or choose "
+            "another output"
+        )
     if path.exists():
         try:
             _read_json(path)

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 from cascade_lab.analysis.latency import is_timed
-from cascade_lab.atomic import write_file, write_text
+from cascade_lab.atomic import locked_file, write_file, write_files
 from cascade_lab.displays import CascadeConfusionDisplay, StageLatencyDisplay
 from cascade_lab.displays.confusion import MAX_LABELLED
 from cascade_lab.exceptions import RunError, did_you_mean
@@ -25,7 +25,6 @@ from cascade_lab.reporting.capture import VALUES_MIME, plain_value
 from cascade_lab.reporting.html import render_page, without_addresses
 from cascade_lab.reporting.record import SCHEMA_VERSION, check_report_output, record_text
 from cascade_lab.run import Run
-from cascade_lab.text import shorten
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -37,6 +36,7 @@ NOTEBOOKS = (
     "04_tune_thresholds",
     "05_study_latency",
     "06_compare_runs",
+    "07_choose_rejector",
 )
 """The notebooks of this package. A report's JSON can name one of these; `verify_report` executes no other by name."""
 NOTEBOOK = NOTEBOOKS[0]
@@ -123,21 +123,20 @@ def write_report(
     Raises
     ------
     RunError
-        The run is only in memory; a table of a run differs from its digest in the manifest; the notebook failed; a
-        file cannot be written.
+        The run is only in memory, or was replaced meanwhile; a table of a run differs from its digest in the manifest;
+        the notebook failed; another process is writing the report, or a file cannot be written.
     """
     path = notebook_path(notebook)
     name = "report.html" if path.stem == NOTEBOOK else f"{path.stem}.html"
     output = _directory(run) / name if output is None else Path(output)
-    check_report_output(output)
-    html, record = build_report(run, path, parameters or {}, progress=progress)
-
-    def write_both(unfinished: Path) -> None:
-        """Write the page, then the JSON: if one of them cannot be written, both are as they were."""
-        unfinished.write_text(html, encoding="utf-8")
-        write_text(output.with_suffix(".json"), record_text(record), error=RunError)
-
-    return write_file(output, write_both, error=RunError)
+    with locked_file(output, overwrite=True, what="report", error=RunError):
+        check_report_output(output)
+        html, record = build_report(run, path, parameters or {}, progress=progress)
+        page = html.encode()
+        # The JSON goes first, with the page's digest: so `verify_report` notices where a process was killed in between.
+        text = record_text({"page_sha256": new_sha256(page).hexdigest(), **record})
+        write_files({output.with_suffix(".json"): text.encode(), output: page}, error=RunError)
+    return output
 
 
 def notebook_path(name: str | Path) -> Path:
@@ -203,12 +202,13 @@ def build_report(
     parameters = _sort_parameters(run, path, _default_parameters(notebook), given, saved_values or {})
     links = {f"runs/{name}": _directory(each_run) for name, each_run in parameters.runs.items()}
     for each_run in parameters.runs.values():
-        _check_contents(each_run)
         each_run.check()
     links |= {f"files/{name}{file.suffix}": file for name, file in parameters.files.items()}
     values = parameters.values | {PurePath(link).stem: f"../{link}" for link in links}
     data = path.resolve().parent.parent / "data"  # the default parameters name files in it
     cells = _execute(notebook, run, links | ({"data": data} if data.is_dir() else {}), values, progress)
+    for each_run in parameters.runs.values():
+        _check_unchanged(each_run)
     record = {
         "schema_version": SCHEMA_VERSION,
         "notebook": path.stem,
@@ -230,19 +230,11 @@ def _directory(run: Run) -> Path:
     return run.directory
 
 
-def _check_contents(run: Run) -> None:
-    """Raise RunError where the manifest names a table that is no file of the run's directory: it is not read."""
-    manifest, contents = _directory(run) / "manifest.json", run.manifest.get("contents")
-    if not isinstance(contents, dict):
-        raise RunError(f"{manifest}: contents is not an object with the SHA-256 of each table; run again")
-    for name in contents:
-        path = PurePath(name)
-        is_inside = not path.is_absolute() and ".." not in path.parts and "\0" not in name
-        if not is_inside or ((_directory(run) / name).exists() and not (_directory(run) / name).is_file()):
-            raise RunError(
-                f"{manifest}: contents names '{shorten(name, 80)}', which is not a file of the run; put the manifest "
-                "back, or run again"
-            )
+def _check_unchanged(run: Run) -> None:
+    """Raise RunError where another process has replaced a run while the notebook read it."""
+    read = Run.read(_directory(run))
+    if any(read.manifest[key] != run.manifest[key] for key in ("run_id", "contents")):
+        raise RunError(f"{run.name}: the run was replaced while its report was made; make the report again")
 
 
 def _read_notebook(path: Path) -> NotebookNode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,8 @@ class Verdict(NamedTuple):
     changed_values : list of tuple
         Numbers and words that differ: name, saved value, new value. None stands for a value that is missing.
     page_difference : str
-        What differs in the HTML: "" (nothing), "pictures" or "words".
+        What differs in the HTML: "" (nothing), "pictures" or "words"; "other page" if it is not the page that was
+        written with the JSON.
     changed_packages : dict of str to tuple
         Packages of which another version is installed: saved version, new version.
     """
@@ -80,7 +82,8 @@ def verify_report(
     saved = read_record(json_path)
     old_values = _saved_values(saved, json_path)
     try:
-        saved_html = html_path.read_text(encoding="utf-8")
+        saved_page = html_path.read_bytes()
+        saved_html, page_sha256 = saved_page.decode(), sha256(saved_page).hexdigest()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{html_path}: cannot be read ({error}); give a report, with its JSON beside it") from error
     given = parameters or {}
@@ -107,7 +110,11 @@ def verify_report(
     return Verdict(
         changed_values=_changed_values(old_values, _named_values(new)),
         # The page shows the versions of packages: put the saved ones in, to see what else differs.
-        page_difference=_page_difference(saved_html, new_html.replace(package_list(new), package_list(saved))),
+        page_difference=(
+            "other page"
+            if saved.get("page_sha256", page_sha256) != page_sha256
+            else _page_difference(saved_html, new_html.replace(package_list(new), package_list(saved)))
+        ),
         changed_packages={name: versions for name, versions in packages.items() if versions[0] != versions[1]},
     )
 
@@ -123,6 +130,11 @@ def _check_given(
         raise RunError(
             f"{report}: its notebook '{_shown(saved['notebook'])}' is not one of this package, so it is not executed; "
             "if you trust it, give it: --notebook PATH (notebook=PATH)"
+        )
+    if saved["notebook"] == "05_study_latency" and "latency_dir" not in saved["files"]:
+        raise RunError(
+            f"{report}: its times were measured when it was written, and no second measurement gives the same; to "
+            "verify times, write the report of a saved study: -p latency_dir=STUDY"
         )
     for name in [*list(saved["runs"])[1:], *saved["files"]]:
         if name not in given:
@@ -183,9 +195,11 @@ def _page_difference(saved_html: str, new_html: str) -> str:
 
 
 def _named_values(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every value of a record by a name that occurs once; the versions of packages are left out."""
+    """Return the values of a record by names that occur once; not the versions of packages, nor the page's digest."""
     named: dict[str, Any] = {}
-    for name, value in _flatten({key: value for key, value in record.items() if key != "packages"}):
+    for name, value in _flatten(
+        {key: value for key, value in record.items() if key not in ("packages", "page_sha256")}
+    ):
         unique = name
         for number in count(2):
             if unique not in named:
