@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,16 +13,19 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from cascade_lab.analysis.same_cascade import check_same_files
 from cascade_lab.analysis.serving_latency import LatencyStudy, incoming_batches
-from cascade_lab.decisions import StageDecision, decide, route
+from cascade_lab.decisions import StageDecision, route
 from cascade_lab.evalset import EvalSet
-from cascade_lab.exceptions import CascadeLabError
+from cascade_lab.exceptions import CascadeLabError, CheckpointError, CheckpointWarning
 from cascade_lab.provenance import environment, sha256
 from cascade_lab.spec import CascadeSpec, StageSpec
+from cascade_lab.stage_output import ScoredRows
 
 if TYPE_CHECKING:
     from cascade_lab.bert.tokenization import Encoding
     from cascade_lab.cascade import Cascade
+    from cascade_lab.run import Run
 
 BATCH_SIZES = (1, 8, 32, 128)
 REPEATS = 5
@@ -60,6 +65,7 @@ def serve_batch(
     stages = dict(zip((stage.name for stage in spec.stages), cascade.stages, strict=True))
     tokenizer: Any = None  # the settings with which `encodings` were made
     encodings: dict[int, Encoding] = {}  # by row; a stage that tokenizes like the one before takes them as they are
+    outputs: dict[str, ScoredRows] = {}
     started = perf_counter()
 
     def score_and_decide(stage_spec: StageSpec, rows: np.ndarray) -> StageDecision:
@@ -73,9 +79,10 @@ def serve_batch(
             tokenizer = stage.tokenizer.settings
         arrived = [encodings[row] for row in rows.tolist()]
         tokenized = perf_counter()
-        logits = stage.score(arrived)[0]
+        outputs[stage_spec.name] = ScoredRows(rows, stage.score(arrived)[0])
         scored = perf_counter()
-        decision = decide(stage_spec, logits)
+        so_far = {name: earlier.at(rows) for name, earlier in outputs.items()}
+        decision, _ = cascade.decide(stage_spec, so_far, spec=spec)
         lengths = [len(encoding.input_ids) for encoding in arrived]
         decided = perf_counter()
         timings.append(
@@ -108,11 +115,11 @@ def measure(
     seed: int = 0,
     progress: bool = False,
 ) -> LatencyStudy:
-    """Measure an eval set at each batch size, at the cascade's own thresholds and at five others of its first gate.
+    """Measure an eval set at each batch size, at the cascade's own thresholds and at five others of its first stage.
 
     Every repeat takes the texts in a new random order (a server cannot sort them by length before they come), and goes
     through all batch sizes and thresholds in random order, so that a drift of the machine affects all alike. A repeat
-    before the first one warms up and is not kept. The other thresholds are quantiles of the gate's confidence; each is
+    before the first one warms up and is not kept. The other thresholds are quantiles of the stage's confidence; each is
     measured with every `repeats`-th batch of every repeat.
 
     Parameters
@@ -141,7 +148,7 @@ def measure(
     texts, texts_b = evalset.texts, evalset.texts_b
     scored = _score_all(cascade, evalset)
     first = cascade.spec.stages[0]
-    checked = _check_thresholds(scored[f"{first.name}_probability"]) if first.is_gate else []
+    checked = _check_thresholds(scored[f"{first.name}_probability"]) if first.role != "final" else []
     specs = {t: cascade.spec.with_thresholds({first.name: t}) for t in checked}
     plan = _plan(len(texts), batch_sizes, repeats, batches, checked, seed)
     rows = []
@@ -152,7 +159,7 @@ def measure(
             timings = serve_batch(cascade, [texts[row] for row in batch.rows], second, spec=spec)[1]
             columns = {
                 "check": batch.check_threshold is not None,
-                "threshold": spec.stages[0].threshold if first.is_gate else np.nan,
+                "threshold": spec.stages[0].threshold if first.role != "final" else np.nan,
                 "repeat": batch.repeat,
                 "batch_size": batch.batch_size,
                 "batch": batch.number,
@@ -174,6 +181,66 @@ def measure(
         **environment(),
     }
     return LatencyStudy(settings, scored, pd.DataFrame(rows))
+
+
+def measure_run(
+    run: Run,
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    repeats: int = REPEATS,
+    limit: int | None = LIMIT,
+    progress: bool = False,
+) -> LatencyStudy:
+    """Measure the cascade that made a run, on the run's own texts: see `measure`.
+
+    The checkpoints are those that the run's manifest names. Nothing is loaded unless they have the digests that they
+    had when the run was made. Batch sizes larger than the number of texts are left out.
+
+    Raises
+    ------
+    CheckpointError
+        A file of the cascade is missing.
+    RunError
+        A file was changed or exchanged since the run; or the logits of the run were computed elsewhere.
+    """
+    texts = EvalSet.from_frame(run.examples[["example_id", "text", "text_b"]], unlabelled=True)
+    origin = {key: run.manifest["evalset"].get(key) for key in ("source", "split", "sha256")}
+    texts = replace(texts if limit is None else texts.limit(limit), **origin)
+    check_same_files(run, stage_digests(run.spec), fault="its cascade was changed since")
+    from cascade_lab.cascade import Cascade
+
+    with Cascade.load(run.spec) as cascade:
+        return measure(
+            cascade,
+            texts,
+            batch_sizes=[size for size in batch_sizes if size <= len(texts)] or [len(texts)],
+            repeats=repeats,
+            limit=None,
+            progress=progress,
+        )
+
+
+def stage_digests(spec: CascadeSpec) -> dict[str, str]:
+    """Return the SHA-256 of each file that a cascade loads, by path, in the order of the stages.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing, or a stage was scored elsewhere and names none.
+    """
+    from cascade_lab.bert.checkpoint import checkpoint_files, find_checkpoint, stage_files  # loads TensorFlow
+
+    digests = {}
+    for stage in spec.stages:
+        files = stage_files(stage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointWarning)  # loading gives the same warnings
+            prefix = find_checkpoint(files.init_checkpoint)
+        for path in (files.bert_config_file, files.vocab_file, *checkpoint_files(prefix)):
+            if not path.is_file():
+                raise CheckpointError(f"stage '{stage.name}': {path} is missing; put it back, or give a latency study")
+            digests[str(path)] = sha256(path)
+    return digests
 
 
 def check_sizes(batch_sizes: Sequence[int], n_texts: int) -> None:
@@ -227,11 +294,13 @@ def _plan(
 
 
 def _score_all(cascade: Cascade, evalset: EvalSet) -> pd.DataFrame:
-    """Return every stage's confidence in every text, whatever its gate decides, and how many tokens the text has."""
+    """Return every stage's confidence in every text, whatever the stages decide, and how many tokens the text has."""
     table = evalset.examples[["example_id"]].copy()
+    outputs = {}
     for stage in cascade.stages:
         encodings = stage.encode(evalset.texts, evalset.texts_b)
-        table[f"{stage.spec.name}_probability"] = decide(stage.spec, stage.score(encodings)[0]).confidence
+        outputs[stage.spec.name] = stage.score(encodings)[0]
+        table[f"{stage.spec.name}_probability"] = cascade.decide(stage.spec, outputs)[0].confidence
         table[f"{stage.spec.name}_tokens"] = [len(encoding.input_ids) for encoding in encodings]
     return table
 

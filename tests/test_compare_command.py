@@ -29,9 +29,12 @@ def test_the_command_prints_and_writes_the_comparison(pair, tmp_path):
     assert result.exit_code == 0, result.output
     comparison = compare(a, b)
     difference = comparison.metrics.loc["accuracy", "difference"]
-    assert f"{difference:+.4f}" in result.output
+    words = " ".join(result.output.split())
+    assert words.startswith(comparison.verdict)
+    assert comparison.difference in words
+    assert words.count(f"{100 * difference:+.2f}") >= 3, "the sentence, the table and the parts have one unit"
     assert f"B right where A is wrong: {len(comparison.changes(WIN))}; " in result.output
-    for part in ("often than A", "p (Holm)", "from separate runs", "2 most confident"):
+    for part in ("p (Holm)", "from separate runs", "2 most confident"):
         assert part in result.output, part
     assert max(map(len, result.output.replace(str(tmp_path), "").splitlines())) <= 100
     content = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from test_errors import end_of, stage_answer
 
 from cascade_lab import CascadeSpec
-from cascade_lab.analysis.comparison import BOTH_WRONG, LOSS, WIN, compare, decompose
+from cascade_lab.analysis.comparison import BOTH_WRONG, LOSS, WIN, compare
+from cascade_lab.analysis.decomposition import decompose
 from cascade_lab.analysis.metrics import prediction_metrics
 from cascade_lab.analysis.paired import holm
 from cascade_lab.exceptions import RunError
@@ -101,13 +102,17 @@ def test_swapping_a_and_b_changes_the_signs(pair):
 
 def test_a_run_against_itself_differs_in_nothing(pair):
     comparison = compare(pair[0], pair[0])
-    assert (comparison.metrics[["difference", "low", "high"]] == 0).all(axis=None)
+    assert (comparison.metrics["difference"] == 0).all()
+    assert (comparison.metrics["low"] <= 0).all()
+    assert (comparison.metrics["high"] >= 0).all()
     assert comparison.metrics["p_value"].dropna().eq(1).all()
     assert comparison.metrics["p_value"].notna().sum() == 4
     assert comparison.pairs["change"].isna().all()
     assert (comparison.labels[["p_value", "p_holm"]] == 1).all(axis=None)
     assert comparison.changed_labels().empty
-    assert [effect == (0, 0, 0) for effect in comparison.decomposition.effects.values()] == [True] * 3
+    for effect in comparison.decomposition.effects.values():
+        assert effect.value == 0
+        assert effect.low == -effect.high < 0
     assert comparison.verdict.startswith("These texts do not show which run is right more often")
     assert "Compare them on more texts" in comparison.summary()[-1]
 
@@ -128,17 +133,48 @@ def test_the_summary_begins_with_the_verdict_and_ends_with_advice():
     run = run_of_probabilities([GATE, last], ["a"] * 6 + ["oos"] * 2, p)
     comparison = compare(run, run.with_thresholds({"gate": 0.3}))
     assert comparison.verdict == (
-        "B is right more often than A (+75.00 points of accuracy, 95% interval +37.50 to +100.00, p = 0.031)."
+        "B is right more often than A (B alone is right on 6 of the texts, A alone on 0; McNemar's exact test: p = "
+        "0.031, below 0.05)."
     )
     sentences = comparison.summary()
-    assert sentences[0] == comparison.verdict
-    assert "Of the texts in scope, A answers 0.0% correctly and B 100.0%." in sentences[1]
-    assert "B is right and A is wrong on 6 texts" in sentences[2]
-    assert "largest part of the difference is the gate: +75.00 points" in sentences[4]
+    assert sentences[:2] == [comparison.verdict, comparison.difference]
+    assert comparison.difference.startswith("The difference B - A is +75.00 percentage points of accuracy, with a 95% ")
+    assert "Of the texts in scope, A answers 0.0% correctly and B 100.0%." in sentences[2]
+    assert "largest part of the difference is the gate: +75.00 percentage points" in sentences[4]
     assert sentences[-1].startswith("Advice: prefer B to A")
     table = comparison.runs_table()
     assert table.index.tolist() == ["A", "B"]
     assert table["thresholds"].tolist() == ["{'gate': 0.5, 'intent': None}", "{'gate': 0.3, 'intent': None}"]
+
+
+def test_four_wins_to_none_are_not_decided_whatever_the_interval():
+    """Four changes of one kind occur by chance in 1 of 8 cases; the bootstrap's interval would exclude zero."""
+    last = {"name": "intent", "labels": ["a", "b"]}
+    p = {"gate": [[0.6, 0.4]] * 4 + [[0.1, 0.9]] * 96, "intent": [[0.9, 0.1]] * 100}
+    run = run_of_probabilities([GATE, last], ["a"] * 100, p)
+    comparison = compare(run, run.with_thresholds({"gate": 0.3}))
+    row = comparison.metrics.loc["accuracy"]
+    assert (row["difference"], row["p_value"]) == (pytest.approx(0.04), 0.125)
+    assert not comparison.is_decided
+    assert comparison.verdict == (
+        "These texts do not show which run is right more often (B alone is right on 4 of the texts, A alone on 0; "
+        "McNemar's exact test: p = 0.12, not below 0.05)."
+    )
+    assert "the test decides" in comparison.difference
+    assert "right more often" not in "".join(comparison.summary()[1:3])
+    assert comparison.summary()[-1].startswith("Advice: accuracy does not decide")
+
+
+def test_wins_on_one_text_that_repeats_are_one_win():
+    last = {"name": "intent", "labels": ["a", "b"]}
+    p = {"gate": [[0.6, 0.4]] * 20 + [[0.1, 0.9]] * 80, "intent": [[0.9, 0.1]] * 100}
+    texts = ["again"] * 20 + [f"text {i}" for i in range(80)]
+    run = run_of_probabilities([GATE, last], ["a"] * 100, p, texts=texts)
+    comparison = compare(run, run.with_thresholds({"gate": 0.3}))
+    assert (
+        "B alone is right on 1 of the different texts, A alone on 0; McNemar's exact test: p = 1" in comparison.verdict
+    )
+    assert comparison.summary()[2].startswith("19 of 100 texts repeat an earlier one")
 
 
 def test_only_common_texts_count_and_they_must_be_the_same(pair, tmp_path):
@@ -217,6 +253,16 @@ def test_a_gate_and_k_labels_against_one_stage_of_k_plus_1(tmp_path, reject_labe
         assert comparison.metrics.loc["in_scope_accuracy", side] == pytest.approx(right[~out_of_scope].mean())
     assert 0 < comparison.metrics.loc["accuracy", "p_value"] < 1
     assert "has no gate" in comparison.not_decomposed
+    # The same as each run's own metrics, or a note says why not.
+    for side, run in (("a", a), ("b", b)):
+        own = run.metrics["end_to_end"]
+        scoped = {"in_scope_accuracy", "reject_recall", "reject_precision"}
+        for name in (own.keys() & set(comparison.metrics.index)) - (
+            scoped if side == "b" and reject_label is None else set()
+        ):
+            assert comparison.metrics.loc[name, side] == pytest.approx(own[name], nan_ok=True), name
+    note = "B's own metrics count the label oos0 as a class; here it rejects, as in A."
+    assert [text[: len(note)] for text in comparison.scope_notes] == ([note] if reject_label is None else [])
     stages = ["gate0", "last", "all stages", "all", "all stages"]
     assert comparison.latency.index.tolist() == list(zip("AAABB", stages, strict=True))
     assert comparison.latency.loc[("A", "all stages"), "mean_ms"] == pytest.approx(2 * 11 / 200)

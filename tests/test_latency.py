@@ -16,6 +16,7 @@ from cascade_lab.analysis.latency import (
     predicted_latency,
     reach_within,
     stage_latencies,
+    timing_note,
 )
 from cascade_lab.exceptions import RunError
 
@@ -38,8 +39,22 @@ def test_the_summary_names_the_stage_that_takes_the_most_time():
     """Both stages take 11 ms for their only batch: the gate 5 texts, the last stage 3."""
     sentences = latency_summary(five_texts())
     assert len(sentences) == 1
-    assert sentences[0].startswith("Stage gate takes 50% of the time; half of its texts take 2.20 ms or less")
+    assert sentences[0].startswith(
+        "Stage gate takes 50% of the time of all batches; half of its texts take 2.20 ms or less"
+    )
     assert amortized_ms(np.array([0.011]), np.array([5])).tolist() == pytest.approx([2.2] * 5)
+
+
+def test_the_note_says_why_the_times_add_up_to_more_than_passed():
+    """Both stages take 11 ms, on two threads, while 12 ms passed."""
+    run = five_texts()
+    assert timing_note(run)[-1] == "share: of 0.02 s, the times of all batches added up"
+    run.manifest |= {"stages": {"gate": {"n_workers": 2}, "last": {"n_workers": 1}}, "serial_seconds": 0.012}
+    assert timing_note(run) == [
+        "ms/text: amortised milliseconds per text, the time of a batch divided by its texts",
+        "share: of 0.02 s, the times of all batches added up; 2 threads score batches at the same time, so the run "
+        "took 0.01 s",
+    ]
 
 
 def test_a_run_without_times_has_no_latency():
@@ -51,6 +66,7 @@ def test_a_run_without_times_has_no_latency():
     assert latency_summary(untimed) == []
     for function in (
         stage_latencies,
+        timing_note,
         lambda run: predicted_latency(run, 0.5),
         lambda run: reach_within(run, "p95_ms", 1),
     ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,9 +13,11 @@ from helpers import texts
 from typer.testing import CliRunner
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet
+from cascade_lab.analysis.same_cascade import check_same_cascade
 from cascade_lab.analysis.serving_latency import LatencyStudy, checked_cost, serving_metrics
 from cascade_lab.cli import app
-from cascade_lab.latency_benchmark import measure, serve_batch
+from cascade_lab.exceptions import CascadeLabError, RunError
+from cascade_lab.latency_benchmark import measure, measure_run, serve_batch
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,44 @@ def test_a_cascade_of_one_stage_has_no_threshold_to_check(tiny, tiny_evalset):
     assert checked_cost(study).empty
     assert study.timings["n_examples"].sum() == 20
     assert serving_metrics(study.timings).loc[(4, "intent", "share"), "value"] == 1
+
+
+def test_the_cascade_of_a_run_is_measured_on_its_own_texts(tiny_run):
+    study = measure_run(tiny_run, batch_sizes=(1, 8, 500), repeats=1, limit=24)
+    assert study.settings["batch_sizes"] == [1, 8], "there are fewer than 500 texts"
+    check_same_cascade(study, tiny_run)
+    assert study.spec.stages == tiny_run.spec.stages
+    assert len(study.texts) == 24
+    assert set(study.texts["example_id"]) <= set(tiny_run.examples["example_id"])
+    assert study.settings["evalset"] == {**tiny_run.manifest["evalset"], "n_examples": 24}
+    confidence = pd.Series(tiny_run.decision("gate").confidence, index=tiny_run.examples["example_id"])
+    assert study.texts["gate_probability"].to_numpy() == pytest.approx(confidence[study.texts["example_id"]], abs=1e-5)
+
+
+def test_a_cascade_whose_files_changed_since_the_run_is_not_measured(tiny, tiny_evalset, tmp_path):
+    shutil.copytree(tiny.parent, tmp_path / "cascade", ignore=shutil.ignore_patterns("checkpoint"))
+    texts = EvalSet.read(tiny_evalset).limit(8)
+    with Cascade.load(tmp_path / "cascade" / "cascade.toml") as cascade:
+        run = cascade.run(texts, output=tmp_path / "run")
+    gate, intent = tmp_path / "cascade" / "gate", tmp_path / "cascade" / "intent"
+    for path in (gate / "bert_config.json", intent / "vocab.txt", *gate.glob("*.data*"), *intent.glob("*.index")):
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n")
+        with pytest.raises(RunError, match=f"changed since: {path} has another SHA-256") as raised:
+            measure_run(run, batch_sizes=[1], repeats=1)
+        assert "\n" not in str(raised.value)
+        path.unlink()
+        with pytest.raises(CascadeLabError, match=r"missing|no such"):
+            measure_run(run, batch_sizes=[1], repeats=1)
+        path.write_bytes(content)
+    moved = {intent: gate, gate: intent}  # the stages' checkpoints exchanged, which have the same digests together
+    stages = [
+        replace(stage, init_checkpoint=moved[stage.init_checkpoint], labels=("a", "b"), pass_label=None)
+        for stage in run.spec.stages
+    ]
+    run.spec = replace(run.spec, stages=tuple(stages))
+    with pytest.raises(RunError, match="the stages' files are exchanged"):
+        measure_run(run, batch_sizes=[1], repeats=1)
 
 
 def latency(*arguments):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import random_run
+from helpers import memory_run
 from test_displays import drawn_inside
 
-from cascade_lab.analysis.bootstrap import resample_counts
+from cascade_lab import Run
+from cascade_lab.analysis.latency_intervals import quantile_interval, ratio_interval
+from cascade_lab.analysis.same_cascade import check_same_cascade
 from cascade_lab.analysis.serving_latency import (
     WHOLE,
     LatencyStudy,
@@ -20,7 +25,14 @@ from cascade_lab.analysis.serving_latency import (
     predicted_cost,
     serving_metrics,
 )
-from cascade_lab.analysis.serving_summary import cost_and_quality, cost_checks, summary, text_costs, waiting_times
+from cascade_lab.analysis.serving_summary import (
+    cost_and_quality,
+    cost_checks,
+    missing_intervals,
+    summary,
+    text_costs,
+    waiting_times,
+)
 from cascade_lab.displays.latency import BatchLatencyDisplay, LengthLatencyDisplay, PredictedCostDisplay
 from cascade_lab.exceptions import CascadeLabError, RunError, SpecError
 
@@ -57,7 +69,7 @@ def simulated(n_gates=1, n=300, *, seed=0, batch_sizes=(1, 4, 16, 64), repeats=2
         texts[f"{stage['name']}_tokens"] = rng.integers(3, 40, n)
     checked = [0.1, 0.5, 0.9] if n_gates else []
     settings = {
-        "cascade": {"name": name, "stage": stages},
+        "cascade": {"name": name, "stage": stages}, "evalset": {},
         "batch_sizes": list(batch_sizes), "repeats": repeats, "batches": 50, "seed": seed, "checked": checked,
     }  # fmt: skip
     study = LatencyStudy(settings, texts, pd.DataFrame())
@@ -101,11 +113,11 @@ def test_metrics_by_hand():
         answer_seconds=0.1 * timings["ms"] / 1000,
     )  # fmt: skip
     metrics = serving_metrics(timings).loc[2, "value"]
-    # Five texts wait 40, 40, 20, 20, 60 ms: the third in order waits 40.
-    assert metrics[WHOLE, "batch_p50_ms"] == pytest.approx(40)
-    assert metrics[WHOLE, "batch_p95_ms"] == pytest.approx(60)
-    assert metrics["gate", "batch_p50_ms"] == pytest.approx(20)
-    assert metrics["intent", "batch_p50_ms"] == pytest.approx(30)  # of three texts, two wait 30
+    # The last batch is not full, so only two batches are waited for; of one of them no text goes on.
+    assert metrics[WHOLE, "batch_p50_ms"] == pytest.approx(20)
+    assert metrics[WHOLE, "batch_p95_ms"] == pytest.approx(40)
+    assert metrics["gate", "batch_p50_ms"] == pytest.approx(10)
+    assert metrics["intent", "batch_p50_ms"] == pytest.approx(30)
     assert metrics[WHOLE, "text_ms"] == pytest.approx(120 / 5)
     assert metrics[WHOLE, "texts_per_second"] == pytest.approx(5 / 0.120)
     assert metrics["intent", "text_ms"] == pytest.approx(40 / 3)
@@ -113,47 +125,39 @@ def test_metrics_by_hand():
     assert metrics["intent", "tokenize_share"] == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("stage", ["gate0", WHOLE])
-def test_metrics_and_intervals_equal_those_of_resampled_batches(study, stage):
+@pytest.mark.parametrize("stage", ["gate0", "last", WHOLE])
+def test_metrics_are_those_of_a_loop_over_the_batches(study, stage):
     timings = study.timings[~study.timings["check"] & (study.timings["batch_size"] == 16)]
-    metrics = serving_metrics(timings, n_resamples=200).loc[16, stage]
-    ms, texts = [], []
+    metrics = serving_metrics(timings).loc[16, stage]
+    ms, texts, is_full = [], [], []
     for _, rows in timings.groupby(["repeat", "batch"]):
         own = rows[rows["stage"] == stage] if stage != WHOLE else rows
-        ms.append(1000 * own[["tokenize_seconds", "run_seconds", "answer_seconds"]].to_numpy().sum())
-        texts.append(rows["n_examples"].iloc[0])
-    ms, texts = np.array(ms), np.array(texts)
+        if len(own):
+            ms.append(1000 * own[["tokenize_seconds", "run_seconds", "answer_seconds"]].to_numpy().sum())
+            texts.append(own["n_examples"].iloc[0])
+            is_full.append(rows["n_examples"].max() == 16)
+    waits = np.array(ms)[is_full]
+    assert 0 < len(waits) < len(ms), "the last batch of a repeat is smaller"
+    for p in (50, 95, 99):
+        row = metrics.loc[f"batch_p{p}_ms"]
+        assert row["value"] == pytest.approx(np.percentile(waits, p, method="inverted_cdf"))
+        assert row[["low", "high"]].tolist() == pytest.approx(quantile_interval(waits, p / 100)[1:], nan_ok=True)
+        assert row["n_batches"] == len(waits)
+    for name, expected in (("text_ms", ratio_interval(ms, texts)), ("texts_per_second", ratio_interval(texts, ms))):
+        scale = 1000 if name == "texts_per_second" else 1
+        assert metrics.loc[name, ["value", "low", "high"]].tolist() == pytest.approx(np.multiply(expected, scale))
 
-    def by_text(batches):
-        waits = np.repeat(ms[batches], texts[batches])
-        quantiles = [np.percentile(waits, p, method="inverted_cdf") for p in (50, 95, 99)]
-        return [*quantiles, ms[batches].sum() / texts[batches].sum()]
 
-    names = ["batch_p50_ms", "batch_p95_ms", "batch_p99_ms", "text_ms"]
-    assert metrics.loc[names, "value"].to_numpy() == pytest.approx(by_text(np.arange(len(ms))))
-    drawn = [by_text(np.repeat(np.arange(len(ms)), c)) for c in resample_counts(len(ms), n_resamples=200)]
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    assert metrics.loc[names, "low"].to_numpy() == pytest.approx(low)
-    assert metrics.loc[names, "high"].to_numpy() == pytest.approx(high)
-
-
-def test_intervals_cover_the_truth_at_their_level():
-    """Batches of 8 texts with log-normal times, whose mean and median are known."""
-    rng = np.random.default_rng(0)
-    hits = []
-    for _ in range(120):
-        seconds = rng.lognormal(-4, 0.4, 60)
-        timings = pd.DataFrame(
-            {
-                "stage": "only", "repeat": 0, "batch": range(60), "batch_size": 8, "n_examples": 8,
-                "tokenize_seconds": 0.0, "run_seconds": seconds, "answer_seconds": 0.0,
-            }
-        )  # fmt: skip
-        metrics = serving_metrics(timings, n_resamples=250).loc[8, WHOLE]
-        truth = {"batch_p50_ms": 1000 * np.exp(-4), "text_ms": 1000 * np.exp(-4 + 0.08) / 8}
-        hits.append([metrics.loc[name, "low"] <= value <= metrics.loc[name, "high"] for name, value in truth.items()])
-    assert (np.mean(hits, axis=0) > 0.88).all()
-    assert (np.mean(hits, axis=0) < 0.995).all()
+def test_too_few_batches_have_no_interval_and_the_note_says_how_many_are_needed(study):
+    low = serving_metrics(study.own)["low"]
+    assert np.isfinite(low[1, WHOLE, "batch_p95_ms"])  # 2 repeats of 50 batches
+    assert np.isnan(low[1, WHOLE, "batch_p99_ms"])
+    assert np.isnan(low[16, WHOLE, "batch_p95_ms"])  # 2 repeats of 18 full batches
+    assert np.isfinite(low[16, WHOLE, "batch_p50_ms"])
+    (note,) = missing_intervals(study)
+    assert "(6 for p50, 59 for p95, 299 for p99)" in note
+    assert "100 of 1, 100 of 4, 36 of 16, 8 of 64 texts" in note
+    assert missing_intervals(simulated(0, n=300, batch_sizes=(1,), repeats=6)) == []
 
 
 def test_one_batch_has_no_interval(study):
@@ -281,8 +285,9 @@ def test_tables_show_every_size_and_stage_in_order(n_gates):
     waits, costs = waiting_times(study), text_costs(study)
     rows = [(size, stage) for size in (1, 4, 16, 64) for stage in stages]
     assert waits.index.tolist() == costs.index.tolist() == rows
-    value, low, high = metrics.loc[(16, WHOLE, "batch_p95_ms")]
-    assert waits.loc[(16, WHOLE), "batch_p95_ms"] == f"{value:.2f} ({low:.2f} to {high:.2f})"
+    value, low, high = metrics.loc[(1, WHOLE, "batch_p95_ms"), ["value", "low", "high"]]
+    assert waits.loc[(1, WHOLE), "batch_p95_ms"] == f"{value:.2f} ({low:.2f} to {high:.2f})"
+    assert waits.loc[(16, WHOLE), "batch_p99_ms"] == f"{metrics.loc[(16, WHOLE, 'batch_p99_ms'), 'value']:.2f}"
     assert costs.loc[(4, WHOLE), "share"] == "100%"
     assert costs.loc[(4, WHOLE), "tokenize_share"] == "25%"
     checks = cost_checks(study)
@@ -295,7 +300,7 @@ def test_the_summary_gives_the_numbers_of_the_tables():
     metrics = serving_metrics(study.own)["value"]
     sentences = summary(study)
     for size, sentence in zip((1, 4, 16, 64), sentences, strict=False):
-        assert sentence.startswith(f"With batches of {size}, half of the texts have an answer within ")
+        assert f" batches of {size}, half were answered within " in sentence
         assert f"95% within {metrics[size, WHOLE, 'batch_p95_ms']:.1f} ms" in sentence
     text = " ".join(sentences)
     stopped, passed = predicted_cost(study, [1.0, 0.0], [64])["text_ms"]
@@ -307,18 +312,87 @@ def test_the_summary_gives_the_numbers_of_the_tables():
     assert "Stage last takes the most time" in alone
 
 
-def test_cost_and_quality_of_a_run_at_the_thresholds_of_the_study(study, tmp_path):
-    run = random_run(tmp_path / "run")
+FILES = {"gate0/model": "aa", "gate0/vocab": "bb", "last/model": "cc"}  # path to digest
+
+
+def study_and_run(n_gates=1, *, shadow=True):
+    """Return a study and a run of one cascade, from files in different folders."""
+    study = simulated(n_gates)
+    examples = pd.DataFrame({"example_id": [str(i) for i in range(40)], "text": "t", "text_b": None, "label": "a"})
+    rng = np.random.default_rng(0)
+    logits = {s.name: rng.normal(size=(40, len(s.labels))).astype(np.float32) for s in study.spec.stages}
+    run = memory_run(study.spec, examples, logits, shadow=shadow)
+    run.manifest["inputs"] = {f"/then/{path}": digest for path, digest in FILES.items()}
+    settings = {**study.settings, "inputs": {f"/now/{path}": digest for path, digest in FILES.items()}}
+    return LatencyStudy(settings, study.texts, study.timings), run
+
+
+def test_cost_and_quality_of_a_run_at_the_thresholds_of_the_study():
+    study, run = study_and_run()
     table = cost_and_quality(study, run)
     assert table.index.tolist() == [0.1, 0.3, 0.5, 0.9]
     predictions = run.replay({"gate0": 0.9})
     right = predictions["label"] == predictions["predicted"]
     assert table.loc[0.9, "accuracy"] == right.mean()
     assert table.loc[0.9, "text_ms_batch_16"] == predicted_cost(study, [0.9], [16])["text_ms"][0]
-    alone = random_run(tmp_path / "alone", n_gates=0)
-    for other_study, other_run in ((simulated(0), run), (study, alone)):
-        with pytest.raises(RunError, match="its first stage is not the gate"):
-            cost_and_quality(other_study, other_run)
+    with pytest.raises(RunError, match="has no gate"):
+        cost_and_quality(*study_and_run(0))
+
+
+def test_costs_are_shown_where_labels_or_shadow_scores_are_missing():
+    study, run = study_and_run(shadow=False)
+    table = cost_and_quality(study, run)
+    assert table["accuracy"].isna().tolist() == [True, False, False, False], "at 0.1 more texts would pass"
+    unlabelled = Run(run.manifest, run.examples.assign(label=None), {}, run.predictions, run.timings)
+    table = cost_and_quality(study, unlabelled)
+    assert table["accuracy"].isna().all()
+    assert table["text_ms_batch_16"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"threshold": 0.4}, "threshold of stage 'gate0' is 0.3 there and 0.4 in the run"),
+        ({"temperature": 2.0}, "temperature of stage 'gate0'"),
+        ({"precision": "bfloat16"}, "precision of stage 'gate0'"),
+        ({"max_seq_length": 64}, "max_seq_length of stage 'gate0'"),
+        ({"name": "other"}, "it has the stages gate0, last, and the run other, last"),
+    ],
+)
+def test_a_study_of_a_cascade_with_other_settings_is_refused(change, why):
+    study, run = study_and_run()
+    first, last = run.spec.stages
+    spec = replace(run.spec, stages=(replace(first, **change), last))
+    scores = {stage.name: run.scores(own.name) for stage, own in zip(spec.stages, run.spec.stages, strict=True)}
+    manifest = {**run.manifest, "cascade": spec.to_dict()}
+    with pytest.raises(RunError, match=re.escape(why)) as raised:
+        cost_and_quality(study, Run(manifest, run.examples, scores, run.predictions, run.timings))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "why"),
+    [
+        ({**FILES, "last/model": "dd"}, "study is of another cascade: /now/last/model has another SHA-256"),
+        ({**FILES, "gate0/vocab": "dd"}, "/now/gate0/vocab has another"),
+        ({"a": "cc", "b": "bb", "c": "aa"}, "the stages' files are exchanged"),
+        ({**FILES, "more": "dd"}, "more is missing"),
+        ({}, "has another"),
+    ],
+)
+def test_a_study_of_a_cascade_with_other_files_is_refused(inputs, why):
+    study, run = study_and_run()
+    check_same_cascade(study, run)
+    run.manifest["inputs"] = inputs
+    with pytest.raises(RunError, match=why):
+        check_same_cascade(study, run)
+
+
+def test_logits_from_elsewhere_have_no_study():
+    study, run = study_and_run()
+    run.manifest |= {"source": "logits", "inputs": {}}
+    with pytest.raises(RunError, match="computed elsewhere"):
+        check_same_cascade(study, run)
 
 
 @pytest.mark.parametrize("batch_sizes", [(1, 4, 16, 64), (8,)])

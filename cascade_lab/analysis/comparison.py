@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, interval, with_resamples
+from cascade_lab.analysis.bootstrap import N_RESAMPLES
+from cascade_lab.analysis.decomposition import Decomposition, common_rows, decompose
+from cascade_lab.analysis.duplicates import repeats_sentences, text_groups
 from cascade_lab.analysis.latency import PERCENTILES, is_timed, stage_latencies
-from cascade_lab.analysis.paired import paired_metrics, paired_tests, sorted_with_holm
+from cascade_lab.analysis.paired import paired_metrics, paired_tests, sorted_with_holm, wins_and_losses
 from cascade_lab.analysis.sentences import Summary, percent, points
-from cascade_lab.decisions import require_scored, route
 from cascade_lab.exceptions import RunError, did_you_mean
-from cascade_lab.spec import CascadeSpec
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
@@ -29,33 +29,6 @@ CHANGES = {
 """The kinds of change from A to B, and what each means."""
 MAX_VALUES = 50  # a column with more different values is not used for slices, unless it is named
 ALPHA = 0.05  # of McNemar's tests, in sentences
-
-
-class Decomposition(NamedTuple):
-    """Which part of the cascade changes the accuracy: a 2×2 factorial design of gates and last stages.
-
-    Let acc(g, c) be the accuracy of the gates of run g in front of the last stage of run c. Then *gate* is
-    acc(B, A) - acc(A, A), *classifier* is acc(A, B) - acc(A, A), and *interaction* is what both changes do beyond
-    their sum, acc(B, B) - acc(B, A) - acc(A, B) + acc(A, A). The three add up to acc(B, B) - acc(A, A).
-
-    Attributes
-    ----------
-    accuracies : dict of str to float
-        Of `AA`, `BA`, `AB` and `BB`: the first letter is the run of the gates, the second the run of the last stage.
-    effects : dict of str to Interval
-        `gate`, `classifier` and `interaction`, with paired bootstrap intervals.
-    """
-
-    accuracies: dict[str, float]
-    effects: dict[str, Interval]
-
-    def frame(self) -> pd.DataFrame:
-        """Return the effects, one row each: `accuracy_gained`, `low`, `high`."""
-        columns = ["accuracy_gained", "low", "high"]
-        return pd.DataFrame.from_dict(self.effects, orient="index", columns=columns).rename_axis("effect")
-
-    def _repr_html_(self) -> str:
-        return self.frame().to_html()
 
 
 @dataclass(frozen=True)
@@ -80,6 +53,8 @@ class Comparison:
     decomposition : Decomposition or None
     not_decomposed : str
         Why there is no decomposition.
+    scope_notes : tuple of str
+        A sentence for each run whose own metrics count a label as a class that rejects in the other run.
     level : float
         Of the intervals.
     """
@@ -92,6 +67,7 @@ class Comparison:
     latency: pd.DataFrame | None
     decomposition: Decomposition | None
     not_decomposed: str = ""
+    scope_notes: tuple[str, ...] = ()
     level: float = 0.95
 
     def __repr__(self) -> str:
@@ -100,18 +76,45 @@ class Comparison:
 
     @property
     def is_decided(self) -> bool:
-        """Whether one run is right more often than the other: McNemar's exact test at 0.05."""
+        """Whether one run is right more often than the other. McNemar's exact test at 0.05 decides, no interval does.
+
+        The interval of the difference is an approximation: with few texts that changed, it can exclude zero where the
+        exact test shows that chance explains the change.
+        """
         return bool(self.metrics.loc["accuracy", "p_value"] < ALPHA)
 
     @property
     def verdict(self) -> str:
         """Whether B is right more often than A, as a sentence."""
         row = self.metrics.loc["accuracy"]
-        numbers = f"{points(row['difference'])} points of accuracy, {self.level:.0%} interval {points(row['low'])} to "
-        numbers += f"{points(row['high'])}, p = {row['p_value']:.2g}"
+        gains = (self.pairs["change"] == WIN).to_numpy().astype(int) - (self.pairs["change"] == LOSS).to_numpy()
+        wins, losses = wins_and_losses(gains, text_groups(self.pairs))
+        different = "different texts" if self.repeats else "texts"
+        texts = f"B alone is right on {wins:,} of the {different}, A alone on {losses:,}; McNemar's exact test"
         if not self.is_decided:
-            return f"These texts do not show which run is right more often (B - A: {numbers})."
-        return f"B is right {'more' if row['difference'] > 0 else 'less'} often than A ({numbers})."
+            return (
+                f"These texts do not show which run is right more often ({texts}: p = {row['p_value']:.2g}, not below "
+                f"{ALPHA:g})."
+            )
+        more = "more" if row["difference"] > 0 else "less"
+        return f"B is right {more} often than A ({texts}: p = {row['p_value']:.2g}, below {ALPHA:g})."
+
+    @property
+    def repeats(self) -> list[str]:
+        """How many texts repeat another one, as a sentence; no sentence if none does."""
+        return repeats_sentences(text_groups(self.pairs))
+
+    @property
+    def difference(self) -> str:
+        """How large the difference in accuracy is, as a sentence; the interval does not decide the verdict."""
+        row = self.metrics.loc["accuracy"]
+        sentence = f"The difference B - A is {points(row['difference'])} percentage points of accuracy"
+        if np.isnan(row["low"]):
+            return f"{sentence}."
+        return (
+            f"{sentence}, with a {self.level:.0%} interval of {points(row['low'])} to {points(row['high'])}: it shows "
+            "how large the difference may be, and the test decides whether there is one."
+        )
 
     def runs_table(self) -> pd.DataFrame:
         """Return `runs` as a table, one row per run: `name`, `cascade`, `thresholds`, `batch_size`, `n_alone`."""
@@ -134,28 +137,32 @@ class Comparison:
 
     def summary(self) -> Summary:
         """Return the result in a few sentences, the verdict first and the advice last."""
-        counts = self.pairs["change"].value_counts()
         (in_a, in_b), (out_a, out_b) = self.metrics.loc[["in_scope_accuracy", "reject_recall"], ["a", "b"]].to_numpy()
         n_differing = int((self.labels["p_holm"] < ALPHA).sum())
         sentences = [
             self.verdict,
+            self.difference,
+            *self.repeats,
             f"Of the texts in scope, A answers {percent(in_a)} correctly and B {percent(in_b)}. "
             f"Of the other texts, A rejects {percent(out_a)} and B {percent(out_b)}.",
-            f"B is right and A is wrong on {counts.get(WIN, 0):,} texts; A is right and B is wrong on "
-            f"{counts.get(LOSS, 0):,} texts.",
-            f"{n_differing:,} of {len(self.labels):,} true labels differ clearly (p < {ALPHA:g}, corrected).",
+            *self.scope_notes,
+            f"For {n_differing:,} of {len(self.labels):,} true labels one run is right more often (McNemar's exact "
+            f"test, p < {ALPHA:g} after Holm's correction).",
         ]
         if self.decomposition is not None:
             effects = self.decomposition.effects
             largest = max(effects, key=lambda name: abs(effects[name].value))
             if effects[largest].value:
                 sentences.append(
-                    f"The largest part of the difference is the {largest}: {points(effects[largest].value)} points of "
-                    "accuracy."
+                    f"The largest part of the difference is the {largest}: {points(effects[largest].value)} percentage "
+                    "points of accuracy."
                 )
         if self.latency is not None:
             a_ms, b_ms = (self.latency.loc[(run, "all stages"), "mean_ms"] for run in "AB")
-            sentences.append(f"The mean time per text was {a_ms:.2f} ms in A and {b_ms:.2f} ms in B.")
+            sentences.append(
+                f"The times of all batches added up, divided by all texts, are {a_ms:.2f} ms per text in A and "
+                f"{b_ms:.2f} ms in B."
+            )
         return Summary([*sentences, self._advice()])
 
     def _advice(self) -> str:
@@ -218,7 +225,7 @@ def compare(
         No common `example_id`, a common one with another text or label in each run, or no such column.
     """
     a, b = run_a.labelled, run_b.labelled
-    rows_a, rows_b = _common_rows(a, b)
+    rows_a, rows_b = common_rows(a, b)
     examples = a.examples.iloc[rows_a].reset_index(drop=True)
     predictions = [run.predictions.iloc[rows] for run, rows in ((a, rows_a), (b, rows_b))]
     pairs = examples[["example_id", "text", "text_b", "label"]].copy()
@@ -230,70 +237,47 @@ def compare(
     pairs["change"] = np.array([*CHANGES, None], dtype=object)[np.select(kinds, range(3), 3)]
     others = b.examples.iloc[rows_b].reset_index(drop=True)
     examples = examples.join(others[others.columns.difference(examples.columns)])
+    same_text = text_groups(examples)
     groups = _groups(examples, columns, run_a)
-    slices = [paired_tests(values, right_a, right_b, name=name) for name, values in groups.items()]
+    slices = [paired_tests(values, right_a, right_b, groups=same_text, name=name) for name, values in groups.items()]
     options: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
     split, reason = None, ""
     try:
-        split = decompose(run_a, run_b, **options)
+        split = decompose(run_a, run_b, level=level)
     except RunError as error:
         reason = str(error)
     reject_labels = {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
     return Comparison(
         runs=(_run_facts(a, len(pairs)), _run_facts(b, len(pairs))),
-        metrics=paired_metrics(pairs["label"], pairs["a"], pairs["b"], reject_labels, **options),
+        metrics=paired_metrics(pairs["label"], pairs["a"], pairs["b"], reject_labels, groups=same_text, **options),
         pairs=pairs,
-        labels=paired_tests(pairs["label"], right_a, right_b).droplevel("column").rename_axis("label"),
+        labels=paired_tests(pairs["label"], right_a, right_b, groups=same_text)
+        .droplevel("column")
+        .rename_axis("label"),
         slices=sorted_with_holm(pd.concat(slices)),
         latency=latencies(run_a, run_b),
         decomposition=split,
         not_decomposed=reason,
+        scope_notes=tuple(_scope_notes(run_a, run_b)),
         level=level,
     )
 
 
-def decompose(
-    run_a: Run, run_b: Run, *, level: float = 0.95, n_resamples: int = N_RESAMPLES, seed: int = 0
-) -> Decomposition:
-    """Split the difference of two runs' accuracies into the effect of the gates, of the last stages, and of both.
-
-    The gates of each run are put in front of the last stage of the other, on kept logits.
-
-    Raises
-    ------
-    RunError
-        No common texts; a cascade without a gate; last stages with different labels; or a run that lacks the shadow
-        scores which the other run's gates need.
-    """
-    for run in (run_a, run_b):
-        if len(run.spec.stages) < 2:
-            raise RunError(f"{run.name}: has no gate, so gates and last stages cannot be swapped with another run")
-    reject_labels = {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
-    labels_a, labels_b = (set(run.spec.last.labels) - reject_labels for run in (run_a, run_b))
-    if labels_a != labels_b:
-        raise RunError(
-            f"{run_a.name} and {run_b.name}: only one of the last stages has the label {min(labels_a ^ labels_b)!r}, "
-            "so they cannot be swapped; compare the cascades as a whole"
-        )
-    run_a, run_b = run_a.labelled, run_b.labelled
-    rows_a, rows_b = _common_rows(run_a, run_b)
-    sides = {"A": (run_a, rows_a), "B": (run_b, rows_b)}
-    pairs = {"AA": ("A", "A"), "BA": ("B", "A"), "AB": ("A", "B"), "BB": ("B", "B")}
-    y_true = run_a.examples["label"].to_numpy(dtype=object)[rows_a]
-    right = np.array([_mixed_answers(sides, *pair) == y_true for pair in pairs.values()]).T
-    patterns, counts = np.unique(right, axis=0, return_counts=True)
-    hits = with_resamples(counts, n_resamples=n_resamples, seed=seed) @ patterns  # of each mixed cascade, per resample
-    aa, ba, ab, bb = hits.T
-    effects = {"gate": ba - aa, "classifier": ab - aa, "interaction": bb - ba - ab + aa}
-    n = len(y_true)
-    return Decomposition(
-        {name: float(n_right) / n for name, n_right in zip(pairs, hits[0], strict=True)},
-        {name: interval(float(effect[0]) / n, effect[1:] / n, level=level) for name, effect in effects.items()},
-    )
+def _scope_notes(run_a: Run, run_b: Run) -> list[str]:
+    """Return a sentence for each run that counts as a class, in its own metrics, what the other one rejects with."""
+    notes = []
+    for letter, run, other, other_run in (("A", run_a, "B", run_b), ("B", run_b, "A", run_a)):
+        labels = [label for label in other_run.spec.reject_labels if label in run.spec.in_scope_labels]
+        if labels:
+            notes.append(
+                f"{letter}'s own metrics count the label {labels[0]} as a class; here it rejects, as in {other}. Add "
+                f'reject_label = "{labels[0]}" to the last stage of {letter} to have the same metrics everywhere.'
+            )
+    return notes
 
 
 def latencies(run_a: Run, run_b: Run) -> pd.DataFrame | None:
-    """Return how long a text takes in each run; None where one of them was not timed.
+    """Return the amortised milliseconds per text in each run; None where one of them was not timed.
 
     The two runs were made at different times: other work on their machines is part of the difference.
 
@@ -301,8 +285,8 @@ def latencies(run_a: Run, run_b: Run) -> pd.DataFrame | None:
     -------
     DataFrame
         Indexed by `run` (`A`, `B`) and `stage`, the last of which is `all stages`: `n_texts` that reached the stage;
-        `p50_ms`, `p95_ms`, `p99_ms` per text there (NaN for all stages); and `mean_ms`, the stage's time divided by the
-        number of all texts of the run.
+        `p50_ms`, `p95_ms`, `p99_ms`, amortised, per text there (NaN for all stages); and `mean_ms`, the times of the
+        stage's batches added up and divided by the number of all texts of the run.
     """
     if not (is_timed(run_a) and is_timed(run_b)):
         return None
@@ -319,27 +303,6 @@ def latencies(run_a: Run, run_b: Run) -> pd.DataFrame | None:
     return pd.DataFrame(list(rows.values()), index=index, columns=columns)
 
 
-def _common_rows(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows in A and in B of the common examples, in A's order; check that their texts and labels agree."""
-    ids = pd.Index(run_a.examples["example_id"])
-    rows_b = pd.Index(run_b.examples["example_id"]).get_indexer(ids)
-    rows_a = np.flatnonzero(rows_b >= 0)
-    rows_b = rows_b[rows_a]
-    both = f"{run_a.name} and {run_b.name}"
-    if not len(rows_a):
-        raise RunError(f"{both}: no labelled example_id in common; compare runs of one eval set")
-    for column in ("text", "text_b", "label"):
-        values_a, values_b = (
-            run.examples[column].fillna("").to_numpy(dtype=object)[rows]
-            for run, rows in ((run_a, rows_a), (run_b, rows_b))
-        )
-        differs = values_a != values_b
-        if differs.any():
-            first = str(ids[rows_a[differs][0]])
-            raise RunError(f"{both}: example_id {first!r} has another {column} in each; compare runs of one eval set")
-    return rows_a, rows_b
-
-
 def _run_facts(run: Run, n_common: int) -> dict[str, Any]:
     return {
         "name": run.name,
@@ -351,19 +314,6 @@ def _run_facts(run: Run, n_common: int) -> dict[str, Any]:
         "processor": run.manifest.get("processor"),
         "n_alone": len(run.examples) - n_common,
     }
-
-
-def _mixed_answers(sides: dict[str, tuple[Run, np.ndarray]], gates: str, last: str) -> np.ndarray:
-    """Return the answers of one side's gates in front of the other side's last stage, on the common examples."""
-    parts = [(gates, stage) for stage in sides[gates][0].spec.stages[:-1]] + [(last, sides[last][0].spec.last)]
-    stages, decisions = [], {}
-    for side, stage in parts:
-        run, rows = sides[side]
-        name = f"{stage.name} of {side}"  # both sides may use one name for two stages
-        stages.append(replace(stage, name=name))
-        decisions[name] = run.decision(stage.name).take(rows)
-    where = " and ".join(run.name for run, _ in sides.values())
-    return require_scored(route(CascadeSpec("mixed", tuple(stages)), decisions), where).predicted
 
 
 def _groups(examples: pd.DataFrame, columns: Sequence[str] | None, run: Run) -> dict[str, pd.Series]:

@@ -1,7 +1,8 @@
 """Compute how long texts take at each stage, from the times of a run.
 
 A run measures whole batches. The *amortised* time per text is the time of its batch divided by the number of texts in
-the batch. It is the inverse of the throughput; no caller waits for exactly that time.
+the batch; no caller waits for exactly that time. Where several threads score batches at the same time, each batch has
+its own time, so the times of all batches add up to more than the time that passed.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ PERCENTILES = (50, 95, 99)
 class StageLatency:
     """The amortised milliseconds per text at one stage.
 
-    Where a machine has several cores, a run scores several batches at the same time. Each batch then has its own time.
-
     Attributes
     ----------
     text_ms : ndarray of float, shape (n_texts,)
@@ -33,9 +32,9 @@ class StageLatency:
     percentiles_ms : dict of int to float
         The 50th, 95th and 99th percentile of `text_ms`; NaN where no text reached the stage.
     seconds : float
-        The total time of the stage.
+        The times of the stage's batches added up; of several threads together, more than the time that passed.
     share : float
-        The fraction of the total time of all stages.
+        `seconds` as a fraction of the `seconds` of all stages.
     """
 
     text_ms: np.ndarray
@@ -66,7 +65,7 @@ def amortized_ms(seconds: np.ndarray, n_examples: np.ndarray) -> np.ndarray:
     >>> amortized_ms(np.array([0.010, 0.006]), np.array([2, 1])).tolist()
     [5.0, 5.0, 6.0]
     """
-    return np.repeat(1000 * np.asarray(seconds) / n_examples, n_examples)
+    return np.repeat(1000 * np.asarray(seconds) / np.maximum(n_examples, 1), n_examples)  # 0 texts: nothing repeats
 
 
 def stage_latencies(run: Run) -> dict[str, StageLatency]:
@@ -89,7 +88,7 @@ def stage_latencies(run: Run) -> dict[str, StageLatency]:
             text_ms=text_ms,
             percentiles_ms={p: float(np.percentile(text_ms, p)) if len(text_ms) else np.nan for p in PERCENTILES},
             seconds=float(seconds[of_stage].sum()),
-            share=float(seconds[of_stage].sum() / seconds.sum()),
+            share=float(seconds[of_stage].sum() / seconds.sum()) if seconds.sum() else np.nan,
         )
     return latencies
 
@@ -101,17 +100,39 @@ def latency_summary(run: Run) -> Summary:
     latencies = stage_latencies(run)
     slowest = max(latencies, key=lambda name: latencies[name].seconds)
     share, p50_ms = latencies[slowest].share, latencies[slowest].percentiles_ms[50]
+    if np.isnan(share):  # the clock was too coarse for the batches
+        return Summary()
     sentence = (
-        f"Stage {slowest} takes {share:.0%} of the time; half of its texts take {p50_ms:.2f} ms or less (the time of a "
-        "batch divided by its texts)."
+        f"Stage {slowest} takes {share:.0%} of the time of all batches; half of its texts take {p50_ms:.2f} ms or less "
+        "(amortised: the time of a batch divided by its texts)."
     )
     return Summary([sentence])
+
+
+def timing_note(run: Run) -> Summary:
+    """Return what the times of a run are, for people: what is divided by what, and why they add up to more than passed.
+
+    Raises
+    ------
+    RunError
+        The run was not timed.
+    """
+    seconds = sum(latency.seconds for latency in stage_latencies(run).values())
+    stages = (run.manifest.get("stages") or {}).values()
+    n_threads = max((n for n in (stage.get("n_workers") for stage in stages) if isinstance(n, int)), default=1)
+    passed = run.manifest.get("serial_seconds")
+    note = f"share: of {seconds:.2f} s, the times of all batches added up"
+    if n_threads > 1:
+        note += f"; {n_threads} threads score batches at the same time"
+        note += f", so the run took {passed:.2f} s" if isinstance(passed, float) else ""
+    return Summary(["ms/text: amortised milliseconds per text, the time of a batch divided by its texts", note])
 
 
 def predicted_latency(run: Run, reach: float | np.ndarray) -> dict[str, np.ndarray]:
     """Return the latency per text if a fraction `reach` of the texts went beyond the first stage.
 
-    The latency of a text is the sum of the amortised times of the stages that it reaches. Of the texts beyond the first
+    The latency of a text is the sum of the amortised times of the stages that it reaches; no client waits exactly that
+    long. Of the texts beyond the first
     stage, each later stage gets the same fraction as in this run. The latency is valid at the batch size of the run. A
     text that is slow at one stage (a long text) is taken to be equally slow at the next stages.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +13,14 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from cascade_lab.analysis.bootstrap import interval, resample_counts
 from cascade_lab.analysis.latency import PERCENTILES
+from cascade_lab.analysis.latency_intervals import quantile_interval, ratio_interval
 from cascade_lab.atomic import UNFINISHED, whole_directory, write_json
 from cascade_lab.decisions import StageDecision, route
 from cascade_lab.exceptions import RunError
+from cascade_lab.latency_schema import read_latency
 from cascade_lab.spec import CascadeSpec
+from cascade_lab.text import printable
 
 LATENCY_DIRECTORY: Any = {"marker": "latency.json", "what": "latency study", "error": RunError}
 WHOLE = "end to end"
@@ -54,25 +55,27 @@ class LatencyStudy:
         directory = Path(directory)
         if directory.name.endswith(UNFINISHED):
             raise RunError(f"{directory}: an unfinished latency study, left by a crash; delete it and measure again")
-        try:
-            settings = json.loads((directory / "latency.json").read_text(encoding="utf-8"))
-            tables = [pd.read_parquet(directory / f"{name}.parquet") for name in ("texts", "timings")]
-        except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-            raise RunError(f"{directory}: not a latency directory; make one with `cascade-lab latency`") from error
-        return cls(settings, *tables)
+        if not (directory / "latency.json").is_file():
+            raise RunError(f"{directory}: not a latency directory; make one with `cascade-lab latency`")
+        return cls(*read_latency(directory))
 
     def write(self, output: str | Path, *, overwrite: bool = False) -> None:
         """Write the directory `output`, whole or not at all; raises RunError if it exists or cannot be written."""
         with whole_directory(output, overwrite=overwrite, **LATENCY_DIRECTORY) as directory:
-            self.texts.to_parquet(directory / "texts.parquet", index=False)
-            self.timings.to_parquet(directory / "timings.parquet", index=False)
-            write_json(directory / "latency.json", self.settings, error=RunError)
+            self.write_into(directory)
+
+    def write_into(self, directory: Path) -> None:
+        """Write the tables and the settings into an empty directory (that of `whole_directory`)."""
+        self.texts.to_parquet(directory / "texts.parquet", index=False)
+        self.timings.to_parquet(directory / "timings.parquet", index=False)
+        write_json(directory / "latency.json", self.settings, error=RunError)
 
     def __repr__(self) -> str:
-        return f"<LatencyStudy {self.spec.name}: {self._described()}>"
+        return printable(f"<LatencyStudy {self.spec.name}: {self._described()}>")
 
     def _repr_html_(self) -> str:
-        return f"<p><b>{escape(self.spec.name)}</b>: {escape(self._described())}</p>"
+        name, described = (escape(printable(text)) for text in (self.spec.name, self._described()))
+        return f"<p><b>{name}</b>: {described}</p>"
 
     def _described(self) -> str:
         sizes = ", ".join(f"{size}" for size in self.settings["batch_sizes"])
@@ -111,10 +114,8 @@ def incoming_batches(n: int, batch_size: int, repeat: int, *, max_batches: int, 
     return np.split(order, range(batch_size, len(order), batch_size))
 
 
-def serving_metrics(
-    timings: pd.DataFrame, *, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
-) -> pd.DataFrame:
-    """Return the cost of each batch size, at each stage and end to end, with bootstrap intervals over whole batches.
+def serving_metrics(timings: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """Return the cost of each batch size, at each stage and end to end, with intervals.
 
     The latency *of a batch* is the time that one caller waits for all texts of the batch. The *amortised* time per text
     is the time of the batch divided by its texts: the inverse of texts per second. No caller waits for exactly that.
@@ -123,17 +124,20 @@ def serving_metrics(
     ----------
     timings : DataFrame
         Of a `LatencyStudy`, at one threshold.
-    level, n_resamples, seed
-        Of the bootstrap.
+    level : float
+        Of the intervals. They are of more measurements of these texts on this machine: see
+        `cascade_lab.analysis.latency_intervals`.
 
     Returns
     -------
     DataFrame
         Indexed by `batch_size`, `stage` ("end to end" for the whole cascade) and `metric`; columns `value`, `low`,
-        `high` (both NaN if there was only one batch). The metrics:
+        `high` (both NaN where there are too few batches) and `n_batches` (those that the metric is computed from). The
+        metrics:
 
-        - `batch_p50_ms`, `batch_p95_ms`, `batch_p99_ms`: the smallest time within which that fraction of the texts had
-          an answer. Each text has the time of its batch.
+        - `batch_p50_ms`, `batch_p95_ms`, `batch_p99_ms`: the smallest time within which that fraction of the batches
+          had an answer, of the batches of which a text reached the stage. The last batch of a repeat is left out if it
+          has fewer texts than `batch_size`. The intervals are exact (`quantile_interval`).
         - `text_ms`: the amortised milliseconds per text.
         - `texts_per_second`.
         - `tokenize_share`: the fraction of the stage's time before its session runs.
@@ -148,29 +152,23 @@ def serving_metrics(
         # All texts of a batch reach the first stage. The batch is answered when its last stage has run.
         n_texts[WHOLE] = n_texts.iloc[:, 0]
         seconds[WHOLE], tokenize[WHOLE] = seconds.sum(axis=1), tokenize.sum(axis=1)
-        # The first row counts every batch once: it gives the value itself.
-        resampled = resample_counts(len(incoming), n_resamples=n_resamples, seed=seed)
-        counts = np.vstack([np.ones((1, len(incoming))), resampled])
-        all_seconds = counts @ seconds[WHOLE].to_numpy()
+        is_full = n_texts[WHOLE] == batch_size
         for stage in seconds:
-            n, stage_seconds = n_texts[stage].to_numpy(), seconds[stage].to_numpy()
-            total = counts @ stage_seconds
-            metrics = {
-                f"batch_p{p}_ms": 1000 * _weighted_percentile(stage_seconds, counts * n, p / 100) for p in PERCENTILES
+            reached = n_texts[stage] > 0
+            waits_ms = 1000 * seconds.loc[reached & is_full, stage]
+            for p in PERCENTILES:
+                wait = quantile_interval(waits_ms, p / 100, level=level)
+                rows.append((batch_size, stage, f"batch_p{p}_ms", *wait, len(waits_ms)))
+            n, of_stage = n_texts.loc[reached, stage], seconds.loc[reached, stage]
+            ratios = {
+                "text_ms": ratio_interval(1000 * of_stage, n, level=level),
+                "texts_per_second": ratio_interval(n, of_stage, level=level),
+                "tokenize_share": ratio_interval(tokenize.loc[reached, stage], of_stage, level=level),
+                "share": ratio_interval(seconds[stage], seconds[WHOLE], level=level),
             }
-            with np.errstate(divide="ignore", invalid="ignore"):
-                metrics["text_ms"] = 1000 * total / (counts @ n)
-                metrics["texts_per_second"] = counts @ n / total
-                metrics["tokenize_share"] = counts @ tokenize[stage].to_numpy() / total
-                metrics["share"] = total / all_seconds
-            # One batch alone gives no interval.
-            resamples = slice(1, None if len(incoming) > 1 else 1)
-            rows += [
-                (batch_size, stage, name, *interval(values[0], values[resamples], level=level))
-                for name, values in metrics.items()
-            ]
+            rows += [(batch_size, stage, name, *ratio, int(reached.sum())) for name, ratio in ratios.items()]
     keys = ["batch_size", "stage", "metric"]
-    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high"]).set_index(keys).sort_index()
+    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "n_batches"]).set_index(keys).sort_index()
 
 
 def by_length(timings: pd.DataFrame, *, bins: int = 8) -> pd.DataFrame:
@@ -251,9 +249,10 @@ def stage_costs(study: LatencyStudy) -> dict[str, StageCost]:
 def predicted_cost(
     study: LatencyStudy, thresholds: Sequence[float] | np.ndarray, batch_sizes: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """Predict the cost of the cascade at other thresholds of its first gate, from timings at its own.
+    """Predict the cost of the cascade at other thresholds of its first stage, from timings at its own.
 
-    The texts of a batch whose probability is at least the threshold go on to the next stage, in a smaller batch. The
+    The texts of a batch that the first stage passes on (a gate those at or above its threshold, a deferral stage those
+    below it) go to the next stage, in a smaller batch. The
     cost of that batch is interpolated over its number of texts and their lengths. Two effects are not predicted. Where
     hardly any text goes on, the first stage runs many times in a row with its weights in the processor's cache, and
     costs less than predicted. A number of texts that a stage never had costs more.
@@ -269,7 +268,7 @@ def predicted_cost(
     -------
     DataFrame
         One row per threshold and batch size: `threshold`, `batch_size`, `reach` (the fraction of texts beyond the first
-        gate), `surviving` (the mean size of the batches at the second stage), `text_ms` (the mean amortised
+        stage), `surviving` (the mean size of the batches at the second stage), `text_ms` (the mean amortised
         milliseconds per text; NaN if texts reach a stage that was never timed).
     """
     costs = stage_costs(study)
@@ -298,7 +297,7 @@ def checked_cost(study: LatencyStudy) -> pd.DataFrame:
     for (threshold, batch_size), timings in study.checks.groupby(["threshold", "batch_size"]):
         served = timings[["repeat", "batch"]].drop_duplicates().itertuples(index=False)
         batches = [study.batches(batch_size, repeat)[batch] for repeat, batch in served]
-        measured = serving_metrics(timings).loc[(batch_size, WHOLE, "text_ms")]
+        measured = serving_metrics(timings).loc[(batch_size, WHOLE, "text_ms"), ["value", "low", "high"]]
         reach, surviving, predicted = _predict(study, costs, _arrivals(study, threshold), batches)
         error = predicted / measured["value"] - 1
         rows.append((threshold, batch_size, reach, surviving, predicted, *measured, error))
@@ -334,9 +333,9 @@ def _predict(
 
 
 def _arrivals(study: LatencyStudy, threshold: float) -> dict[str, np.ndarray]:
-    """Return which texts reach each stage at a threshold of the first gate: stage name to bool, shape (n_texts,)."""
+    """Return which texts reach each stage at a threshold of the first stage: stage name to bool, shape (n_texts,)."""
     first, n = study.spec.stages[0], len(study.texts)
-    spec = study.spec.with_thresholds({first.name: threshold}) if first.is_gate else study.spec
+    spec = study.spec.with_thresholds({first.name: threshold}) if first.role != "final" else study.spec
     unknown = np.full(n, None, dtype=object)  # the study does not keep labels, and the way of a text needs none
     decisions = {}
     for stage in spec.stages:
@@ -344,7 +343,7 @@ def _arrivals(study: LatencyStudy, threshold: float) -> dict[str, np.ndarray]:
         decisions[stage.name] = StageDecision(
             scored=np.ones(n, dtype=bool),
             confidence=confidence,
-            threshold=np.full(n, stage.threshold if stage.is_gate else 0.0),
+            threshold=np.full(n, 0.0 if stage.role == "final" else stage.threshold),
             label_above=unknown,
             label_below=unknown,
             probability=confidence,
@@ -361,11 +360,3 @@ def _by_batch(timings: pd.DataFrame, incoming: pd.MultiIndex, values: pd.Series)
     """Return one row per batch that arrived and one column per stage; 0 where no text reached the stage."""
     table = timings.assign(value=values).pivot(index=["repeat", "batch"], columns="stage", values="value")
     return table.reindex(index=incoming, columns=timings["stage"].unique()).fillna(0)
-
-
-def _weighted_percentile(values: np.ndarray, weights: np.ndarray, fraction: float) -> np.ndarray:
-    """Return, for each row of `weights`, the smallest value with at least that fraction of the weight at or below."""
-    order = np.argsort(values, kind="stable")
-    below = weights[:, order].cumsum(axis=1)
-    index = (below < fraction * below[:, -1:] - 1e-9).sum(axis=1)
-    return np.where(below[:, -1] > 0, values[order][np.minimum(index, len(values) - 1)], np.nan)

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from cascade_lab.analysis.latency import PERCENTILES
+from cascade_lab.analysis.latency_intervals import n_for_quantile
 from cascade_lab.analysis.metrics import prediction_metrics
+from cascade_lab.analysis.same_cascade import check_same_cascade
 from cascade_lab.analysis.sentences import Summary
 from cascade_lab.analysis.serving_latency import WHOLE, LatencyStudy, checked_cost, predicted_cost, serving_metrics
 from cascade_lab.exceptions import RunError
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def waiting_times(study: LatencyStudy) -> pd.DataFrame:
-    """Return how long a caller waits for a whole batch, as text with 95% intervals.
+    """Return how long a caller waits for a whole batch, as text with 95% intervals: see `missing_intervals`.
 
     Returns
     -------
@@ -40,6 +43,22 @@ def text_costs(study: LatencyStudy) -> pd.DataFrame:
     metrics = _metrics(study)
     shares = metrics["value"].unstack("metric")[["tokenize_share", "share"]].map("{:.0%}".format)
     return _with_intervals(metrics)[["text_ms", "texts_per_second"]].join(shares)
+
+
+def missing_intervals(study: LatencyStudy) -> Summary:
+    """Return why some percentiles have no interval, as one sentence; no sentence if all have one.
+
+    >>> missing_intervals(study)                                                                 # doctest: +SKIP
+    ['An interval needs enough batches (6 for p50, 59 for p95, 299 for p99); measured were 256 of 1, 8 of 32 texts.']
+    """
+    metrics = serving_metrics(study.own)
+    waits = metrics[metrics.index.get_level_values("metric").isin([f"batch_p{p}_ms" for p in PERCENTILES])]
+    if waits["low"].notna().all():
+        return Summary()
+    needed = ", ".join(f"{n_for_quantile(p / 100)} for p{p}" for p in PERCENTILES)
+    n_batches = waits["n_batches"].xs((WHOLE, f"batch_p{PERCENTILES[0]}_ms"), level=("stage", "metric"))
+    measured = ", ".join(f"{n:,} of {size}" for size, n in n_batches.items())
+    return Summary([f"An interval needs enough batches ({needed}); measured were {measured} texts."])
 
 
 def cost_checks(study: LatencyStudy) -> pd.DataFrame:
@@ -72,47 +91,65 @@ def cost_and_quality(study: LatencyStudy, run: Run) -> pd.DataFrame:
     ----------
     study : LatencyStudy
     run : Run
-        A run of the same cascade, with shadow scores. Unlabelled texts are left out.
+        A run of the same cascade (same files, settings and thresholds), with shadow scores. Unlabelled texts are left
+        out.
 
     Returns
     -------
     DataFrame
         Indexed by `threshold`: the cascade's own and those of the study's checks. Columns: `accuracy`,
-        `in_scope_accuracy`, `reject_recall`, and for each batch size `text_ms_batch_<size>`.
+        `in_scope_accuracy`, `reject_recall` (NaN without labels, and where a text would reach a stage that never scored
+        it), and for each batch size `text_ms_batch_<size>`, the predicted amortised milliseconds per text.
 
     Raises
     ------
     RunError
-        The first stage is not a gate of the run too; or a text would reach a stage that never scored it.
+        The run is of another cascade, or its only stage has no threshold.
     """
+    check_same_cascade(study, run)
     gate = study.spec.stages[0]
-    if not gate.is_gate or gate.name != run.spec.stages[0].name:
-        raise RunError(f"{run.name}: its first stage is not the gate '{gate.name}' of the study; give another run")
-    run = run.labelled
+    if gate.role == "final":
+        raise RunError(f"{run.name}: has no gate, so there is no threshold to change; give a run of a cascade")
     thresholds = sorted({gate.threshold, *study.settings["checked"]})
     quality = pd.DataFrame(
-        [prediction_metrics(run.spec, run.replay({gate.name: threshold})) for threshold in thresholds],
+        [_quality(run, {gate.name: threshold}) for threshold in thresholds],
         index=pd.Index(thresholds, name="threshold"),
-    )[["accuracy", "in_scope_accuracy", "reject_recall"]]
+        columns=["accuracy", "in_scope_accuracy", "reject_recall"],
+        dtype=np.float64,
+    )
     costs = predicted_cost(study, thresholds).pivot(index="threshold", columns="batch_size", values="text_ms")
     return quality.join(costs.add_prefix("text_ms_batch_"))
+
+
+def _quality(run: Run, thresholds: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of a run at other thresholds; nothing where its labels or scores do not suffice."""
+    if not run.examples["label"].notna().any():
+        return {}
+    scored = [run.scores(stage.name) for stage in run.spec.stages]  # a damaged table raises here
+    try:
+        return prediction_metrics(run.spec, run.labelled.replay(thresholds))
+    except RunError:
+        if all(scores.scored.all() for scores in scored):
+            raise
+        return {}
 
 
 def summary(study: LatencyStudy) -> Summary:
     """Return the results of a latency study in plain sentences, with advice: waiting times, and what a gate saves."""
     sizes, gate = study.settings["batch_sizes"], study.spec.stages[0]
-    values = serving_metrics(study.own)["value"]
+    metrics = serving_metrics(study.own)
+    values, n_batches = metrics["value"], metrics["n_batches"]
     sentences = [
-        f"With batches of {size}, half of the texts have an answer within {values[size, WHOLE, 'batch_p50_ms']:.1f} ms "
-        f"and 95% within {values[size, WHOLE, 'batch_p95_ms']:.1f} ms; the cascade answers "
-        f"{values[size, WHOLE, 'texts_per_second']:,.0f} texts per second."
+        f"Of {n_batches[size, WHOLE, 'batch_p50_ms']:,} batches of {size}, half were answered within "
+        f"{values[size, WHOLE, 'batch_p50_ms']:.1f} ms and 95% within {values[size, WHOLE, 'batch_p95_ms']:.1f} ms; "
+        f"the cascade answered {values[size, WHOLE, 'texts_per_second']:,.0f} texts per second."
         for size in sizes
     ]
     share = values.xs("share", level="metric").loc[sizes[0]].drop(WHOLE)
     slowest = share.idxmax()
     sentences.append(f"Stage {slowest} takes the most time with batches of {sizes[0]}: {share[slowest]:.0%}.")
     fastest = values.xs("texts_per_second", level="metric").xs(WHOLE, level="stage").idxmax()
-    if gate.is_gate:
+    if gate.role != "final":
         sentences += _threshold_sentences(study, fastest)
     if fastest != min(sizes):
         sentences.append(
@@ -123,12 +160,13 @@ def summary(study: LatencyStudy) -> Summary:
 
 
 def _threshold_sentences(study: LatencyStudy, fastest: int) -> list[str]:
-    """Return what a threshold of the first gate can save at batch size `fastest`, and how exact the prediction is."""
-    gate, sentences = study.spec.stages[0], []
-    all_stopped, none_stopped = predicted_cost(study, [1.0, 0.0], [fastest])["text_ms"]
+    """Return what a threshold of the first stage can save at batch size `fastest`, and how exact the prediction is."""
+    first, sentences = study.spec.stages[0], []
+    extremes, does = ([0.0, 1.0], "answers") if first.is_deferral else ([1.0, 0.0], "stops")
+    all_ended, none_ended = predicted_cost(study, extremes, [fastest])["text_ms"]
     sentences.append(
-        f"With batches of {fastest}, a text costs {all_stopped:.2f} ms if {gate.name} stops (nearly) all texts, and "
-        f"{none_stopped:.2f} ms if it stops none: a threshold can save at most {1 - all_stopped / none_stopped:.0%}."
+        f"With batches of {fastest}, a text costs {all_ended:.2f} ms if {first.name} {does} (nearly) all texts, and "
+        f"{none_ended:.2f} ms if it {does} none: a threshold can save at most {1 - all_ended / none_ended:.0%}."
     )
     checks = checked_cost(study).dropna(subset=["error"])
     if len(checks):
@@ -151,7 +189,8 @@ def _metrics(study: LatencyStudy) -> pd.DataFrame:
 
 def _with_intervals(metrics: pd.DataFrame) -> pd.DataFrame:
     """Return one row per batch size and stage, one column per metric, and numbers with intervals as text."""
-    cells = pd.Series([_number_with_interval(*row) for row in metrics.itertuples(index=False)], index=metrics.index)
+    rows = metrics[["value", "low", "high"]].itertuples(index=False)
+    cells = pd.Series([_number_with_interval(*row) for row in rows], index=metrics.index)
     return cells.unstack("metric").loc[metrics.index.droplevel("metric").unique()]
 
 

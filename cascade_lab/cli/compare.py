@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from cascade_lab.cli.options import OVERWRITE, SHOWN_TEXTS
-from cascade_lab.cli.printing import MAX_CELL, cell, interval, line, number, p_value, show, signed, table, title
+from cascade_lab.cli.printing import MAX_CELL, cell, interval, line, number, p_value, show, table, title
 from cascade_lab.text import shorten
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_GROUPS = 8  # labels, and slices, that are shown
 MAX_NAME = 40  # characters of a label or a slice
+MAX_SENTENCE = 400
 EFFECTS = {
     "gate": "gates: B's instead of A's",
     "classifier": "last stage: B's instead of A's",
@@ -49,14 +51,14 @@ def compare(
     Example: cascade-lab compare runs/demo runs/demo-tuned
     """
     from cascade_lab.analysis.comparison import compare as compare_runs
-    from cascade_lab.atomic import refuse_existing, write_json
+    from cascade_lab.atomic import locked_file, write_json
     from cascade_lab.run import Run
 
-    if output is not None:
-        refuse_existing(output, overwrite=overwrite)
-    comparison = compare_runs(Run.read(run_a), Run.read(run_b), columns=column or None)
-    if output is not None:
-        write_json(output, comparison.to_dict())
+    lock = nullcontext() if output is None else locked_file(output, overwrite=overwrite, what="comparison")
+    with lock:
+        comparison = compare_runs(Run.read(run_a), Run.read(run_b), columns=column or None)
+        if output is not None:
+            write_json(output, comparison.to_dict())
     _print_comparison(comparison, n_texts=texts)
     if output is not None:
         line(f"comparison: {output}")
@@ -65,8 +67,15 @@ def compare(
 def _print_comparison(comparison: Comparison, *, n_texts: int) -> None:
     from cascade_lab.analysis.comparison import CHANGES
 
+    show(title(comparison.verdict), cell(comparison.difference, MAX_SENTENCE), *comparison.repeats, "")
+    for note in comparison.scope_notes:
+        line(note)
     _print_runs(comparison)
-    show("", _metrics(comparison.metrics), "", title(comparison.verdict))
+    show("", _metrics(comparison))
+    show(
+        "A, B in percent; B - A in percentage points; p: McNemar's exact test, which decides: there is a difference if "
+        "p < 0.05. A metric without p is not a fraction of the same texts in A and B; it has only an interval."
+    )
     counts = comparison.pairs["change"].value_counts()
     wins, losses, otherwise = (int(counts.get(change, 0)) for change in CHANGES)
     line(f"wins, B right where A is wrong: {wins:,}; losses: {losses:,}; wrong in another way: {otherwise:,}")
@@ -88,13 +97,26 @@ def _print_runs(comparison: Comparison) -> None:
     line(f"{len(comparison.pairs):,} texts in both, {only}")
 
 
-def _metrics(metrics: pd.DataFrame) -> Table:
-    shown = table("metric", "A", "B", "B - A", "95% interval", "McNemar p", fold_first=True)
-    for name, row in metrics.iterrows():
-        between = interval(row["low"], row["high"], "+.4f")
-        values = [number(row["a"]), number(row["b"]), signed(row["difference"])]
+def _metrics(comparison: Comparison) -> Table:
+    shown = table("metric", "A", "B", "B - A", f"{comparison.level:.0%} interval", "p", fold_first=True)
+    for name, row in comparison.metrics.iterrows():
+        between = _points_interval(row["low"], row["high"])
+        values = [number(row["a"], ".2%"), number(row["b"], ".2%"), _points(row["difference"])]
         shown.add_row(str(name), *values, between, p_value(row["p_value"]))
     return shown
+
+
+def _points(difference: float) -> str:
+    """Return a difference of fractions in percentage points.
+
+    >>> _points(0.0125)
+    '+1.25'
+    """
+    return number(100 * difference, "+.2f")
+
+
+def _points_interval(low: float, high: float) -> str:
+    return interval(100 * low, 100 * high, "+.2f")
 
 
 def _print_decomposition(comparison: Comparison) -> None:
@@ -103,10 +125,11 @@ def _print_decomposition(comparison: Comparison) -> None:
         show("")
         return
     accuracies = comparison.decomposition.accuracies
-    shown = table("parts of the difference", "accuracy", "95% interval", fold_first=True)
+    columns = ["parts of the difference", "percentage points", f"{comparison.level:.0%} interval"]
+    shown = table(*columns, fold_first=True)
     for name, effect in comparison.decomposition.effects.items():
-        shown.add_row(EFFECTS[name], signed(effect.value), interval(effect.low, effect.high, "+.4f"))
-    shown.add_row("together", signed(accuracies["BB"] - accuracies["AA"]), "")
+        shown.add_row(EFFECTS[name], _points(effect.value), _points_interval(effect.low, effect.high))
+    shown.add_row("together", _points(accuracies["BB"] - accuracies["AA"]), "")
     show(shown, "")
 
 
@@ -119,7 +142,7 @@ def _print_groups(name: str, groups: pd.DataFrame) -> None:
     for key, row in changed.head(MAX_GROUPS).iterrows():
         group = key if isinstance(key, str) else f"{key[0]}: {key[1]}"
         counts = [f"{int(row[column]):,}" for column in ("wins", "losses")]
-        accuracies = [number(row[column]) for column in ("accuracy_a", "accuracy_b")]
+        accuracies = [number(row[column], ".2%") for column in ("accuracy_a", "accuracy_b")]
         p = [p_value(row["p_value"]), p_value(row["p_holm"])]
         shown.add_row(cell(group, MAX_NAME), f"{int(row['n_examples']):,}", *accuracies, *counts, *p)
     show(shown)
@@ -130,11 +153,12 @@ def _print_groups(name: str, groups: pd.DataFrame) -> None:
 def _print_latency(comparison: Comparison) -> None:
     if comparison.latency is None:
         return
-    shown = table("time per text", "texts", "p50 ms", "p95 ms", "p99 ms", "mean ms, all texts", fold_first=True)
+    shown = table("ms/text", "texts", "p50", "p95", "p99", "sum / all texts", fold_first=True)
     for (letter, stage), row in comparison.latency.iterrows():
         ms = [number(row[column], ".2f") for column in ("p50_ms", "p95_ms", "p99_ms", "mean_ms")]
         shown.add_row(f"{letter} {stage}", f"{int(row['n_texts']):,}", *ms)
     show(shown)
+    show("ms/text: amortised, the time of a batch divided by its texts; sum: the times of all batches on all threads")
     keys = ("batch_size", "processor")
     differing = [key.replace("_", " ") for key in keys if len({run[key] for run in comparison.runs}) > 1]
     other = f" with different {' and '.join(differing)}" if differing else ""

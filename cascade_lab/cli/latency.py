@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cascade_lab.cli.actions import default_directory, load_cascade
 from cascade_lab.cli.console import shows_progress
-from cascade_lab.cli.options import CASCADE, EVALSET, LIMIT, OVERWRITE, SPLIT
+from cascade_lab.cli.options import CASCADE, ENCODING, EVALSET, LIMIT, OVERWRITE, SPLIT
 from cascade_lab.cli.printing import UNDEFINED, line, number, percent, show, table, title
 from cascade_lab.exceptions import CascadeLabError
 
@@ -26,6 +26,7 @@ def latency(
     cascade: CASCADE,
     evalset: EVALSET,
     split: SPLIT = None,
+    encoding: ENCODING = None,
     output: Annotated[
         Path | None, typer.Option(help="The directory to write [default: runs/latency-NAME-TIME].")
     ] = None,
@@ -44,20 +45,20 @@ def latency(
     Example: cascade-lab latency cascade.toml data_full.json --split test
     """
     from cascade_lab.analysis.serving_latency import LATENCY_DIRECTORY
-    from cascade_lab.atomic import check_directory
+    from cascade_lab.atomic import check_directory, whole_directory
     from cascade_lab.evalset import EvalSet
     from cascade_lab.latency_benchmark import check_sizes, measure
     from cascade_lab.spec import CascadeSpec
 
     # Everything that can be refused early is refused before TensorFlow is loaded.
     spec = CascadeSpec.read(cascade)
-    texts = EvalSet.read(evalset, split=split)
+    texts = EvalSet.read(evalset, split=split, encoding=encoding)
     texts = texts if limit is None else texts.limit(limit)
     sizes = _read_sizes(batch_sizes)
     check_sizes(sizes, len(texts))
     output = output or default_directory(f"latency-{spec.name}")
     check_directory(output, overwrite=overwrite, **LATENCY_DIRECTORY)
-    with load_cascade(spec) as loaded:
+    with load_cascade(spec) as loaded, whole_directory(output, overwrite=overwrite, **LATENCY_DIRECTORY) as directory:
         study = measure(
             loaded,
             texts,
@@ -68,7 +69,7 @@ def latency(
             seed=seed,
             progress=shows_progress(),
         )
-    study.write(output, overwrite=overwrite)
+        study.write_into(directory)
     _print_study(study)
     line(f"latency: {output}")
 
@@ -76,16 +77,18 @@ def latency(
 def _print_study(study: LatencyStudy) -> None:
     """Print what a caller waits, what a text costs, and the predicted beside the measured cost."""
     from cascade_lab.analysis.serving_latency import WHOLE, checked_cost, serving_metrics
+    from cascade_lab.analysis.serving_summary import missing_intervals
 
     metrics = serving_metrics(study.own)
     waits = table("batch", "stage", "p50 ms", "p95 ms", "p99 ms")
-    costs = table("batch", "stage", "ms per text", "texts/second", "tokenizing", "share")
+    costs = table("batch", "stage", "ms/text", "texts/second", "tokenizing", "share")
+    numbers = metrics[["value", "low", "high"]]
     measured = metrics.index.droplevel("metric").unique()
     stages = [*(stage.name for stage in study.spec.stages), WHOLE]
     for batch_size, stage in product(measured.unique("batch_size"), stages):
         if (batch_size, stage) not in measured:
             continue
-        values = metrics.loc[(batch_size, stage)]
+        values = numbers.loc[(batch_size, stage)]
         waits.add_row(str(batch_size), stage, *[_with_interval(*values.loc[f"batch_p{p}_ms"]) for p in (50, 95, 99)])
         costs.add_row(
             str(batch_size),
@@ -95,11 +98,14 @@ def _print_study(study: LatencyStudy) -> None:
             *[percent(values.loc[name, "value"]) for name in ("tokenize_share", "share")],
         )
     show(title(study.spec.name))
-    show("\nWhat a caller waits for the whole batch, with 95% intervals", waits)
-    show("\nWhat a text costs: the time of its batch divided by the texts in it", costs)
+    show("\nWhat a caller waits for the whole batch, with 95% intervals", waits, *missing_intervals(study))
+    show("\nWhat a text costs, amortised: the time of its batch divided by the texts in it", costs)
     if study.settings["checked"]:
         gate = study.spec.stages[0].name
-        show(f"\nWhat a text costs at other thresholds of {gate}: predicted and measured", _checks(checked_cost(study)))
+        show(
+            f"\nms/text at other thresholds of {gate}: predicted, and measured with 95% intervals",
+            _checks(checked_cost(study)),
+        )
 
 
 def _checks(checks: pd.DataFrame) -> Table:

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from cascade_lab.analysis.comparison import CHANGES, LOSS, WIN, Comparison, compare
+from cascade_lab.analysis.comparison import ALPHA, CHANGES, LOSS, WIN, Comparison, compare
 from cascade_lab.displays.drawing import Display, Style, hide_spines, metric_label, plain_text
 from cascade_lab.run import Run
 from cascade_lab.text import shorten
@@ -53,7 +53,10 @@ class ComparisonDisplay(Display):
         return self.comparison.metrics
 
     def plot(self, ax: Axes | None = None, **kwargs: Any) -> Self:
-        """Draw the difference of each metric as a point on its interval; it is filled if the interval excludes zero.
+        """Draw the difference of each metric as a point on its interval.
+
+        The point is filled if McNemar's exact test decides that there is a difference (p < 0.05), and empty if it does
+        not. A metric that has no such test is a bar.
 
         Parameters
         ----------
@@ -62,11 +65,13 @@ class ComparisonDisplay(Display):
             Go to `Axes.plot`, which draws the points.
         """
         metrics = self.comparison.metrics
-        ax = self._axes(ax, (7.5, 1.3 + 0.42 * len(metrics)))
-        for row, (difference, low, high) in enumerate(100 * metrics[["difference", "low", "high"]].to_numpy()):
-            excludes_zero = low > 0 or high < 0
+        ax = self._axes(ax, (7.5, 1.5 + 0.42 * len(metrics)))
+        drawn = 100 * metrics[["difference", "low", "high"]].to_numpy()
+        for row, ((difference, low, high), p_value) in enumerate(zip(drawn, metrics["p_value"], strict=True)):
             ax.plot([low, high], [row, row], color=_DARK, linewidth=2.2, solid_capstyle="butt")
-            style: Style = {"marker": "o", "color": _DARK, "markerfacecolor": _DARK if excludes_zero else "white"}
+            style: Style = {"marker": "o", "color": _DARK, "markerfacecolor": _DARK if p_value < ALPHA else "white"}
+            if np.isnan(p_value):
+                style |= {"marker": "|", "markeredgewidth": 2.2}
             ax.plot(difference, row, **(style | {"markersize": 7} | kwargs))
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
         names = [
@@ -76,7 +81,10 @@ class ComparisonDisplay(Display):
         # The values of A and B are written at the right, where another picture would have its own axis.
         _label_rows(ax, names, [_change(a, b) for a, b in metrics[["a", "b"]].to_numpy()])
         ax.set_ylim(len(metrics) - 0.5, -0.5)
-        ax.set_xlabel(f"B − A in percentage points, with {self.comparison.level:.0%} intervals")
+        ax.set_xlabel(
+            f"B − A in percentage points, with {self.comparison.level:.0%} intervals\n"
+            f"● p < {ALPHA:g} in McNemar's test, which decides   ○ p ≥ {ALPHA:g}   | no test"
+        )
         self._set_title(self.title, max_length=110)
         return self
 
@@ -112,7 +120,7 @@ class ComparisonDisplay(Display):
         ):
             bars = ax.barh(rows, sign * shown[column], **(style | {"label": label} | kwargs))
             ax.bar_label(bars, [f"{value:,}" if value else "" for value in shown[column]], padding=3, fontsize=8)
-        stars = np.where(shown["p_holm"] < 0.05, " *", "")
+        stars = np.where(shown["p_holm"] < ALPHA, " *", "")
         names = [plain_text(str(name), 40) + star for name, star in zip(shown.index, stars, strict=True)]
         ax.set_yticks(rows, names, fontsize=9)
         ax.axvline(0, color="0.2", linewidth=0.8)

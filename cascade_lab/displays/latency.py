@@ -29,8 +29,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_AMORTISED = "amortised milliseconds per text"
+
+
 class StageLatencyDisplay(Display):
-    """The distribution of the time per text at each stage, with p50, p95 and p99, and the stage's share of the time.
+    """The distribution of the amortised time per text at each stage, with p50, p95 and p99, and the stage's share.
+
+    The amortised time is the time of a batch divided by its texts. The share is of the times of all batches added up,
+    which is more than the time that passed where several threads score batches at the same time.
 
     Parameters
     ----------
@@ -55,10 +61,10 @@ class StageLatencyDisplay(Display):
         """Compute from a run, with `stage_latencies`."""
         size = run.manifest.get("batch_size")
         batches = "" if size is None else f", at most {size} texts per batch"
-        return cls(stage_latencies(run), title=f"{run.spec.name}: time per text{batches}")
+        return cls(stage_latencies(run), title=f"{run.spec.name}: amortised time per text{batches}")
 
     def frame(self) -> pd.DataFrame:
-        """Return one row per stage: `n_texts`, `p50_ms`, `p95_ms`, `p99_ms` per text, `seconds` in all, and `share`."""
+        """Return one row per stage: `n_texts`, `seconds`, `share`, and `p50_ms`, `p95_ms`, `p99_ms` per text."""
         rows = {
             name: [len(s.text_ms), *(s.percentiles_ms[p] for p in PERCENTILES), s.seconds, s.share]
             for name, s in self.stages.items()
@@ -86,11 +92,11 @@ class StageLatencyDisplay(Display):
             _draw_stage(ax, row, stage, limit, {"color": color, "linewidth": 0} | kwargs)
         seconds = sum(stage.seconds for stage in self.stages.values())
         _draw_shares(ax, -1, self.stages, colors)
-        labels = [f"share of {seconds:.1f} s", *(plain_text(name, 30) for name in names)]
+        labels = [f"share of {seconds:.1f} s,\nall batches", *(plain_text(name, 30) for name in names)]
         ax.set_yticks(range(-1, len(names)), labels)
         ax.set_ylim(len(names) - 0.45, -1.4)
         ax.set_xlim(0, limit)
-        ax.set_xlabel("milliseconds per text" + (f" ({n_beyond} texts took longer)" if n_beyond else ""))
+        ax.set_xlabel(_AMORTISED + (f" ({n_beyond:,} texts took longer)" if n_beyond else ""))
         self._set_title(self.title)
         hide_spines(ax, "top", "right", "left")
         return self
@@ -129,6 +135,8 @@ def _draw_shares(ax: Axes, row: int, stages: dict[str, StageLatency], colors: np
 class BatchLatencyDisplay(Display):
     """How long a caller waits for a whole batch: p50, p95 and p99 by batch size, with intervals.
 
+    A point without an interval is of too few batches for one.
+
     Parameters
     ----------
     metrics : DataFrame
@@ -166,7 +174,7 @@ class BatchLatencyDisplay(Display):
         )
 
     def frame(self) -> pd.DataFrame:
-        """Return the stage's percentiles, indexed by `batch_size` and `metric`: `value`, `low`, `high`."""
+        """Return the stage's percentiles, by `batch_size` and `metric`: `value`, `low`, `high`, `n_batches`."""
         metrics = self.metrics.xs(self.stage, level="stage")
         drawn = metrics.index.get_level_values("metric").isin([f"batch_p{p}_ms" for p in PERCENTILES])
         return metrics[drawn]
@@ -196,7 +204,7 @@ class BatchLatencyDisplay(Display):
 
 
 class LengthLatencyDisplay(Display):
-    """The time per text at one stage by the length of its batch: the median, and the middle half around it.
+    """The amortised time per text at one stage by the length of its batch: the median, and the middle half around it.
 
     Parameters
     ----------
@@ -227,7 +235,9 @@ class LengthLatencyDisplay(Display):
         """
         study.spec.stage(stage)
         lengths = by_length(study.own)
-        return cls(lengths[lengths["stage"] == stage], title=f"{study.spec.name}, {stage}: time per text by length")
+        return cls(
+            lengths[lengths["stage"] == stage], title=f"{study.spec.name}, {stage}: amortised time per text by length"
+        )
 
     def frame(self) -> pd.DataFrame:
         """Return one row per batch size and group of lengths."""
@@ -252,12 +262,12 @@ class LengthLatencyDisplay(Display):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("tokens of the longest text in the batch")
         self._set_title(self.title)
-        _finish(ax, "milliseconds per text")
+        _finish(ax, _AMORTISED)
         return self
 
 
 class PredictedCostDisplay(Display):
-    """The predicted time per text at every threshold of the first gate, and the measured time at some of them.
+    """The predicted amortised time per text at every threshold of the first gate, and the measured one at some.
 
     Parameters
     ----------
@@ -296,7 +306,7 @@ class PredictedCostDisplay(Display):
             The cascade has no gate.
         """
         gate = study.spec.stages[0]
-        if not gate.is_gate or gate.threshold is None:
+        if gate.threshold is None:
             raise CascadeLabError(
                 f"{study.spec.name}: has no gate, so there is no threshold to predict for; use a study of a cascade"
             )
@@ -343,7 +353,7 @@ class PredictedCostDisplay(Display):
         ax.set_xlim(-0.02, 1.02)
         ax.xaxis.set_major_formatter(PercentFormatter(1))
         gate = plain_text(self.gate, 40)
-        ax.set_xlabel(f"texts that pass {gate}")
+        ax.set_xlabel(f"texts that go on to the stage after {gate}")
         reach = self.predicted.loc[self.predicted["threshold"] == self.threshold, "reach"].mean()
         ax.axvline(reach, color="0.6", linewidth=0.8, linestyle=":", label="threshold of the cascade")
         checked = self.checks.groupby("threshold")["reach"].mean()
@@ -352,7 +362,7 @@ class PredictedCostDisplay(Display):
         top.set_xlabel(f"threshold of {gate}", fontsize=9)
         top.spines["top"].set_visible(False)
         self._set_title(self.title)
-        _finish(ax, "milliseconds per text")
+        _finish(ax, _AMORTISED)
         return self
 
 
