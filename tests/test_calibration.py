@@ -24,8 +24,9 @@ from cascade_lab.analysis.calibration import (
     reliability_curve,
     yes_no_confidences,
 )
+from cascade_lab.analysis.calibrators import calibrated
 from cascade_lab.analysis.metrics import in_scope_predictions, labelled_decisions
-from cascade_lab.analysis.temperature import calibrated, fit_temperature, fit_temperatures
+from cascade_lab.analysis.temperature import fit_temperature, fit_temperatures
 from cascade_lab.cli import app
 from cascade_lab.decisions import softmax
 from cascade_lab.exceptions import CalibrationError, RunError
@@ -93,8 +94,11 @@ def test_scores_and_curves_are_those_of_scikit_learn(run, on):
                 np.testing.assert_allclose(curve["mean_confidence"], mean)
             gaps = (curve["value"] - curve["mean_confidence"]).abs()
             ece = calibration_metrics(run, stage.name, on=on, bins=bins, n_bins=10, **FEW)
-            assert ece.loc["ece", "value"] == pytest.approx(np.average(gaps, weights=curve["n_examples"]))
+            name = "ece" if bins == "equal_width" else "adaptive_ece"
+            assert ece.loc[name, "value"] == pytest.approx(np.average(gaps, weights=curve["n_examples"]))
             assert (ece.attrs["n_bins"], ece.attrs["bins"]) == (len(curve), bins)
+            n_out_of_scope = (~run.examples["label"].iloc[decisions.rows].isin(run.spec.in_scope_labels)).sum()
+            assert ece.attrs["n_out_of_scope"] == n_out_of_scope
         assert metrics.loc["overconfidence", "value"] == pytest.approx(table.confidence.mean() - correct.mean())
 
 
@@ -137,13 +141,24 @@ def test_arrays_that_do_not_fit_are_refused():
 
 def test_bins_of_equal_mass_are_even_and_keep_equal_probabilities_together():
     p = np.random.default_rng(0).random(1003)
-    sizes = np.bincount(assign_bins(p, n_bins=15))
+    bins = assign_bins(p, n_bins=15, bins="equal_mass")
+    sizes = np.bincount(bins)
     assert len(sizes) == 15
     assert sizes.max() - sizes.min() <= 1
-    assert all(p[assign_bins(p) == i].max() < p[assign_bins(p) == i + 1].min() for i in range(14))
+    assert all(p[bins == i].max() < p[bins == i + 1].min() for i in range(14))
     tied = np.repeat([0.2, 0.5, 1.0], [10, 80, 10])
-    assert len(set(assign_bins(tied, n_bins=10)[10:90])) == 1
-    with pytest.raises(CalibrationError, match="'equal_mass' or 'equal_width'"):
+    assert len(set(assign_bins(tied, n_bins=10, bins="equal_mass")[10:90])) == 1
+
+
+def test_bins_of_equal_width_contain_their_upper_ends():
+    """As Guo et al. (2017) define them, and scikit-learn's calibration_curve: bin m of M is ((m - 1) / M, m / M]."""
+    p = np.array([0.0, 0.05, 0.25, 0.26, 0.5, 0.75, 0.751, 1.0])
+    assert assign_bins(p, n_bins=4).tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
+
+
+def test_unknown_bins_are_refused():
+    p = np.array([0.5])
+    with pytest.raises(CalibrationError, match="'equal_width' or 'equal_mass'"):
         assign_bins(p, bins="quantile")
     with pytest.raises(CalibrationError, match="n_bins is 0; give at least 1"):
         assign_bins(p, n_bins=0)
@@ -302,7 +317,7 @@ def test_the_command_writes_the_cascade_and_its_source_and_the_same_set_is_refus
     assert "exists already" in again.output
     # Fitting one stage again, on another set, keeps the source of the other stage.
     other = calibrated(test.with_spec(written), fit_temperatures(test, ["gate"])).spec
-    with pytest.raises(CalibrationError, match="the temperature of gate was"):
+    with pytest.raises(CalibrationError, match="the calibration of gate was"):
         calibration_metrics(test.with_spec(other), **FEW)
     assert other.calibrated_on["last"] == provenance["last"]
     # Tuning thresholds afterwards keeps the temperatures and their source.

@@ -29,7 +29,7 @@ LABELS = ["a", "b", "c", "d"]
 
 
 def macro_metrics(y_true, y_pred) -> dict[str, float]:
-    options = {"average": "macro", "zero_division": 0.0}
+    options = {"average": "macro", "zero_division": 0.0, "labels": np.unique(y_true)}
     return {
         "accuracy": accuracy_score(y_true, y_pred),
         "macro_precision": precision_score(y_true, y_pred, **options),
@@ -68,10 +68,18 @@ def test_metrics_of_many_matrices_are_those_of_scikit_learn_on_each():
 
 
 def test_macro_f1_leaves_out_labels_that_do_not_occur():
-    """Three tables of counts: F1 of 1 and 2/3; one label only; none."""
-    hits, support, predicted = [[2, 1], [3, 0], [0, 0]], [[2, 2], [4, 0], [0, 0]], [[2, 1], [3, 0], [0, 0]]
-    expected = [(1 + 2 / 3) / 2, 6 / 7, np.nan]
+    """Four tables of counts: F1 of 1 and 2/3; one label only; one label that is only predicted; none."""
+    hits = [[2, 1], [3, 0], [3, 0], [0, 0]]
+    support, predicted = [[2, 2], [4, 0], [4, 0], [0, 0]], [[2, 1], [3, 0], [3, 1], [0, 0]]
+    expected = [(1 + 2 / 3) / 2, 6 / 7, 6 / 7, np.nan]
     np.testing.assert_allclose(macro_f1(np.array(hits), np.array(support), np.array(predicted)), expected)
+
+
+def test_one_text_that_is_rejected_hardly_moves_the_macro_f1():
+    y_true = np.repeat(LABELS, 40).astype(object)
+    y_pred = y_true.copy()
+    y_pred[0] = "oos"
+    assert macro_f1_score(y_true, y_pred) == pytest.approx((3 + 2 * 39 / 79) / 4)
 
 
 @pytest.mark.parametrize("normalize", ["true", "pred", "all"])

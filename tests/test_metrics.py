@@ -20,6 +20,8 @@ from sklearn.metrics import (
 )
 from test_classification import macro_metrics
 
+from cascade_lab.analysis.calibration import calibration_metrics
+from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.metrics import (
     confused_pairs,
     confusion,
@@ -27,11 +29,11 @@ from cascade_lab.analysis.metrics import (
     label_metrics,
     labelled_decisions,
     metric_intervals,
-    outcome_intervals,
     prediction_metrics,
     summarize,
 )
-from cascade_lab.analysis.outcomes import FRACTIONS, outcome_counts
+from cascade_lab.analysis.outcomes import FRACTIONS, outcome_codes
+from cascade_lab.analysis.summary import error_summary, interval_notes, run_summary
 from cascade_lab.exceptions import RunError, SpecError
 from cascade_lab.run import Run
 
@@ -63,8 +65,8 @@ def test_six_texts_by_hand():
     assert metrics["end_to_end"] == pytest.approx(
         {
             "accuracy": 3 / 6,
-            # F1 of 0: 1; of 1: 0; of 2: 0; of 3: 0 (predicted, never true); of oos: 2/3
-            "macro_f1": (1 + 0 + 0 + 0 + 2 / 3) / 5,
+            # F1 of 0: 1; of 1: 0; of 2: 0; of oos: 2/3; 3 is predicted, but never true, and has none
+            "macro_f1": (1 + 0 + 0 + 2 / 3) / 4,
             "in_scope_accuracy": 1 / 3,
             "reject_recall": 2 / 3,
             "reject_precision": 2 / 3,
@@ -75,14 +77,36 @@ def test_six_texts_by_hand():
             "reach": 1.0,
             "n_reached": 6,
             "n_with_target": 6,
+            "n_out_of_scope": 3,
             "accuracy": 4 / 6,
             "macro_f1": 2 / 3,
             "auroc": mannwhitneyu(p_in[:3], p_in[3:]).statistic / 9,
-            "average_precision": (1 / 1 + 2 / 2 + 3 / 4) / 3,
+            "average_precision": (1 / 1 + 2 / 2 + 3 / 4) / 3,  # the texts to stop have ranks 1, 2 and 4
         }
     )
     assert (intent["reach"], intent["n_reached"], intent["n_with_target"]) == (0.5, 3, 2)
     assert intent["accuracy"] == pytest.approx(1 / 2)
+
+
+def test_a_last_stage_with_a_label_for_texts_out_of_scope_is_measured_on_them_too():
+    """Two texts out of scope reach it, and it rejects one; the gate stops a third one. Then the stage alone."""
+    last = {"name": "intent", "labels": ["a", "oos"], "reject_label": "oos"}
+    p = {
+        "gate": [[0.1, 0.9]] * 4 + [[0.9, 0.1]],
+        "intent": [[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.8, 0.2], [0.1, 0.9]],
+    }
+    labels = ["a", "a", "oos", "oos", "oos"]
+    run = run_of_probabilities([GATE, last], labels, p)
+    intent = summarize(run)["stages"]["intent"]
+    assert (intent["n_reached"], intent["n_with_target"], intent["n_out_of_scope"]) == (4, 4, 2)
+    assert intent["accuracy"] == 2 / 4
+    for on, n, n_out_of_scope in (("reached", 4, 2), ("all", 5, 3)):
+        calibration = calibration_metrics(run, "intent", on=on, **FEW)
+        assert (calibration.attrs["n_examples"], calibration.attrs["n_out_of_scope"]) == (n, n_out_of_scope)
+    alone = run_of_probabilities([last], labels, {"intent": p["intent"]})
+    metrics = summarize(alone)
+    assert metrics["stages"]["intent"]["accuracy"] == metrics["end_to_end"]["accuracy"] == 3 / 5
+    assert metrics["end_to_end"]["reject_recall"] == 2 / 3
 
 
 def test_what_is_undefined_is_nan_and_null_in_the_file(tmp_path):
@@ -145,8 +169,8 @@ def test_the_metrics_of_a_stage_are_those_of_scikit_learn(run, on):
             p = 1 / (1 + np.exp(logits[:, 0].astype(float) - logits[:, 1]))
             y_pred = np.where(p >= 0.5, "in", stage.labels[0])
             expected = {
-                "auroc": roc_auc_score(y_true == "in", p),
-                "average_precision": average_precision_score(y_true == "in", p),
+                "auroc": roc_auc_score(y_true != "in", 1 - p),
+                "average_precision": average_precision_score(y_true != "in", 1 - p),
             }
         else:
             y_pred = np.array(stage.labels)[logits.argmax(axis=1)]
@@ -176,7 +200,7 @@ def test_the_metrics_of_a_cascade_are_those_of_metrics_json_and_of_their_definit
     answered = ~predictions["predicted"].isin(run.spec.reject_labels)
     assert values["coverage"] == pytest.approx(answered.mean())
     assert values["risk"] == pytest.approx((y_true != y_pred)[answered].mean())
-    intervals = outcome_intervals(outcome_counts(run.spec, predictions).to_numpy(), **FEW)
+    intervals = outcome_intervals(outcome_codes(run.spec, predictions["label"], predictions["predicted"]), **FEW)
     assert {name: values[name] for name in FRACTIONS} == pytest.approx(
         {name: row.value for name, row in intervals.items()}
     )
@@ -242,6 +266,42 @@ def test_the_metrics_of_a_stage_that_no_text_reached_are_nan(run):
     assert label_metrics(closed, "last")[["value", "low", "high"]].isna().all(axis=None)
     assert confused_pairs(closed, "last").empty
     assert confusion(closed, "last", normalize="all").isna().all(axis=None)
+
+
+def test_texts_that_repeat_count_once_in_every_interval(tmp_path):
+    """A run of 60 texts, and one in which each of them occurs five times."""
+    run = random_run(tmp_path / "run", n=60, n_labels=3, seed=4, skill=2.0)
+    rows = np.repeat(np.arange(60), 5)
+    examples = run.examples.iloc[rows].assign(example_id=[f"{i}" for i in range(300)])
+    logits = {stage.name: run.scores(stage.name).logits[rows] for stage in run.spec.stages}
+    five = Run.from_logits(run.spec, examples.reset_index(drop=True), logits)
+    for stage in (None, "gate0", "last"):
+        single, table = metric_intervals(run, stage, n_resamples=4000), metric_intervals(five, stage, n_resamples=4000)
+        np.testing.assert_allclose(table.to_numpy(), single.to_numpy(), atol=0.03)
+        assert "240 of 300 texts repeat an earlier one" in table.attrs["notes"][0] or stage == "last"
+        pd.testing.assert_frame_equal(label_metrics(five, stage).drop(columns="support"),
+                                      label_metrics(run, stage).drop(columns="support"))  # fmt: skip
+    assert single.attrs["notes"] == []
+    assert any("240 of 300 texts repeat" in sentence for sentence in run_summary(five))
+    assert any("240 of 300 texts repeat" in sentence for sentence in error_summary(five))
+
+
+def test_where_too_few_texts_allow_no_interval_a_note_says_why():
+    """Three labels, one with a single text; a gate that saw one text out of scope."""
+    last = {"name": "i", "labels": ["a", "b", "c"]}
+    labels = ["a"] * 6 + ["b"] * 6 + ["c", "oos"]
+    p = {"gate": [[0.1, 0.9]] * 13 + [[0.9, 0.1]], "i": np.eye(3)[[0] * 6 + [1] * 6 + [2, 0]] * 0.7 + 0.1}
+    run = run_of_probabilities([GATE, last], labels, p)
+    whole, gate = metric_intervals(run), metric_intervals(run, "gate")
+    assert whole.loc["macro_f1", "value"] == 1
+    assert whole.loc[["macro_f1", "macro_recall", "macro_precision"], ["low", "high"]].isna().all(axis=None)
+    assert whole.loc["accuracy", "low"] == pytest.approx(14 / (14 + 1.96**2), abs=0.001)
+    assert whole.attrs["notes"] == ["Macro metrics have no interval: 2 of 4 labels have fewer than 5 texts."]
+    assert gate.loc[["auroc", "average_precision"], ["low", "high"]].isna().all(axis=None)
+    assert interval_notes(run)[-2:] == [
+        "Stage gate: AUROC and average precision have no interval: one kind has a single text.",
+        "Stage i: Macro metrics have no interval: 1 of 3 labels has fewer than 5 texts.",
+    ]
 
 
 def test_intervals_cover_at_their_nominal_rate(tmp_path):

@@ -13,10 +13,12 @@ from cascade_lab.lazy import lazy_names
 if TYPE_CHECKING:
     from cascade_lab.analysis.calibration import calibration_metrics as calibration_metrics
     from cascade_lab.analysis.calibration import reliability as reliability
+    from cascade_lab.analysis.calibrators import compare_calibrators as compare_calibrators
     from cascade_lab.analysis.classification import confusion_matrix_frame as confusion_matrix_frame
     from cascade_lab.analysis.comparison import compare as compare
     from cascade_lab.analysis.coverage import coverage_metrics as coverage_metrics
     from cascade_lab.analysis.coverage import risk_coverage as risk_coverage
+    from cascade_lab.analysis.deferral import deferrals as deferrals
     from cascade_lab.analysis.errors import blame as blame
     from cascade_lab.analysis.errors import blame_counts as blame_counts
     from cascade_lab.analysis.errors import counterfactual_matrix as counterfactual_matrix
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from cascade_lab.analysis.slicing import find_slices as find_slices
     from cascade_lab.analysis.slicing import slices as slices
     from cascade_lab.analysis.summary import error_summary as error_summary
+    from cascade_lab.analysis.summary import interval_notes as interval_notes
     from cascade_lab.analysis.summary import run_summary as run_summary
     from cascade_lab.analysis.temperature import fit_temperatures as fit_temperatures
     from cascade_lab.analysis.tuned_on import tuning_origin as tuning_origin
@@ -51,6 +54,7 @@ if not TYPE_CHECKING:
             "blame_counts": ".errors",
             "calibration_metrics": ".calibration",
             "compare": ".comparison",
+            "compare_calibrators": ".calibrators",
             "confident_errors": ".examples",
             "confused_pairs": ".metrics",
             "confused_texts": ".examples",
@@ -58,10 +62,12 @@ if not TYPE_CHECKING:
             "confusion_matrix_frame": ".classification",
             "counterfactual_matrix": ".errors",
             "coverage_metrics": ".coverage",
+            "deferrals": ".deferral",
             "error_summary": ".summary",
             "find_slices": ".slicing",
             "fit_temperatures": ".temperature",
             "flow": ".errors",
+            "interval_notes": ".summary",
             "label_metrics": ".metrics",
             "metric_intervals": ".metrics",
             "near_threshold": ".examples",

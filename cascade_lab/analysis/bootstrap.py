@@ -1,4 +1,9 @@
-"""Confidence intervals of metrics: the bootstrap over examples, and Wilson's interval of a fraction."""
+"""Confidence intervals of metrics: Wilson's interval and its relatives, and the bootstrap over texts.
+
+A fraction has Wilson's interval. Any other metric in [0, 1] has Wilson's interval too, with the number of texts that
+would give a fraction the same variance; the variance is that of the bootstrap. Texts that repeat are no new evidence:
+`groups` says which texts are equal, and a group is counted, or resampled, as a whole.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.sparse import csr_matrix
+from scipy.special import gammaincinv
+from scipy.stats import norm
+from scipy.stats import t as student_t
 
 N_RESAMPLES = 1000
 
@@ -20,12 +28,33 @@ class Interval(NamedTuple):
     high: float
 
 
-def resample_counts(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
+UNDEFINED = Interval(math.nan, math.nan, math.nan)
+
+
+def resample_counts(
+    n: int, *, groups: np.ndarray | None = None, n_resamples: int = N_RESAMPLES, seed: int = 0
+) -> np.ndarray:
     """Return how often each of `n` examples is drawn in each resample: int32, shape (n_resamples, n).
 
+    Parameters
+    ----------
+    n : int
+    groups : ndarray of int, shape (n,), optional
+        Examples with the same number are drawn together (`duplicates.text_groups`). As many groups are drawn as there
+        are, so the number of examples differs between resamples.
+    n_resamples, seed : int
+
+    Examples
+    --------
     >>> resample_counts(4, n_resamples=2).sum(axis=1).tolist()
     [4, 4]
+    >>> resample_counts(4, groups=np.array([0, 0, 1, 1]), n_resamples=1).tolist()
+    [[0, 0, 2, 2]]
     """
+    groups = _repeated(groups)
+    if groups is not None:
+        groups = np.unique(groups, return_inverse=True)[1]
+        return resample_counts(int(groups.max()) + 1, n_resamples=n_resamples, seed=seed)[:, groups]
     rng = np.random.default_rng(seed)
     counts = np.zeros((n_resamples, n), dtype=np.int32)
     for row in counts:
@@ -33,23 +62,54 @@ def resample_counts(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) ->
     return counts
 
 
-def with_resamples(counts: np.ndarray, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Return counts of groups of examples, and below them the counts in resamples.
+def resample_codes(
+    codes: np.ndarray,
+    n_codes: int,
+    *,
+    groups: np.ndarray | None = None,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return how often each code occurs among the examples, and below that in each resample.
 
-    A metric that depends only on the size of each group needs no resample of single examples: the sizes in a resample
-    have a multinomial distribution.
+    A metric that depends only on these counts needs no resample of single examples: groups with the same codes are
+    interchangeable, and how many of each kind are drawn has a multinomial distribution.
 
     Parameters
     ----------
-    counts : ndarray of int, shape (n_groups,)
+    codes : ndarray of int, shape (n,)
+        What a metric needs to know of each example, such as its outcome or its cell of a confusion matrix; at least 0.
+    n_codes : int
+    groups, n_resamples, seed
+        As for `resample_counts`.
 
     Returns
     -------
-    ndarray of float64, shape (1 + n_resamples, n_groups)
-        The first row is `counts`.
+    ndarray of float64, shape (1 + n_resamples, n_codes)
+
+    Examples
+    --------
+    >>> resample_codes(np.array([0, 0, 2]), 3, n_resamples=2).sum(axis=1).tolist()
+    [3.0, 3.0, 3.0]
     """
-    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), n_resamples)
-    return np.vstack([counts, drawn]).astype(np.float64)  # numpy multiplies matrices of floats much faster
+    counts, groups = np.bincount(codes, minlength=n_codes), _repeated(groups)
+    rng = np.random.default_rng(seed)
+    if not len(codes):
+        return np.zeros((1 + n_resamples, n_codes))
+    if groups is None:
+        drawn = rng.multinomial(counts.sum(), counts / counts.sum(), n_resamples)
+        return np.vstack([counts, drawn]).astype(np.float64)  # numpy multiplies matrices of floats much faster
+    groups = np.unique(groups, return_inverse=True)[1]
+    n_groups = int(groups.max()) + 1
+    in_group = csr_matrix((np.ones(len(codes)), (groups, codes)), shape=(n_groups, n_codes))
+    # Groups with the same codes have the same sum of one random number per code.
+    _, kinds, n_of_kind = np.unique(
+        in_group @ np.random.default_rng(0).integers(1, 2**40, n_codes).astype(np.float64),
+        return_index=True,
+        return_counts=True,
+    )
+    drawn = rng.multinomial(n_groups, n_of_kind / n_groups, n_resamples)
+    return np.vstack([counts, (in_group[kinds].T @ drawn.T).T])
 
 
 def interval(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Interval:
@@ -64,7 +124,7 @@ def interval(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Int
     level : float
     """
     resampled = resampled[~np.isnan(resampled)]
-    if not len(resampled) or np.isnan(value):
+    if not len(resampled) or not np.isfinite(value):
         return Interval(value, np.nan, np.nan)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high))
@@ -74,11 +134,12 @@ def bootstrap(
     statistic: Callable[[np.ndarray], float],
     n: int,
     *,
+    groups: np.ndarray | None = None,
     level: float = 0.95,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return a statistic of `n` examples with its bootstrap interval.
+    """Return a statistic of `n` examples with its percentile bootstrap interval.
 
     Parameters
     ----------
@@ -86,7 +147,7 @@ def bootstrap(
         Takes the weights of the examples (how often each counts; int, shape (n,)), like scikit-learn's
         `sample_weight`.
     n : int
-    level, n_resamples, seed
+    groups, level, n_resamples, seed
         As everywhere in this module.
 
     Examples
@@ -95,72 +156,205 @@ def bootstrap(
     >>> bootstrap(lambda weights: np.average(correct, weights=weights), 4).value
     0.75
     """
-    resampled = np.array([statistic(weights) for weights in resample_counts(n, n_resamples=n_resamples, seed=seed)])
+    counts = resample_counts(n, groups=groups, n_resamples=n_resamples, seed=seed)
+    resampled = np.array([statistic(weights) for weights in counts])
     return interval(float(statistic(np.ones(n, dtype=np.int32))), resampled, level=level)
 
 
-def fraction_interval(
-    hits: np.ndarray, of: np.ndarray, *, level: float = 0.95, n_resamples: int = N_RESAMPLES, seed: int = 0
-) -> Interval:
-    """Return the fraction of the examples `of` that are `hits` (bool, shape (n,)), with its bootstrap interval."""
-    hits, of = np.asarray(hits, dtype=bool), np.asarray(of, dtype=bool)
-    n, n_of = len(of), int(of.sum())
-    if not n_of:
-        return Interval(np.nan, np.nan, np.nan)
-    # There are three groups of examples, and their sizes in a resample have a multinomial distribution.
-    n_hits = int((hits & of).sum())
-    rng = np.random.default_rng(seed)
-    sizes = rng.multinomial(n, np.array([n_hits, n_of - n_hits, n - n_of]) / n, n_resamples)
-    with np.errstate(invalid="ignore"):
-        return interval(n_hits / n_of, sizes[:, 0] / (sizes[:, 0] + sizes[:, 1]), level=level)
+def effective_n(values: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """Return how many independent texts would have a mean as precise as that of `values`.
 
-
-def wilson(n_hits: int, n: int, *, level: float = 0.95) -> Interval:
-    """Return the fraction `n_hits` / `n` with Wilson's interval (1927); NaN where `n` is 0.
-
-    >>> [round(number, 3) for number in wilson(30, 30)]
-    [1.0, 0.886, 1.0]
-    """
-    if not n:
-        return Interval(math.nan, math.nan, math.nan)
-    low, high = binomtest(int(n_hits), int(n)).proportion_ci(level, method="wilson")
-    return Interval(float(n_hits / n), float(low), float(high))
-
-
-def ranking_metrics(positive: np.ndarray, score: np.ndarray, *, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return AUROC and average precision, as scikit-learn defines them, for many weightings of the examples at once.
+    Texts of one group belong together. The number is n / (1 + r (m - 1)): m is the mean size of a group, weighted by
+    its size (Kish 1965), and r the correlation of two values of one group, from pairs (Fleiss and Cuzick 1979), between
+    0 and 1. Where all values are equal, r is unknown and counts as 1.
 
     Parameters
     ----------
-    positive : ndarray of bool, shape (n,)
-    score : ndarray, shape (n,)
-    weights : ndarray, shape (n_resamples, n)
-        How often each example counts.
+    values : ndarray, shape (n,)
+    groups : ndarray of int, shape (n,), optional
 
-    Returns
-    -------
-    tuple of two ndarrays, shape (n_resamples,)
-        NaN where the weighted examples are all positive or all negative.
+    Examples
+    --------
+    >>> effective_n(np.array([1, 1, 0, 0]), groups=np.array([0, 0, 1, 1]))
+    2.0
     """
-    order = np.argsort(score, kind="stable")
-    score, positive = score[order], positive[order]
-    starts = np.flatnonzero(np.append(True, np.diff(score) > 0)[: len(score)])  # of each group of equal scores
-    auroc, average_precision = np.full(len(weights), np.nan), np.full(len(weights), np.nan)
-    if not len(score):
-        return auroc, average_precision
-    for block in blocks(len(weights), len(score)):
-        sorted_weights = weights[block][:, order].astype(np.float64)
-        n_at = np.add.reduceat(sorted_weights, starts, axis=1)
-        positive_at = np.add.reduceat(sorted_weights * positive, starts, axis=1)
-        negative_at = n_at - positive_at
-        n_positive, n_negative = positive_at.sum(axis=1), negative_at.sum(axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            negative_below = negative_at.cumsum(axis=1) - negative_at / 2  # a tie counts as half
-            auroc[block] = (positive_at * negative_below).sum(axis=1) / (n_positive * n_negative)
-            n_from, positive_from = (part[:, ::-1].cumsum(axis=1)[:, ::-1] for part in (n_at, positive_at))
-            precision = np.where(positive_at > 0, positive_at * positive_from / n_from, 0.0)
-            average_precision[block] = np.where(n_negative > 0, precision.sum(axis=1) / n_positive, np.nan)
-    return auroc, average_precision
+    n, groups = len(values), _repeated(groups)
+    if groups is None:
+        return float(n)
+    values, groups = np.asarray(values, dtype=np.float64), np.unique(groups, return_inverse=True)[1]
+    sizes, sums, squares = (np.bincount(groups, weights=weights) for weights in (None, values, values**2))
+    correlation, variance = 1.0, float(values.var())
+    if variance > 0:
+        within = (sizes * squares - sums**2).sum() / (sizes * (sizes - 1)).sum()
+        correlation = float(np.clip(1 - within / variance, 0, 1))
+    return float(n / (1 + correlation * ((sizes**2).sum() / n - 1)))
+
+
+def effective_shares(codes: np.ndarray, n_codes: int, groups: np.ndarray) -> np.ndarray:
+    """Return `effective_n` / n of the texts with each code, if all texts of a group are alike: shape (n_codes,).
+
+    >>> effective_shares(np.array([0, 0, 1, 1]), 2, groups=np.array([0, 0, 1, 2])).tolist()
+    [0.5, 1.0]
+    """
+    if _repeated(groups) is None:
+        return np.ones(n_codes)
+    pairs, sizes = np.unique(np.stack([codes, groups]), axis=1, return_counts=True)
+    n, squares = (np.bincount(pairs[0], weights=weights, minlength=n_codes) for weights in (sizes, sizes**2))
+    return np.where(squares > 0, n / np.maximum(squares, 1), 1.0)
+
+
+def wilson(n_hits: float, n: float, *, level: float = 0.95) -> Interval:
+    """Return the fraction `n_hits` / `n` with Wilson's interval (1927); NaN where `n` is 0.
+
+    With up to three hits or misses, the end of the interval that lies nearer to 0 or 1 is that of the Poisson
+    distribution (Brown, Cai and DasGupta 2001); otherwise true fractions just outside are missed too often.
+
+    Parameters
+    ----------
+    n_hits, n : float
+        Whole numbers, or effective sizes (`effective_n`).
+    level : float
+
+    Examples
+    --------
+    >>> [round(number, 3) for number in wilson(30, 30)]
+    [1.0, 0.886, 1.0]
+    """
+    if not n > 0:
+        return UNDEFINED
+    p, z = float(n_hits / n), norm.ppf((1 + level) / 2)
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(max(p * (1 - p), 0.0) / n + z**2 / (4 * n**2))
+    low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+    if n_hits <= min(3, n / 2):
+        low = min(low, float(gammaincinv(n_hits, 1 - level)) / n) if n_hits > 0 else 0.0
+    if n - n_hits <= min(3, n / 2):
+        high = max(high, 1 - float(gammaincinv(n - n_hits, 1 - level)) / n) if n > n_hits else 1.0
+    return Interval(p, max(float(low), 0.0), min(float(high), 1.0))
+
+
+def fraction_interval(
+    hits: np.ndarray, of: np.ndarray, *, groups: np.ndarray | None = None, level: float = 0.95
+) -> Interval:
+    """Return the fraction of the examples `of` that are `hits` (bool, shape (n,)), with Wilson's interval.
+
+    `groups` are the texts that are equal; the interval then has the size of `effective_n`.
+
+    >>> [round(number, 3) for number in fraction_interval(np.array([True] * 20), np.array([True] * 20))]
+    [1.0, 0.839, 1.0]
+    """
+    of = np.asarray(of, dtype=bool)
+    right = np.asarray(hits, dtype=bool)[of]
+    if not len(right):
+        return UNDEFINED
+    n = effective_n(right, None if groups is None else groups[of])
+    return Interval(float(right.mean()), *wilson(n * right.mean(), n, level=level)[1:])
+
+
+def score_interval(
+    value: float,
+    resampled: np.ndarray,
+    *,
+    n: float,
+    n_least: float | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    level: float = 0.95,
+) -> Interval:
+    """Return a metric between two bounds with Wilson's interval of a fraction that has the same variance.
+
+    The metric's variance v is that of the bootstrap, so its effective number of texts is value (1 - value) / v, at most
+    `n` (for fractions of surveys: Korn and Graubard 1998). A metric such as macro F1 is lower in samples than it is
+    in truth, and lower again in resamples. How much lower depends on how the texts were drawn, so the interval is moved
+    by half of the bootstrap's bias, and widened by the other half.
+
+    Parameters
+    ----------
+    value : float
+        The metric on the examples themselves.
+    resampled : ndarray, shape (n_resamples,)
+        The metric on each resample; NaN (undefined) is left out.
+    n : float
+        The largest effective number: that of the texts, or groups of texts, which the metric is about. Where nothing
+        varies, because all texts are right or all wrong, it is the effective number.
+    n_least : float, optional
+        The number of texts of the rarest kind, if it is small: Student's t distribution then replaces the normal one.
+    bounds : tuple of float
+        The lowest and the highest possible value.
+    level : float
+    """
+    resampled = resampled[~np.isnan(resampled)]
+    if len(resampled) < 2 or np.isnan(value) or not n > 0:
+        return Interval(value, np.nan, np.nan)
+    lowest, width = bounds[0], bounds[1] - bounds[0]
+    half_bias = (float(resampled.mean()) - value) / 2 / width
+    middle = float(np.clip((value - lowest) / width - half_bias, 0.0, 1.0))
+    variance = float(resampled.var(ddof=1)) / width**2 + half_bias**2
+    if variance > 1e-20 and 0 < middle < 1:
+        n = min(n, middle * (1 - middle) / variance)
+    elif n_least is not None:
+        n = n_least
+    if n_least is not None:
+        n *= (norm.ppf((1 + level) / 2) / student_t.ppf((1 + level) / 2, max(n_least - 1, 1))) ** 2
+    _, low, high = wilson(n * middle, n, level=level)
+    return Interval(float(value), min(value, lowest + width * low), max(value, lowest + width * high))
+
+
+def mean_difference_interval(
+    differences: np.ndarray, *, groups: np.ndarray | None = None, level: float = 0.95
+) -> Interval:
+    """Return the mean of differences per text, from -2 to 2, with the interval of Bonett and Price (2012).
+
+    It is the normal interval with one more text that differs in each direction, so it is not empty where no text
+    differs.
+
+    >>> [round(number, 3) for number in mean_difference_interval(np.array([1, 1, 1, 1] + [0] * 96))]
+    [0.04, -0.007, 0.086]
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    if not len(differences):
+        return UNDEFINED
+    n = effective_n(differences, groups)
+    mean = differences.mean() * n / (n + 2)
+    variance = ((differences**2).mean() * n + 2) / (n + 2) - mean**2
+    half = norm.ppf((1 + level) / 2) * math.sqrt(variance / (n + 2))
+    largest = max(1.0, float(np.abs(differences).max()))
+    low, high = max(mean - half, -largest), min(mean + half, largest)
+    return Interval(float(differences.mean()), float(low), float(high))
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the correlation of two metrics over the same resamples; NaN where one of them does not vary.
+
+    >>> round(correlation(np.array([0.1, 0.2, 0.4]), np.array([0.3, 0.4, 0.6])), 3)
+    1.0
+    """
+    is_defined = ~np.isnan(a) & ~np.isnan(b)
+    a, b = a[is_defined], b[is_defined]
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def difference_interval(a: Interval, b: Interval, r: float) -> Interval:
+    """Return b - a with an interval from the intervals of both (Zou and Donner 2008).
+
+    Parameters
+    ----------
+    a, b : Interval
+        Of two metrics of the same texts.
+    r : float
+        The `correlation` of the two metrics; NaN counts as 0.
+    """
+    r = 0.0 if np.isnan(r) else r
+    (low_a, high_a), (low_b, high_b) = ((abs(x.value - x.low), abs(x.high - x.value)) for x in (a, b))
+    difference = b.value - a.value
+    low = difference - math.sqrt(max(low_b**2 + high_a**2 - 2 * r * low_b * high_a, 0.0))
+    high = difference + math.sqrt(max(high_b**2 + low_a**2 - 2 * r * high_b * low_a, 0.0))
+    return Interval(difference, low, high)
+
+
+def _repeated(groups: np.ndarray | None) -> np.ndarray | None:
+    """Return `groups`, or None where no two texts belong together."""
+    return None if groups is None or len(np.unique(groups)) == len(groups) else groups
 
 
 def blocks(n_resamples: int, n: int) -> list[slice]:

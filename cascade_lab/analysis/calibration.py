@@ -7,7 +7,9 @@ Each text has one confidence, the predicted probability of one event:
 - the cascade (no stage is named): p(gate) · p(class) of the most probable in-scope label; the event is that this label
   is correct.
 
-A stage is measured on the texts that have a target at that stage: those that reached it, or all.
+A stage is measured on the texts that have a target at that stage: those that reached it, or all. A text out of scope
+has one at a gate, and at a last stage that has a label for it; `n_out_of_scope` says how many of the texts are such.
+The cascade is measured on all texts, and its event never comes true for a text out of scope.
 
 `reliability_curve` and `calibration_error` take plain arrays; `reliability` and `calibration_metrics` take a run.
 """
@@ -21,16 +23,28 @@ import numpy as np
 import pandas as pd
 from scipy.special import log_softmax
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, blocks, interval, resample_counts, wilson
+from cascade_lab.analysis.bootstrap import (
+    N_RESAMPLES,
+    Interval,
+    blocks,
+    correlation,
+    difference_interval,
+    fraction_interval,
+    interval,
+    resample_counts,
+)
+from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.metrics import On, in_scope_predictions, labelled_decisions
+from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.exceptions import CalibrationError
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
 
-Bins = Literal["equal_mass", "equal_width"]
+Bins = Literal["equal_width", "equal_mass"]
 N_BINS = 15
-METRICS = ("ece", "ece_if_calibrated", "overconfidence", "brier", "log_loss")
+ECE: dict[Bins, str] = {"equal_width": "ece", "equal_mass": "adaptive_ece"}
+"""The name of the calibration error with each kind of bins."""
 
 
 class Confidences(NamedTuple):
@@ -43,12 +57,18 @@ class Confidences(NamedTuple):
         The event came true: the label is correct, or the text should pass.
     brier, log_loss : ndarray of float64, shape (n,)
         The score of each text: of the event or, for the last stage, of the probabilities of all its labels.
+    n_out_of_scope : int or None
+        How many of the texts are out of scope; None where that is unknown.
+    groups : ndarray of int, shape (n,), or None
+        Equal texts have the same number (`duplicates.text_groups`), and count as one observation.
     """
 
     confidence: np.ndarray
     correct: np.ndarray
     brier: np.ndarray
     log_loss: np.ndarray
+    n_out_of_scope: int | None = None
+    groups: np.ndarray | None = None
 
 
 def confidences(
@@ -63,27 +83,31 @@ def confidences(
     on : {"reached", "all"}
         The texts that reached the stage (for the cascade: its last stage), or all texts, which needs shadow scores.
     allow_fitted_set : bool
-        Allow texts on which a temperature was fitted. Calibration looks better there than elsewhere.
+        Allow texts on which a temperature or calibrator was fitted. Calibration looks better there than elsewhere.
 
     Raises
     ------
     CalibrationError
-        A temperature was fitted on this eval set, and `allow_fitted_set` is False.
+        A temperature or calibrator was fitted on this eval set, and `allow_fitted_set` is False.
     SpecError, RunError
         The stage is unknown; there are no shadow scores, or no labels.
     """
     if not allow_fitted_set:
         check_unfitted(run, stage)
     run = run.labelled
+    groups = text_groups(run.examples)
     if stage is None:
         best = in_scope_predictions(run, on=on)
-        return yes_no_confidences(best.correct, best.p_gates * best.p_class)
+        table = yes_no_confidences(best.correct, best.p_gates * best.p_class)
+        return table._replace(n_out_of_scope=int(best.out_of_scope.sum()), groups=groups[best.rows])
     spec, decisions = run.spec.stage(stage), labelled_decisions(run, stage, on=on)
+    facts = {"n_out_of_scope": int(decisions.out_of_scope.sum()), "groups": groups[decisions.rows]}
     if spec.is_gate:
-        return yes_no_confidences(decisions.y_true == spec.pass_label, decisions.confidence)
+        table = yes_no_confidences(decisions.y_true == spec.pass_label, decisions.confidence)
+        return table._replace(**facts)
     codes = pd.Index(spec.labels).get_indexer(decisions.y_true)
-    scores = class_confidences(codes, decisions.logits, temperature=spec.temperature)
-    return scores._replace(confidence=decisions.confidence)
+    scores = class_confidences(codes, calibrated_logits(spec, decisions.logits), temperature=spec.temperature)
+    return scores._replace(confidence=decisions.confidence, **facts)
 
 
 def yes_no_confidences(correct: Any, confidence: Any) -> Confidences:
@@ -132,7 +156,9 @@ def class_confidences(y_true: Any, logits: Any, *, temperature: float = 1.0) -> 
     >>> scores.confidence.round(3).tolist(), scores.correct.tolist(), scores.brier.round(3).tolist()
     ([0.8, 0.6], [True, False], [0.08, 0.72])
     """
-    log_p = log_softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
+    logits = np.asarray(logits, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # the difference first: at most 0 at the smallest temperature
+        log_p = log_softmax((logits - logits.max(axis=1, keepdims=True)) / temperature, axis=1)
     p, y_true = np.exp(log_p), np.asarray(y_true)
     of_truth = np.arange(len(y_true)), y_true
     brier = (p**2).sum(axis=1) - 2 * p[of_truth] + 1
@@ -140,7 +166,7 @@ def class_confidences(y_true: Any, logits: Any, *, temperature: float = 1.0) -> 
 
 
 def check_unfitted(run: Run, stage: str | None = None) -> None:
-    """Raise CalibrationError if a temperature, of `stage` or of any stage, was fitted on the eval set of `run`."""
+    """Raise CalibrationError if the calibration of `stage`, or of any stage, was fitted on the eval set of `run`."""
     evalset = run.manifest["evalset"]
 
     def is_fitted_here(source: Mapping[str, Any]) -> bool:
@@ -151,8 +177,8 @@ def check_unfitted(run: Run, stage: str | None = None) -> None:
     fitted = [name for name, source in sources.items() if stage in (None, name) and is_fitted_here(source)]
     if fitted:
         raise CalibrationError(
-            f"{run.name}: the temperature of {', '.join(fitted)} was fitted on this eval set, so calibration looks "
-            "better here than it is; use a run of another set, or pass allow_fitted_set=True"
+            f"{run.name}: the calibration of {', '.join(fitted)} was fitted on this eval set, so it looks better here "
+            "than it is; use a run of another set, or pass allow_fitted_set=True"
         )
 
 
@@ -162,7 +188,7 @@ def reliability(
     *,
     on: On = "reached",
     n_bins: int = N_BINS,
-    bins: Bins = "equal_mass",
+    bins: Bins = "equal_width",
     level: float = 0.95,
     allow_fitted_set: bool = False,
 ) -> pd.DataFrame:
@@ -181,11 +207,19 @@ def reliability(
         As for `confidences` and `assign_bins`.
     """
     table = confidences(run, stage, on=on, allow_fitted_set=allow_fitted_set)
-    return reliability_curve(table.correct, table.confidence, n_bins=n_bins, bins=bins, level=level)
+    return reliability_curve(
+        table.correct, table.confidence, groups=table.groups, n_bins=n_bins, bins=bins, level=level
+    )
 
 
 def reliability_curve(
-    correct: Any, confidence: Any, *, n_bins: int = N_BINS, bins: Bins = "equal_mass", level: float = 0.95
+    correct: Any,
+    confidence: Any,
+    *,
+    groups: np.ndarray | None = None,
+    n_bins: int = N_BINS,
+    bins: Bins = "equal_width",
+    level: float = 0.95,
 ) -> pd.DataFrame:
     """Return how often the event came true in each bin of confidences.
 
@@ -195,6 +229,8 @@ def reliability_curve(
         Whether the event came true.
     confidence : array-like of float, shape (n,)
         The predicted probability of the event.
+    groups : ndarray of int, shape (n,), optional
+        Equal texts have the same number (`duplicates.text_groups`), and count as one observation.
     n_bins, bins
         As for `assign_bins`. Empty bins are left out.
     level : float
@@ -219,13 +255,9 @@ def reliability_curve(
     """
     correct, confidence = _checked(correct, confidence)
     bin_of = assign_bins(confidence, n_bins=n_bins, bins=bins)
-    groups = pd.DataFrame({"confidence": confidence, "correct": correct}).groupby(bin_of)
-    curve = groups["confidence"].agg(["min", "max", "size", "mean"])
+    curve = pd.Series(confidence).groupby(bin_of).agg(["min", "max", "size", "mean"])
     curve = curve.set_axis(["from", "to", "n_examples", "mean_confidence"], axis=1)
-    intervals = [
-        wilson(int(n_correct), int(n), level=level)
-        for n_correct, n in zip(groups["correct"].sum(), curve["n_examples"], strict=True)
-    ]
+    intervals = [fraction_interval(correct, bin_of == i, groups=groups, level=level) for i in curve.index]
     curve[list(Interval._fields)] = np.array(intervals, dtype=float).reshape(-1, 3)
     return curve.rename_axis("bin")
 
@@ -236,7 +268,7 @@ def calibration_metrics(
     *,
     on: On = "reached",
     n_bins: int = N_BINS,
-    bins: Bins = "equal_mass",
+    bins: Bins = "equal_width",
     level: float = 0.95,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
@@ -255,7 +287,7 @@ def calibration_metrics(
     -------
     DataFrame
         As `calibration_error` returns it. The Brier score and the log loss of the last stage are those of the
-        probabilities of all its labels.
+        probabilities of all its labels. `attrs` also has `n_out_of_scope`, the number of texts out of scope among them.
 
     Raises
     ------
@@ -270,8 +302,9 @@ def calibration_error(
     correct: Any,
     confidence: Any,
     *,
+    groups: np.ndarray | None = None,
     n_bins: int = N_BINS,
-    bins: Bins = "equal_mass",
+    bins: Bins = "equal_width",
     level: float = 0.95,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
@@ -284,6 +317,8 @@ def calibration_error(
         Whether the event came true.
     confidence : array-like of float, shape (n,)
         The predicted probability of the event.
+    groups : ndarray of int, shape (n,), optional
+        Equal texts have the same number (`duplicates.text_groups`), and are drawn together.
     n_bins, bins
         As for `assign_bins`.
     level, n_resamples, seed
@@ -294,12 +329,16 @@ def calibration_error(
     DataFrame
         One row per metric: `value`, `low`, `high`.
 
-        - `ece`: the expected calibration error (Naeini et al. 2015): the mean over texts of |fraction correct - mean
-          confidence| of their bin. Chance keeps it above 0 even for perfect probabilities, and resampling adds more
-          chance. So its interval is the basic bootstrap interval (Efron and Tibshirani 1993), with the low end reduced
-          once more by what resampling added. The low end is 0 if `ece` is within the interval of `ece_if_calibrated`.
-        - `ece_if_calibrated`: what `ece` would be if all confidences were true probabilities, by simulation.
-        - `overconfidence`: mean confidence - fraction correct. Above 0 means overconfident.
+        - `ece`: the expected calibration error in bins of equal width (Naeini et al. 2015, Guo et al. 2017): the mean
+          over texts of |fraction correct - mean confidence| of their bin. With bins of equal mass its name is
+          `adaptive_ece` (Nixon et al. 2019). Chance keeps it above 0 even for perfect probabilities, and resampling
+          adds more chance. So its interval is the basic bootstrap interval (Efron and Tibshirani 1993), with the low
+          end reduced once more by what resampling added. The low end is 0 if `ece` is within the interval of
+          `ece_if_calibrated`.
+        - `ece_if_calibrated` (`adaptive_ece_if_calibrated`): what it would be if all confidences were true
+          probabilities, by simulation.
+        - `overconfidence`: mean confidence - fraction correct, with the interval of `difference_interval`. Above 0
+          means overconfident.
         - `brier`, `log_loss`: as in `yes_no_confidences`.
 
         `attrs` has `n_examples`, `n_bins` (the number of bins that are not empty) and `bins`. All values are NaN if
@@ -310,11 +349,11 @@ def calibration_error(
     CalibrationError
         The arrays or the bins are not usable.
     """
-    table = yes_no_confidences(correct, confidence)
+    table = yes_no_confidences(correct, confidence)._replace(groups=groups)
     return _calibration_table(table, n_bins=n_bins, bins=bins, level=level, n_resamples=n_resamples, seed=seed)
 
 
-def assign_bins(confidence: np.ndarray, *, n_bins: int = N_BINS, bins: Bins = "equal_mass") -> np.ndarray:
+def assign_bins(confidence: np.ndarray, *, n_bins: int = N_BINS, bins: Bins = "equal_width") -> np.ndarray:
     """Return the bin of each confidence: int from 0, shape (n,). Equal confidences are in the same bin.
 
     Parameters
@@ -322,8 +361,9 @@ def assign_bins(confidence: np.ndarray, *, n_bins: int = N_BINS, bins: Bins = "e
     confidence : ndarray, shape (n,)
     n_bins : int
         The largest number of bins; some may be empty.
-    bins : {"equal_mass", "equal_width"}
-        Bins with equally many texts, or intervals of [0, 1] with equal width.
+    bins : {"equal_width", "equal_mass"}
+        Intervals of equal width, each with its upper end and, but for the first, without its lower end (Guo et al.
+        2017); or bins with equally many texts.
 
     Raises
     ------
@@ -334,15 +374,17 @@ def assign_bins(confidence: np.ndarray, *, n_bins: int = N_BINS, bins: Bins = "e
     --------
     >>> assign_bins(np.array([0.1, 0.4, 0.8, 0.9]), n_bins=2).tolist()
     [0, 0, 1, 1]
-    >>> assign_bins(np.array([0.1, 0.4, 0.8, 0.9]), n_bins=4, bins="equal_width").tolist()
-    [0, 1, 3, 3]
+    >>> assign_bins(np.array([0.7, 0.8, 0.9, 1.0]), n_bins=2).tolist()
+    [1, 1, 1, 1]
+    >>> assign_bins(np.array([0.7, 0.8, 0.9, 1.0]), n_bins=2, bins="equal_mass").tolist()
+    [0, 0, 1, 1]
     """
     if bins not in get_args(Bins):
-        raise CalibrationError(f"bins '{bins}' are unknown; they are 'equal_mass' or 'equal_width'")
+        raise CalibrationError(f"bins '{bins}' are unknown; they are 'equal_width' or 'equal_mass'")
     if n_bins < 1:
         raise CalibrationError(f"n_bins is {n_bins}; give at least 1")
     if bins == "equal_width":
-        return np.minimum((confidence * n_bins).astype(np.int64), n_bins - 1)
+        return np.maximum(np.ceil(confidence * n_bins).astype(np.int64) - 1, 0)
     # The mean rank of equal confidences decides their bin.
     ordered = np.sort(confidence)
     rank = (np.searchsorted(ordered, confidence, "left") + np.searchsorted(ordered, confidence, "right")) / 2
@@ -368,27 +410,34 @@ def _calibration_table(
     n, gap = len(table.confidence), table.confidence - table.correct
     result = pd.DataFrame(columns=list(Interval._fields), dtype=float).rename_axis("metric")
     result.attrs = {"n_examples": n, "n_bins": len(np.unique(bin_of)), "bins": bins}
+    if table.n_out_of_scope is not None:
+        result.attrs["n_out_of_scope"] = table.n_out_of_scope
     if not n:
-        return result.reindex(METRICS)
-    text_scores = np.stack([gap, table.brier, table.log_loss], axis=1)
+        return result.reindex([ECE[bins], f"{ECE[bins]}_if_calibrated", "overconfidence", "brier", "log_loss"])
+    text_scores = np.stack([table.correct, table.confidence, table.brier, table.log_loss], axis=1)
     in_bin = np.eye(bin_of.max() + 1)[bin_of]
     rng = np.random.default_rng(seed)
-    weights = resample_counts(n, n_resamples=n_resamples, seed=seed)
+    groups = np.arange(n) if table.groups is None else np.unique(table.groups, return_inverse=True)[1]
+    weights = resample_counts(n, groups=groups, n_resamples=n_resamples, seed=seed)
     score_blocks, ece_blocks, chance_blocks = [], [], []
     for block in blocks(n_resamples, n):
         counts = weights[block].astype(np.float64)
-        score_blocks.append(counts @ text_scores / n)
-        ece_blocks.append(np.abs((counts * gap) @ in_bin).sum(axis=1) / n)
-        simulated = rng.random(counts.shape) < table.confidence
+        n_drawn = counts.sum(axis=1)
+        with np.errstate(invalid="ignore"):  # a log loss that is infinite has no interval
+            score_blocks.append(counts @ text_scores / n_drawn[:, None])
+        ece_blocks.append(np.abs((counts * gap) @ in_bin).sum(axis=1) / n_drawn)
+        simulated = rng.random((len(counts), int(groups.max()) + 1))[:, groups] < table.confidence
         chance_blocks.append(np.abs((table.confidence - simulated) @ in_bin).sum(axis=1) / n)
     ece = float(np.abs(gap @ in_bin).sum() / n)
     by_chance = np.concatenate(chance_blocks)
-    result.loc["ece"] = _ece_interval(ece, np.concatenate(ece_blocks), by_chance, level)
-    result.loc["ece_if_calibrated"] = interval(float(by_chance.mean()), by_chance, level=level)
-    for name, value, resampled in zip(
-        ("overconfidence", "brier", "log_loss"), text_scores.mean(axis=0), np.concatenate(score_blocks).T, strict=True
-    ):
-        result.loc[name] = interval(float(value), resampled, level=level)
+    result.loc[ECE[bins]] = _ece_interval(ece, np.concatenate(ece_blocks), by_chance, level)
+    result.loc[f"{ECE[bins]}_if_calibrated"] = interval(float(by_chance.mean()), by_chance, level=level)
+    (_, mean_confidence, *scores), resampled = text_scores.mean(axis=0), np.concatenate(score_blocks).T
+    accuracy = fraction_interval(table.correct, np.ones(n, dtype=bool), groups=groups, level=level)
+    confidence = interval(float(mean_confidence), resampled[1], level=level)
+    result.loc["overconfidence"] = difference_interval(accuracy, confidence, correlation(resampled[0], resampled[1]))
+    for name, value, drawn in zip(("brier", "log_loss"), scores, resampled[2:], strict=True):
+        result.loc[name] = interval(float(value), drawn, level=level)
     return result
 
 

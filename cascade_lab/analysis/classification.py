@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,12 +12,16 @@ from cascade_lab.analysis.bootstrap import Interval, wilson
 from cascade_lab.exceptions import RunError
 
 Normalize = Literal["true", "pred", "all"]
+MIN_TEXTS = 5
+MAX_RARE_LABELS = 0.1
+"""The largest fraction of labels with fewer than `MIN_TEXTS` texts with which macro metrics have an interval."""
 
 
 def macro_f1(hits: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return the macro F1: the mean F1 of the labels that occur as a true or as a predicted label.
+    """Return the macro F1: the mean F1 of the labels that occur as a true label.
 
-    This is scikit-learn's `f1_score(average="macro", zero_division=0)`, from counts.
+    This is scikit-learn's `f1_score(labels=np.unique(y_true), average="macro", zero_division=0)`, from counts. A label
+    that is only predicted lowers the F1 of the true labels of these texts, and has no F1 of its own in the mean.
 
     Parameters
     ----------
@@ -28,15 +32,15 @@ def macro_f1(hits: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> np
     Returns
     -------
     ndarray, shape (...)
-        NaN where no label occurs.
+        NaN where no label occurs as a true label.
 
     Examples
     --------
-    >>> float(macro_f1(np.array([2, 1, 0]), np.array([2, 2, 0]), np.array([3, 1, 0])).round(4))
-    0.7333
+    >>> float(macro_f1(np.array([2, 1, 0]), np.array([2, 2, 0]), np.array([2, 1, 1])).round(4))
+    0.8333
     """
-    sizes = np.asarray(support) + np.asarray(predicted)
-    return _macro_mean(2 * np.asarray(hits), sizes, sizes > 0)
+    support = np.asarray(support)
+    return _macro_mean(2 * np.asarray(hits), support + np.asarray(predicted), support > 0)
 
 
 def macro_f1_score(y_true: np.ndarray, y_pred: np.ndarray) -> float:
@@ -45,6 +49,30 @@ def macro_f1_score(y_true: np.ndarray, y_pred: np.ndarray) -> float:
     true, predicted = codes[: len(y_true)], codes[len(y_true) :]
     counts = (np.bincount(rows, minlength=len(labels)) for rows in (true[true == predicted], true, predicted))
     return float(macro_f1(*counts))
+
+
+def too_few_texts(support: np.ndarray) -> str:
+    """Return why macro metrics have no interval, or "" if they can have one.
+
+    A label with one or two texts has an F1 of almost any value, and the texts themselves do not show how far it can be
+    from the truth. So more than nine in ten of the labels that occur must have at least 5 texts.
+
+    Parameters
+    ----------
+    support : ndarray of int, shape (n_labels,)
+        How many texts have each true label.
+
+    Examples
+    --------
+    >>> too_few_texts(np.array([40, 40, 2]))
+    'Macro metrics have no interval: 1 of 3 labels has fewer than 5 texts.'
+    """
+    support = np.asarray(support)
+    n_labels, n_few = int((support > 0).sum()), int(((support > 0) & (support < MIN_TEXTS)).sum())
+    if n_few <= MAX_RARE_LABELS * n_labels:
+        return ""
+    have = "has" if n_few == 1 else "have"
+    return f"Macro metrics have no interval: {n_few:,} of {n_labels:,} labels {have} fewer than {MIN_TEXTS} texts."
 
 
 def confusion_metrics(
@@ -63,14 +91,14 @@ def confusion_metrics(
     Returns
     -------
     dict of str to ndarray, shape (n_matrices,)
-        Macro metrics are means over the labels that occur in that matrix. 0/0 counts as 0, as with scikit-learn's
-        `zero_division=0`.
+        Macro metrics are means over the labels that occur as a true label in that matrix. 0/0 counts as 0, as with
+        scikit-learn's `zero_division=0`.
     """
     weights = weights.astype(np.float64)  # exact below 2**53, and numpy multiplies matrices of floats much faster
     right = rows == columns
     in_row, in_column = np.eye(n_labels)[rows], np.eye(n_labels)[columns]
     support, predicted, hits = weights @ in_row, weights @ in_column, weights[:, right] @ in_row[right]
-    occurs = support + predicted > 0
+    occurs = support > 0
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy = hits.sum(axis=1) / support.sum(axis=1)
     return {
@@ -125,17 +153,34 @@ def confusion_matrix_frame(
     return pd.DataFrame(values, index=true_labels, columns=predicted_labels)
 
 
-def matrix_label_metrics(matrix: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """Return precision, recall and F1 of every label of a confusion matrix of counts; see `label_metrics`."""
+def matrix_label_metrics(
+    matrix: pd.DataFrame, *, shares: Mapping[str, np.ndarray] | None = None, level: float = 0.95
+) -> pd.DataFrame:
+    """Return precision, recall and F1 of every label of a confusion matrix of counts; see `label_metrics`.
+
+    Parameters
+    ----------
+    matrix : DataFrame
+    shares : mapping of str to ndarray, shape (n_labels,), optional
+        For `precision`, `recall` and `f1`: the fraction of each label's texts that is new evidence, where texts repeat
+        (`bootstrap.effective_shares`).
+    level : float
+    """
     counts = matrix.to_numpy()
+    whole = {name: np.ones(len(counts)) for name in ("precision", "recall", "f1")}
     table = []
-    for label, hits, support, predicted in zip(
-        matrix.index, np.diag(counts), counts.sum(axis=1), counts.sum(axis=0), strict=True
+    for label, hits, support, predicted, *share in zip(
+        matrix.index,
+        np.diag(counts),
+        counts.sum(axis=1),
+        counts.sum(axis=0),
+        *({**whole, **(shares or {})}[name] for name in whole),
+        strict=True,
     ):
-        overlap = wilson(hits, support + predicted - hits, level=level)
+        overlap = wilson(hits * share[2], (support + predicted - hits) * share[2], level=level)
         metrics = {
-            "precision": wilson(hits, predicted, level=level),
-            "recall": wilson(hits, support, level=level),
+            "precision": wilson(hits * share[0], predicted * share[0], level=level),
+            "recall": wilson(hits * share[1], support * share[1], level=level),
             "f1": Interval(*(2 * fraction / (1 + fraction) for fraction in overlap)),
         }
         table += [(label, support, name, *values) for name, values in metrics.items()]
@@ -162,4 +207,4 @@ def matrix_confused_pairs(matrix: pd.DataFrame, *, n: int | None = 20) -> pd.Dat
 def _macro_mean(part: np.ndarray, whole: np.ndarray, occurs: np.ndarray) -> np.ndarray:
     """Return the mean of `part / whole` over the labels that occur, with 0/0 as 0; NaN where no label occurs."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(whole > 0, part / whole, 0.0).sum(axis=-1) / occurs.sum(axis=-1)
+        return np.where(occurs & (whole > 0), part / whole, 0.0).sum(axis=-1) / occurs.sum(axis=-1)

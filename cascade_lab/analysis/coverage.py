@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, blocks, interval, resample_counts
+from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, blocks, effective_n, resample_counts, score_interval
+from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.metrics import in_scope_predictions
-from cascade_lab.analysis.outcomes import metric_from_counts, outcome_counts
+from cascade_lab.analysis.outcomes import outcome_codes
 from cascade_lab.exceptions import RunError, did_you_mean
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def correct_and_confidence(run: Run, confidence: Confidence = "product") -> tupl
         With shadow scores. Unlabelled texts are left out.
     confidence : {"product", "last", "gate"}
         p(gate) · p(class), or only one of the two factors: "last" is p(class). With several gates, p(gate) is the
-        product of their probabilities of the pass label.
+        product of their probabilities of the pass label. Where a deferral stage answers, p(class) is that stage's.
 
     Returns
     -------
@@ -53,7 +55,7 @@ def correct_and_confidence(run: Run, confidence: Confidence = "product") -> tupl
     """
     if confidence not in CONFIDENCES:
         raise RunError(f"no confidence is named '{confidence}'{did_you_mean(confidence, list(CONFIDENCES))}")
-    if confidence == "gate" and len(run.spec.stages) == 1:
+    if confidence == "gate" and not any(stage.is_gate for stage in run.spec.stages):
         raise RunError(f"{run.name}: the cascade has no gate, so there is no confidence 'gate'; use 'last'")
     best = in_scope_predictions(run.labelled)
     values = {"product": best.p_gates * best.p_class, "last": best.p_class, "gate": best.p_gates}
@@ -76,13 +78,23 @@ def risk_coverage(
         As for `correct_and_confidence`.
     """
     correct, values = correct_and_confidence(run, confidence)
-    return risk_coverage_curve(correct, values, level=level, n_resamples=n_resamples, seed=seed)
+    groups = text_groups(run.labelled.examples)
+    return risk_coverage_curve(correct, values, groups=groups, level=level, n_resamples=n_resamples, seed=seed)
 
 
 def risk_coverage_curve(
-    correct: Any, confidence: Any, *, level: float = 0.95, n_resamples: int = N_RESAMPLES, seed: int = 0
+    correct: Any,
+    confidence: Any,
+    *,
+    groups: np.ndarray | None = None,
+    level: float = 0.95,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Return the error rate among the most confident texts, with a bootstrap interval at each coverage.
+    """Return the error rate among the most confident texts, with an interval at each coverage.
+
+    The interval is that of `bootstrap.score_interval`. It is for the risk at this coverage, so it counts that the
+    threshold would be another one on other texts. Where no answered text is wrong, it is Wilson's interval.
 
     Parameters
     ----------
@@ -90,6 +102,8 @@ def risk_coverage_curve(
         Whether each prediction is correct.
     confidence : array-like of float, shape (n,)
         Higher where the prediction is more certain; any scale.
+    groups : ndarray of int, shape (n,), optional
+        Equal texts have the same number (`duplicates.text_groups`), and count as one observation.
     level, n_resamples, seed
         Of the bootstrap.
 
@@ -118,18 +132,21 @@ def risk_coverage_curve(
     ranked = _ranked(correct, confidence, np.ones((1, n), dtype=np.int32))
     points = np.unique(np.linspace(0, len(ranked.thresholds) - 1, _MAX_POINTS).round().astype(int))
     n_answered = (ranked.before + ranked.size)[0, points].astype(int)
-    weights = resample_counts(n, n_resamples=n_resamples, seed=seed)
+    weights = resample_counts(n, groups=groups, n_resamples=n_resamples, seed=seed)
     risks = np.concatenate(
-        [_risk_at(_ranked(correct, confidence, weights[block]), n_answered) for block in blocks(*weights.shape)]
+        [_risk_at(_ranked(correct, confidence, weights[block]), n_answered / n) for block in blocks(*weights.shape)]
     )
+    distinct = effective_n(np.ones(n), groups) / n  # the fraction of the texts that are new evidence
+    intervals = [
+        score_interval(float(value), risk, n=k * distinct, level=level)
+        for value, risk, k in zip(_risk_at(ranked, n_answered / n)[0], risks.T, n_answered, strict=True)
+    ]
     return pd.DataFrame(
         {
             "threshold": ranked.thresholds[points],
             "n_examples": n_answered,
             "coverage": n_answered / n,
-            "value": _risk_at(ranked, n_answered)[0],
-            "low": np.quantile(risks, (1 - level) / 2, axis=0),
-            "high": np.quantile(risks, (1 + level) / 2, axis=0),
+            **dict(zip(Interval._fields, np.array(intervals).T, strict=True)),
         }
     )
 
@@ -163,17 +180,24 @@ def coverage_metrics(
     RunError
         As for `correct_and_confidence`.
     """
-    tables = {}
-    for name in which or (CONFIDENCES if len(run.spec.stages) > 1 else ("last",)):
+    tables, groups = {}, text_groups(run.labelled.examples)
+    options: dict[str, Any] = {"groups": groups, "level": level, "n_resamples": n_resamples, "seed": seed}
+    for name in which or (CONFIDENCES if any(stage.is_gate for stage in run.spec.stages) else ("last",)):
         correct, values = correct_and_confidence(run, name)
-        tables[name] = risk_coverage_areas(correct, values, level=level, n_resamples=n_resamples, seed=seed)
+        tables[name] = risk_coverage_areas(correct, values, **options)
     return pd.concat(tables, names=["confidence"]).reset_index()
 
 
 def risk_coverage_areas(
-    correct: Any, confidence: Any, *, level: float = 0.95, n_resamples: int = N_RESAMPLES, seed: int = 0
+    correct: Any,
+    confidence: Any,
+    *,
+    groups: np.ndarray | None = None,
+    level: float = 0.95,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Return the areas under the risk–coverage curve, with bootstrap intervals over texts. Lower is better.
+    """Return the areas under the risk–coverage curve, with intervals (`bootstrap.score_interval`). Lower is better.
 
     Parameters
     ----------
@@ -181,8 +205,8 @@ def risk_coverage_areas(
         Whether each prediction is correct.
     confidence : array-like of float, shape (n,)
         Higher where the prediction is more certain; any scale.
-    level, n_resamples, seed
-        Of the bootstrap.
+    groups, level, n_resamples, seed
+        As for `risk_coverage_curve`.
 
     Returns
     -------
@@ -209,10 +233,12 @@ def risk_coverage_areas(
     correct, confidence = _checked(correct, confidence)
     n = len(confidence)
     values = weighted_areas(correct, confidence, weights=np.ones((1, n), dtype=np.int32))
-    resampled = weighted_areas(correct, confidence, weights=resample_counts(n, n_resamples=n_resamples, seed=seed))
+    weights = resample_counts(n, groups=groups, n_resamples=n_resamples, seed=seed)
+    resampled, n_texts = weighted_areas(correct, confidence, weights=weights), effective_n(np.ones(n), groups)
     rows = [
-        interval(float(value[0]), of_resamples, level=level)
-        for value, of_resamples in zip(values, resampled, strict=True)
+        # AUGRC is at most 1/2: all texts are wrong.
+        score_interval(float(value[0]), drawn, n=n_texts, bounds=(0.0, 0.5 if name == "augrc" else 1.0), level=level)
+        for name, value, drawn in zip(AREAS, values, resampled, strict=True)
     ]
     return pd.DataFrame(rows, index=pd.Index(AREAS, name="metric"), columns=list(Interval._fields))
 
@@ -248,17 +274,11 @@ def weighted_areas(
     return aurc, aurc - perfect, augrc
 
 
-def operating_point(
-    run: Run, *, level: float = 0.95, n_resamples: int = N_RESAMPLES, seed: int = 0
-) -> dict[str, Interval]:
-    """Return the `coverage` and the `risk` of the cascade at its own thresholds, with bootstrap intervals."""
+def operating_point(run: Run, *, level: float = 0.95) -> dict[str, Interval]:
+    """Return the `coverage` and the `risk` of the cascade at its own thresholds, with Wilson's intervals."""
     run = run.labelled
-    counts = outcome_counts(run.spec, run.predictions).to_numpy()
-    resampled = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), n_resamples)
-    return {
-        name: interval(float(metric_from_counts(name, counts)), metric_from_counts(name, resampled), level=level)
-        for name in ("coverage", "risk")
-    }
+    outcome = outcome_codes(run.spec, run.predictions["label"], run.predictions["predicted"])
+    return outcome_intervals(outcome, ("coverage", "risk"), groups=text_groups(run.examples), level=level)
 
 
 class _Ranked(NamedTuple):
@@ -306,11 +326,12 @@ def _areas(ranked: _Ranked, harmonic: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return sums.sum(axis=1) / n, errors.sum(axis=1), trapezoids.sum(axis=1) / n**2
 
 
-def _risk_at(ranked: _Ranked, n_answered: np.ndarray) -> np.ndarray:
-    """Return the risk among the `n_answered` most confident texts: shape (n_resamples, n_points)."""
+def _risk_at(ranked: _Ranked, coverage: np.ndarray) -> np.ndarray:
+    """Return the risk among the most confident fractions `coverage` of the texts: shape (n_resamples, n_points)."""
     ends = ranked.before + ranked.size
-    risks = np.empty((len(ends), len(n_answered)))
+    risks = np.empty((len(ends), len(coverage)))
     for row, end in enumerate(ends):
+        n_answered = np.minimum(coverage * end[-1], end[-1])
         group = np.searchsorted(end, n_answered)
         fraction = (n_answered - ranked.before[row, group]) / ranked.size[row, group]
         risks[row] = (ranked.errors_before[row, group] + fraction * ranked.errors[row, group]) / n_answered

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
-from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm.auto import tqdm
 
 SIMILARITY = 0.85
@@ -93,6 +92,42 @@ def duplicates(
     return table.sort_values(["conflict", "exact", "similarity"], ascending=False, kind="stable", ignore_index=True)
 
 
+def text_groups(examples: pd.DataFrame) -> np.ndarray:
+    """Return a number for each example, the same for equal texts: int, shape (n,), from 0.
+
+    White space and case are ignored: most checkpoints see such texts as equal. Two examples with a second text are
+    equal if both of their texts are. A repeated text is no new evidence, so it is counted and resampled as a whole.
+
+    Parameters
+    ----------
+    examples : DataFrame
+        With columns `text` and `text_b`.
+
+    Examples
+    --------
+    >>> text_groups(pd.DataFrame({"text": ["Pay", "play", "pay "], "text_b": None})).tolist()
+    [0, 1, 0]
+    """
+    keys = [" ".join(text.split()).casefold() for text in examples["text"]]
+    if examples["text_b"].notna().any():
+        second = (" ".join(text.split()).casefold() if isinstance(text, str) else None for text in examples["text_b"])
+        keys = list(zip(keys, second, strict=True))  # type: ignore[arg-type]
+    return pd.factorize(pd.Series(keys, dtype=object))[0].astype(np.int64)
+
+
+def repeats_sentences(groups: np.ndarray) -> list[str]:
+    """Return one sentence about texts that repeat, or none where all texts are distinct.
+
+    >>> repeats_sentences(np.array([0, 1, 0, 2]))
+    ['1 of 4 texts repeats an earlier one; the intervals count each of the 3 different texts as one observation.']
+    """
+    n, n_different = len(groups), len(np.unique(groups))
+    if n == n_different:
+        return []
+    repeats = f"{n - n_different:,} of {n:,} texts {'repeats' if n - n_different == 1 else 'repeat'} an earlier one"
+    return [f"{repeats}; the intervals count each of the {n_different:,} different texts as one observation."]
+
+
 def normalized(text: str) -> str:
     """Return a text without the differences that exact duplicates may have.
 
@@ -154,6 +189,8 @@ def _near_pairs(first: _Texts, second: _Texts, similarity: float, max_duplicates
     distinct = pd.unique(np.array([*first.texts, *second.texts], dtype=object))
     if not any(len(text) + 2 >= N_GRAM for text in distinct):
         return []
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and `text_groups` does not need it
+
     # With a space at both ends, the ends of a text count, and very short texts have an n-gram.
     vectorizer = TfidfVectorizer(
         analyzer="char", ngram_range=(N_GRAM, N_GRAM), lowercase=False, sublinear_tf=True, dtype=np.float32

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, fraction_interval
+from cascade_lab.analysis.bootstrap import fraction_interval
 from cascade_lab.analysis.classification import confusion_matrix_frame
+from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.examples import Thresholds, with_texts
 from cascade_lab.analysis.outcomes import (
     FALSE_ACCEPT,
@@ -24,7 +25,8 @@ from cascade_lab.analysis.outcomes import (
     WRONG_REJECT,
     outcomes,
 )
-from cascade_lab.decisions import StageDecision, require_scored, route, stage_targets
+from cascade_lab.calibrator import calibrated_logits
+from cascade_lab.decisions import StageDecision, missing_scores_error, require_scored, route, stage_targets
 from cascade_lab.exceptions import RunError
 
 if TYPE_CHECKING:
@@ -32,15 +34,26 @@ if TYPE_CHECKING:
     from cascade_lab.spec import CascadeSpec, StageSpec
 
 RECOVERABLE, UNRECOVERABLE = "recoverable reject", "unrecoverable reject"
-KINDS = (RECOVERABLE, UNRECOVERABLE, FALSE_ACCEPT, WRONG_CLASS, WRONG_REJECT)
+RECOVERABLE_ANSWER, UNRECOVERABLE_ANSWER = "recoverable overconfident answer", "unrecoverable overconfident answer"
+KINDS = (
+    RECOVERABLE,
+    UNRECOVERABLE,
+    RECOVERABLE_ANSWER,
+    UNRECOVERABLE_ANSWER,
+    FALSE_ACCEPT,
+    WRONG_CLASS,
+    WRONG_REJECT,
+)
 GOES_ON = "goes on"
+_RULE = "perfect rule of "
 
 
 def blame(run: Run, *, thresholds: Thresholds = None) -> pd.DataFrame:
     """Return the errors of a run, each with the stage at fault: one row per error, in the order of the examples.
 
     The stage at fault is the first one that decided wrongly. A gate decides rightly if it stops a text whose label is
-    one of its own reject labels, with that label, and passes every other text.
+    one of its own reject labels, with that label, and passes every other text. A deferral stage decides wrongly if it
+    answers wrongly; to defer is never a fault (`deferrals` counts what it costs).
 
     Parameters
     ----------
@@ -54,16 +67,21 @@ def blame(run: Run, *, thresholds: Thresholds = None) -> pd.DataFrame:
         `example_id`, `text` (and `text_b`, if the run has any), `label`, `predicted`, `decided_by`, `probability`,
         `confidence`; `fault`, a stage; and `kind`, one of `KINDS`:
 
-        - *recoverable reject*: in scope and rejected, and the answer without this reject (of the later stages, or the
-          last stage's most probable label) is right;
-        - *unrecoverable reject*: in scope and rejected, and that answer is wrong too;
+        - *recoverable reject*: in scope and rejected, and the last stage's most probable label is right: that is the
+          answer if every threshold (and minimum probability) is 0. Or a deferral stage's most probable label is right;
+        - *unrecoverable reject*: in scope and rejected, and these are wrong: no thresholds give the right answer;
+        - *recoverable overconfident answer*: a deferral stage is at fault, and the stages after it would have been
+          right;
+        - *unrecoverable overconfident answer*: a deferral stage is at fault, and they would have been wrong too;
         - *false accept*: out of scope, but the cascade answered with a class;
         - *wrong class*: in scope, but the cascade answered with another class;
         - *wrong reject*: out of scope, but rejected with the label of another stage.
 
         `would_become` is the cascade's answer if the stage at fault had decided the other way: passed what it stopped,
-        stopped what it passed, or (the last stage) answered with its next choice. `missed_by` is the deciding stage
-        where it is not at fault but could still have given the right answer; otherwise missing.
+        stopped what it passed, deferred what it answered, or (the last stage) answered with its next choice. The other
+        stages decide as before, so it can be wrong for a recoverable reject, which a later stage rejects again.
+        `missed_by` is the deciding stage where it is not at fault but could still have given the right answer;
+        otherwise missing.
 
     Raises
     ------
@@ -84,16 +102,30 @@ def blame(run: Run, *, thresholds: Thresholds = None) -> pd.DataFrame:
         decision = decisions[stage.name]
         missed_by[wrong & (decided_at == index) & (fault >= 0) & (target == y_true)] = stage.name
         at_fault = wrong & (fault < 0) & (decided_at >= index) & (decision.label != target)
+        if stage.is_deferral:
+            at_fault &= decided_at == index
+            rows = np.flatnonzero(at_fault)
+            fault[rows] = index
+            would_become[rows] = _answers_if(run, stage.name, decisions, rows, above=False)
+            kind[rows] = np.where(would_become[rows] == y_true[rows], RECOVERABLE_ANSWER, UNRECOVERABLE_ANSWER)
+            continue
         fault[at_fault] = index
         passed = at_fault & (decided_at > index)
         should_pass = at_fault & (decided_at == index) & stage.is_gate & (target == stage.pass_label)
         other_choice = at_fault & ~passed & ~should_pass
         would_become[passed] = decision.label_below[passed]
-        would_become[should_pass] = _answers_if_passed(run, stage.name, decisions, np.flatnonzero(should_pass))
+        would_become[should_pass] = _answers_if(run, stage.name, decisions, np.flatnonzero(should_pass), above=True)
         would_become[other_choice] = _next_choice(run, stage, np.flatnonzero(other_choice), predicted)
         if not stage.is_gate:
             would_become[other_choice & (kind == FALSE_ACCEPT)] = stage.reject_label
-    is_recoverable = would_become == y_true
+    # An answer in scope is the most probable label of the last stage or of a deferral stage, whatever the thresholds.
+    is_recoverable = np.zeros(len(y_true), dtype=bool)
+    for stage in spec.stages:
+        if not stage.is_gate:
+            unknown = (kind == FALSE_REJECT) & ~decisions[stage.name].scored
+            if unknown.any():
+                raise missing_scores_error(run.name, stage.name, int(unknown.sum()))
+            is_recoverable |= decisions[stage.name].label_above == y_true
     kind = np.where(kind == FALSE_REJECT, np.where(is_recoverable, RECOVERABLE, UNRECOVERABLE), kind)
     columns = {"fault": names[fault], "kind": kind, "would_become": would_become, "missed_by": missed_by}
     return with_texts(run, predictions).assign(**columns)[wrong].reset_index(drop=True)
@@ -149,26 +181,26 @@ def flow(run: Run, *, thresholds: Thresholds = None) -> pd.DataFrame:
     return result[(result["n_examples"] > 0) | (result["outcome"] == GOES_ON)].reset_index(drop=True)
 
 
-def oracle_ladder(
-    run: Run, *, thresholds: Thresholds = None, level: float = 0.95, n_resamples: int = N_RESAMPLES, seed: int = 0
-) -> pd.DataFrame:
+def oracle_ladder(run: Run, *, thresholds: Thresholds = None, level: float = 0.95) -> pd.DataFrame:
     """Return how good the cascade would be if one stage, or every stage, made no mistake.
 
     A perfect stage decides about every text that arrives so that it can still get its true label: with the label
-    itself, where the stage can answer with it (`reject_label` included), otherwise with the pass label. The other
+    itself, where the stage can answer with it (`reject_label` included); otherwise it passes or defers the text. A
+    deferral stage with a *perfect rule* keeps its own labels, and answers exactly where its label is right. The other
     stages decide as before.
 
     Returns
     -------
     DataFrame
-        One row per cascade: *as it is*; *perfect <stage>* for each stage; with several gates also *perfect gates*; and
-        *all perfect*. `accuracy`, `in_scope_accuracy` and `reject_recall` as fractions, and `points`, the gain in
-        accuracy in percentage points; each with `_low` and `_high`, its bootstrap interval at `level`.
+        One row per cascade: *as it is*; *perfect <stage>* for each stage; *perfect rule of <stage>* for each deferral
+        stage; with several gates also *perfect gates*; and *all perfect*. `accuracy`, `in_scope_accuracy` and
+        `reject_recall` as fractions, and `points`, the gain in accuracy in percentage points; each with `_low` and
+        `_high`, its interval at `level` (Wilson).
 
     Raises
     ------
     RunError
-        No example has a label, or a text that a perfect gate would pass has no shadow scores.
+        No example has a label, or a text that a perfect stage would pass or defer has no shadow scores.
     """
     run = run.labelled.with_thresholds(thresholds)
     spec = run.spec
@@ -177,18 +209,24 @@ def oracle_ladder(
     perfect = {stage.name: _perfect(spec, stage, decisions[stage.name], y_true) for stage in spec.stages}
     gates = [stage.name for stage in spec.stages if stage.is_gate]
     rungs: dict[str, list[str]] = {"as it is": [], **{f"perfect {name}": [name] for name in decisions}}
+    for stage in spec.stages:
+        if stage.is_deferral:  # the same decisions, and another rule
+            rule = _RULE + stage.name
+            perfect[rule] = decisions[stage.name], decisions[stage.name].label_above == y_true
+            rungs[rule] = [rule]
     if len(gates) > 1:
         rungs["perfect gates"] = gates
-    if gates:
-        rungs["all perfect"] = list(perfect)
+    if len(spec.stages) > 1:
+        rungs["all perfect"] = list(decisions)
+    groups = text_groups(run.examples)
     in_scope, everything = np.isin(y_true, spec.in_scope_labels), np.ones(len(y_true), dtype=bool)
     right_now = y_true == run.predictions["predicted"].to_numpy(dtype=object)
     rows = []
     for stages in rungs.values():
         routed = route(
             spec,
-            decisions | {name: perfect[name][0] for name in stages},
-            force={name: perfect[name][1] for name in stages},
+            decisions | {name.removeprefix(_RULE): perfect[name][0] for name in stages},
+            force={name.removeprefix(_RULE): perfect[name][1] for name in stages},
         )
         right = require_scored(routed, run.name).predicted == y_true
         # A right answer stays right when a stage becomes perfect, so the gain is the newly right answers.
@@ -200,7 +238,7 @@ def oracle_ladder(
         }
         row: dict[str, float] = {}
         for name, (hits, of, unit) in fractions.items():
-            value, low, high = fraction_interval(hits, of, level=level, n_resamples=n_resamples, seed=seed)
+            value, low, high = fraction_interval(hits, of, groups=groups, level=level)
             row |= {name: unit * value, f"{name}_low": unit * low, f"{name}_high": unit * high}
         rows.append(row)
     return pd.DataFrame(rows, index=pd.Index(rungs, name="cascade"))
@@ -242,7 +280,8 @@ def counterfactual_matrix(run: Run, stage: str | None = None, *, thresholds: Thr
     """
     spec = run.spec
     if stage is not None and not spec.stage(stage).is_gate:
-        raise RunError(f"{run.name}: stage '{stage}' is the last one, which stops no text; name a gate")
+        which = "defers texts" if spec.stage(stage).is_deferral else "is the last one"
+        raise RunError(f"{run.name}: stage '{stage}' {which}, and stops no text; name a gate")
     gates = [s.name for s in spec.stages if s.is_gate] if stage is None else [stage]
     run = run.labelled.with_thresholds(thresholds)
     routed = require_scored(route(run.spec, _decisions(run), force=dict.fromkeys(gates, True)), run.name)
@@ -267,6 +306,12 @@ def _perfect(
     """
     target = stage_targets(spec, stage.name, y_true, assume_reached=True)
     has_target = pd.notna(target)
+    if stage.is_deferral:
+        later = spec.stages[[s.name for s in spec.stages].index(stage.name) + 1 :]
+        of_later = np.isin(y_true, [label for s in later for label in (*s.labels, *s.reject_labels)])
+        answer = np.where(has_target, target, decision.label_above)
+        corrected = decision._replace(scored=decision.scored | has_target, label_above=answer)
+        return corrected, np.where(has_target | of_later, has_target, decision.above)
     above = np.where(has_target & stage.is_gate, target == stage.pass_label, decision.above)
     answer = np.where(has_target & (target != stage.pass_label), target, decision.label_below)
     corrected = decision._replace(scored=decision.scored | has_target, label_below=answer)
@@ -275,17 +320,19 @@ def _perfect(
     return corrected, above
 
 
-def _answers_if_passed(run: Run, gate: str, decisions: dict[str, StageDecision], rows: np.ndarray) -> np.ndarray:
-    """Return the cascade's answers to the examples at `rows` if `gate` passed them: shape (len(rows),)."""
+def _answers_if(
+    run: Run, stage: str, decisions: dict[str, StageDecision], rows: np.ndarray, *, above: bool
+) -> np.ndarray:
+    """Return the cascade's answers to the examples at `rows` if `stage` decided as above or as below its threshold."""
     if not len(rows):
         return np.empty(0, dtype=object)
     taken = {name: decision.take(rows) for name, decision in decisions.items()}
-    return require_scored(route(run.spec, taken, force={gate: True}), run.name).predicted
+    return require_scored(route(run.spec, taken, force={stage: above}), run.name).predicted
 
 
 def _next_choice(run: Run, stage: StageSpec, rows: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return the stage's most probable label for the examples at `rows`, other than its answer and its pass label."""
-    logits = run.scores(stage.name).logits[rows].copy()
+    logits = calibrated_logits(stage, run.scores(stage.name).logits[rows]).copy()
     labels = np.array(stage.labels, dtype=object)
     logits[(predicted[rows, None] == labels) | (labels == stage.pass_label)] = -np.inf
     return labels[logits.argmax(axis=1)]

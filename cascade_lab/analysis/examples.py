@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit, logsumexp
 
+from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.exceptions import RunError
 
 if TYPE_CHECKING:
@@ -108,20 +109,23 @@ def near_threshold(run: Run, stage: str, n: int = 10, *, thresholds: Thresholds 
     """
     run = run.with_thresholds(thresholds)
     spec, scores = run.spec.stage(stage), run.scores(stage)
-    if not spec.is_gate and spec.min_probability is None and not spec.min_probabilities:
+    if spec.role == "final" and spec.min_probability is None and not spec.min_probabilities:
         raise RunError(f"{run.name}: stage '{stage}' has no min_probability, so no text is near it; set one")
     rows = np.flatnonzero(scores.scored & ~scores.shadow)
     decision = run.decision(stage).take(rows)
     confidence, threshold = decision.confidence, decision.threshold
-    logits = scores.logits[rows].astype(np.float64) / spec.temperature
-    column = pd.Index(spec.labels).get_indexer(decision.label_above)
-    others = logits.copy()
-    others[np.arange(len(rows)), column] = -np.inf
-    log_odds = logits[np.arange(len(rows)), column] - logsumexp(others, axis=1)
+    logits = calibrated_logits(spec, scores.logits[rows]).astype(np.float64)
+    own = np.arange(len(rows)), pd.Index(spec.labels).get_indexer(decision.label_above)
+    with np.errstate(over="ignore", invalid="ignore"):  # at a very small temperature log odds are infinite
+        others = (logits - logits[own][:, None]) / spec.temperature
+        others[own] = -np.inf
+        logit_distance = -logsumexp(others, axis=1) - logit(threshold)
     table = with_texts(run, run.predictions).drop(columns=["decided_by", "probability", "confidence"]).iloc[rows]
     table["correct"] = (table["label"] == table["predicted"]).where(table["label"].notna())
     table = table.assign(threshold=threshold, confidence=confidence, distance=confidence - threshold)
-    table["logit_distance"] = log_odds - logit(threshold)
+    if spec.rejector is not None:  # the threshold is one of its output
+        logit_distance = logit(confidence) - logit(threshold)
+    table["logit_distance"] = logit_distance
     table = table.sort_values("distance", kind="stable")
     below, above = table[table["confidence"] < table["threshold"]], table[table["confidence"] >= table["threshold"]]
     return pd.concat([below.tail(n) if n else below.head(0), above.head(n)]).reset_index(drop=True)

@@ -16,7 +16,7 @@ from cleanlab.filter import find_label_issues
 
 from cascade_lab.analysis.duplicates import SIMILARITY, duplicates
 from cascade_lab.atomic import write_file
-from cascade_lab.decisions import missing_scores_error, softmax
+from cascade_lab.decisions import missing_scores_error, probabilities
 from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import EvalSetError, did_you_mean
 from cascade_lab.spec import CascadeSpec
@@ -188,7 +188,7 @@ def write_audit(table: pd.DataFrame, path: str | Path) -> Path:
     return write_file(path, lambda partial: partial.write_bytes(content.getvalue().encode("utf-8-sig")))
 
 
-def read_corrections(path: str | Path, evalset: EvalSet, spec: CascadeSpec) -> EvalSet:
+def read_corrections(path: str | Path, evalset: EvalSet, spec: CascadeSpec, *, encoding: str | None = None) -> EvalSet:
     """Return an eval set with the labels that a person wrote into the column `corrected_label` of an audit.
 
     Rows may be sorted, missing, or without a correction. Only the columns `example_id`, `text`, `label` and
@@ -203,6 +203,8 @@ def read_corrections(path: str | Path, evalset: EvalSet, spec: CascadeSpec) -> E
         The set that was audited.
     spec : CascadeSpec
         A correction must be one of its labels.
+    encoding : str, optional
+        The encoding of the file; by default UTF-8, or what its byte-order mark says.
 
     Raises
     ------
@@ -210,7 +212,7 @@ def read_corrections(path: str | Path, evalset: EvalSet, spec: CascadeSpec) -> E
         Names the row: an unknown example, a text or label that differs from the eval set, a correction that the cascade
         cannot predict, or a second row for an example.
     """
-    table = EvalSet.read(path)
+    table = EvalSet.read(path, encoding=encoding)
     if "corrected_label" not in table.examples:
         raise EvalSetError(f"{path}: no column 'corrected_label'; give what `cascade-lab audit` wrote")
     examples = evalset.examples.copy()
@@ -285,9 +287,13 @@ def _cascade_probabilities(run: Run) -> tuple[list[str], np.ndarray]:
     p_reached = np.ones(n)
     for stage in run.spec.stages:
         p = _stage_probabilities(run, stage.name)
+        # A deferral stage has a say about the texts that it answers alone; these go no further.
+        p_decided = p_reached * run.decision(stage.name).above if stage.is_deferral else p_reached
         for k, label in enumerate(stage.labels):
             if label != stage.pass_label:
-                columns[label] = columns.get(label, np.zeros(n)) + p_reached * p[:, k]
+                columns[label] = columns.get(label, np.zeros(n)) + p_decided * p[:, k]
+        if stage.is_deferral:
+            p_reached = p_reached - p_decided
         if stage.is_gate:
             p_reached = p_reached * p[:, stage.labels.index(str(stage.pass_label))]
     return list(columns), np.column_stack(list(columns.values()))
@@ -297,7 +303,7 @@ def _stage_probabilities(run: Run, name: str) -> np.ndarray:
     scores = run.scores(name)
     if not scores.scored.all():
         raise missing_scores_error(run.name, name, int((~scores.scored).sum()))
-    return softmax(scores.logits, run.spec.stage(name).temperature)
+    return probabilities(run.spec.stage(name), scores.logits)
 
 
 def _assess(run: Run) -> pd.DataFrame:

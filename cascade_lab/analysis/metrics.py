@@ -1,36 +1,33 @@
 """How good a run is: metrics with intervals and confusion matrices, of one stage or of the whole cascade.
 
 `stage=None` means the whole cascade, end to end. Everything is computed on the labelled examples, and an undefined
-metric is NaN. The functions on arrays are in `classification`, `outcomes` and `bootstrap`.
+metric is NaN. The functions on arrays are in `classification`, `intervals`, `outcomes` and `ranking`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.bootstrap import (
-    N_RESAMPLES,
-    Interval,
-    fraction_interval,
-    interval,
-    ranking_metrics,
-    resample_counts,
-)
+from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, effective_shares, fraction_interval
 from cascade_lab.analysis.classification import (
     Normalize,
     confusion_matrix_frame,
-    confusion_metrics,
     macro_f1_score,
     matrix_confused_pairs,
     matrix_label_metrics,
+    too_few_texts,
 )
-from cascade_lab.analysis.outcomes import FRACTIONS, OUTCOMES, Scope, metric_from_counts, outcome_codes
-from cascade_lab.decisions import missing_scores_error, softmax
+from cascade_lab.analysis.duplicates import repeats_sentences, text_groups
+from cascade_lab.analysis.intervals import outcome_intervals, prediction_intervals
+from cascade_lab.analysis.outcomes import Scope, outcome_codes
+from cascade_lab.analysis.ranking import ranking_intervals, ranking_metrics
+from cascade_lab.calibrator import calibrated_logits
+from cascade_lab.decisions import has_right_decision, missing_scores_error, probabilities
 from cascade_lab.exceptions import RunError
 
 if TYPE_CHECKING:
@@ -70,37 +67,6 @@ def prediction_metrics(spec: Scope, predictions: pd.DataFrame) -> dict[str, floa
     }
 
 
-def outcome_intervals(
-    counts: np.ndarray,
-    names: Sequence[str] = tuple(FRACTIONS),
-    *,
-    costs: Mapping[str, float] | None = None,
-    prevalence: float | None = None,
-    level: float = 0.95,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """Return metrics of `outcomes.METRICS` with their bootstrap intervals, from the numbers of texts of each outcome.
-
-    Parameters
-    ----------
-    counts : ndarray of int, shape (6,)
-        In the order of `OUTCOMES`.
-    names : sequence of str
-        The metrics.
-    costs, prevalence
-        As `outcomes.metric_from_counts` takes them.
-    level, n_resamples, seed
-        Of the bootstrap over texts.
-    """
-    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), n_resamples)
-    result = {}
-    for name in names:
-        value, resampled = (metric_from_counts(name, n, costs=costs, prevalence=prevalence) for n in (counts, drawn))
-        result[name] = interval(float(value), resampled, level=level)
-    return result
-
-
 def summarize(run: Run) -> dict[str, Any]:
     """Return the content of `metrics.json`: `n_examples`, `n_labelled`, `end_to_end` and `stages`.
 
@@ -121,24 +87,31 @@ def stage_metrics(run: Run, stage: str) -> dict[str, float]:
     -------
     dict
         `reach`: the fraction of all examples that reach the stage; `n_reached`; `n_with_target`: how many of these have
-        a target at this stage (an example without a label has none, nor one that an earlier gate should have stopped);
-        on those with a target `accuracy` and `macro_f1` of the stage's decisions, and of a gate `auroc` and
-        `average_precision` of its confidence, for the examples that it should pass.
+        a target at this stage (see `decisions.stage_targets`; an example without a label has none, nor has one out of
+        scope at a last stage without a label for it); `n_out_of_scope`: how many of those with a target are out of
+        scope. On those with a target `accuracy` and `macro_f1` of the stage's decisions, and of a gate `auroc` and
+        `average_precision` of 1 - its confidence, where the examples that it should stop are the positives. Of a
+        deferral stage all but the reach is about the examples that it answers (see `stage_decisions`), and `answered`
+        is their fraction of those that reach it.
     """
-    spec, decisions = run.spec.stage(stage), labelled_decisions(run, stage)
+    spec, decisions = run.spec.stage(stage), stage_decisions(run, stage)
     y_true, y_pred = decisions.y_true, decisions.y_pred
     n_reached = int(_is_considered(run, stage, "reached").sum())
     result: dict[str, float] = {
         "reach": n_reached / len(run.examples),
         "n_reached": n_reached,
         "n_with_target": len(y_true),
+        "n_out_of_scope": int(decisions.out_of_scope.sum()),
         "accuracy": _mean(y_true == y_pred),
         "macro_f1": macro_f1_score(y_true, y_pred),
     }
     if spec.is_gate:
         weights = np.ones((1, len(y_true)), dtype=np.int32)
-        auroc, average_precision = ranking_metrics(y_true == spec.pass_label, decisions.confidence, weights=weights)
+        auroc, average_precision = ranking_metrics(y_true != spec.pass_label, -decisions.confidence, weights=weights)
         result |= {"auroc": float(auroc[0]), "average_precision": float(average_precision[0])}
+    if spec.is_deferral:
+        n_answered = int((run.predictions["decided_by"] == stage).sum())
+        result["answered"] = n_answered / n_reached if n_reached else math.nan
     return result
 
 
@@ -154,7 +127,9 @@ class LabelledDecisions(NamedTuple):
         passes an example.
     logits : ndarray of float32, shape (n, n_labels)
     confidence : ndarray of float64, shape (n,)
-        A gate's probability of its pass label; the last stage's highest probability.
+        What the stage compares with its threshold.
+    out_of_scope : ndarray of bool, shape (n,)
+        Whether the example's true label is out of scope.
     """
 
     rows: np.ndarray
@@ -162,6 +137,7 @@ class LabelledDecisions(NamedTuple):
     y_pred: np.ndarray
     logits: np.ndarray
     confidence: np.ndarray
+    out_of_scope: np.ndarray
 
 
 def labelled_decisions(run: Run, stage: str, *, on: On = "reached") -> LabelledDecisions:
@@ -185,31 +161,71 @@ def labelled_decisions(run: Run, stage: str, *, on: On = "reached") -> LabelledD
     has_target = pd.notna(targets) & run.examples["label"].notna().to_numpy()
     rows = np.flatnonzero(has_target & _is_considered(run, stage, on, needed=has_target))
     decision = run.decision(stage).take(rows)
-    return LabelledDecisions(rows, targets[rows], decision.label, run.scores(stage).logits[rows], decision.confidence)
+    out_of_scope = ~run.examples["label"].iloc[rows].isin(run.spec.in_scope_labels).to_numpy()
+    logits = run.scores(stage).logits[rows]
+    return LabelledDecisions(rows, targets[rows], decision.label, logits, decision.confidence, out_of_scope)
+
+
+def stage_decisions(run: Run, stage: str, *, on: On = "reached") -> LabelledDecisions:
+    """Return the decisions of `stage` that its metrics and its confusion matrix are about: those that it answers for.
+
+    They are `labelled_decisions`, but for a deferral stage. Of the examples that reached it, only those that it answers
+    are included; with `on="all"`, all examples, as if it answered every one. An example that only a later stage can
+    answer rightly is included too, with its true label as the target: the stage should have deferred it.
+
+    Raises
+    ------
+    SpecError, RunError
+        As `labelled_decisions` does.
+    """
+    decisions = labelled_decisions(run, stage, on=on)
+    if not run.spec.stage(stage).is_deferral:
+        return decisions
+    y_true = run.examples["label"].to_numpy(dtype=object)
+    target = run.targets(stage)
+    for_later = pd.isna(target) & pd.notna(y_true) & has_right_decision(run.spec, stage, y_true)
+    target = np.where(for_later, y_true, target)
+    considered = _is_considered(run, stage, on, needed=pd.notna(target))
+    if on == "reached":
+        considered = considered & run.decision(stage).ends
+    rows = np.flatnonzero(considered & pd.notna(target) & pd.notna(y_true))
+    decision = run.decision(stage).take(rows)
+    out_of_scope = ~np.isin(y_true[rows], run.spec.in_scope_labels)
+    logits = run.scores(stage).logits[rows]
+    return LabelledDecisions(rows, target[rows], decision.label, logits, decision.confidence, out_of_scope)
 
 
 class InScopePredictions(NamedTuple):
     """The most probable label in scope of each example, as if no stage rejected it.
 
+    Where a deferral stage answers the example if every gate passes it, the label is that stage's.
+
     Attributes
     ----------
+    rows : ndarray of int, shape (n,)
+        The places of these examples in `run.labelled.examples`.
     p_gates : ndarray of float64, shape (n,)
         The product of the gates' probabilities of their pass labels; 1 without gates.
     p_class : ndarray of float64, shape (n,)
-        The last stage's highest probability of a label in scope.
+        The highest probability of a label in scope, of the last stage or of the deferral stage that answers.
     correct : ndarray of bool, shape (n,)
         Whether that label is the true label; False for an example out of scope.
+    out_of_scope : ndarray of bool, shape (n,)
+        Whether the example's true label is out of scope.
     """
 
+    rows: np.ndarray
     p_gates: np.ndarray
     p_class: np.ndarray
     correct: np.ndarray
+    out_of_scope: np.ndarray
 
 
 def in_scope_predictions(run: Run, *, on: On = "all") -> InScopePredictions:
     """Return the most probable label in scope of the labelled examples, in the order of `run.labelled.examples`.
 
-    `on` selects the examples that reached the last stage, or all of them, from shadow scores.
+    `on` selects the examples that reached the last stage, or all of them, from shadow scores. In a cascade with a
+    deferral stage, "reached" selects those that no gate stopped.
 
     Raises
     ------
@@ -218,15 +234,32 @@ def in_scope_predictions(run: Run, *, on: On = "all") -> InScopePredictions:
     """
     run = run.labelled
     last, labels = run.spec.last, run.spec.in_scope_labels
-    rows = np.flatnonzero(_is_considered(run, last.name, on))
-    p_gates = np.ones(len(rows))
-    for stage in run.spec.stages[:-1]:
-        _is_considered(run, stage.name, on)
-        p_gates *= run.decision(stage.name).confidence[rows]
-    p = softmax(run.scores(last.name).logits[rows], last.temperature)
-    p = p[:, [last.labels.index(label) for label in labels]]
-    best = np.array(labels, dtype=object)[p.argmax(axis=1)]
-    return InScopePredictions(p_gates, p.max(axis=1), run.examples["label"].to_numpy(dtype=object)[rows] == best)
+    deferral = [stage for stage in run.spec.stages if stage.is_deferral]
+    if deferral and on == "reached":
+        gates = [stage.name for stage in run.spec.stages if stage.is_gate]
+        rows = np.flatnonzero(~run.predictions["decided_by"].isin(gates).to_numpy())
+    else:
+        rows = np.flatnonzero(_is_considered(run, last.name, on))
+    is_open = np.ones(len(rows), dtype=bool)  # no deferral stage has answered the example yet
+    p_gates, p_class, best = np.ones(len(rows)), np.zeros(len(rows)), np.full(len(rows), None, dtype=object)
+    in_scope = set(labels)
+    for stage in run.spec.stages:
+        if on == "all":
+            _is_considered(run, stage.name, on)
+        decision = run.decision(stage.name).take(rows)
+        if stage.is_gate:
+            p_gates[is_open] *= decision.confidence[is_open]
+            continue
+        answers = is_open & (decision.above | (stage is last))
+        own = [label for label in stage.labels if label in in_scope]
+        if own and answers.any():
+            p = probabilities(stage, run.scores(stage.name).logits[rows[answers]])
+            p = p[:, [stage.labels.index(label) for label in own]]
+            best[answers] = np.array(own, dtype=object)[p.argmax(axis=1)]
+            p_class[answers] = p.max(axis=1)
+        is_open &= ~answers
+    y_true = run.examples["label"].to_numpy(dtype=object)[rows]
+    return InScopePredictions(rows, p_gates, p_class, y_true == best, ~np.isin(y_true, labels))
 
 
 def confusion(
@@ -239,7 +272,8 @@ def confusion(
     run : Run
     stage : str, optional
         Without it, end to end; the labels that reject are then the last rows and columns. A stage's matrix has its own
-        labels, and leaves out examples without a target there (an earlier gate should have stopped them).
+        labels, and leaves out examples without a target there (an earlier gate should have stopped them). That of a
+        deferral stage has the examples that it answers, or with `on="all"` all, as if it answered every one.
     on : {"reached", "all"}
         For a stage: the examples that reached it, or all, from shadow scores.
     normalize : {"true", "pred", "all"}, optional
@@ -256,8 +290,9 @@ def confusion(
         y_true, y_pred = run.predictions["label"], run.predictions["predicted"]
     else:
         spec = run.spec.stage(stage)
-        labels = tuple(dict.fromkeys((*spec.labels, *spec.reject_labels)))
-        _, y_true, y_pred, *_ = labelled_decisions(run, stage, on=on)
+        _, y_true, y_pred, *_ = stage_decisions(run, stage, on=on)
+        of_later = [label for label in run.spec.labels if spec.is_deferral and label in set(y_true)]
+        labels = tuple(dict.fromkeys((*spec.labels, *spec.reject_labels, *of_later)))
     return confusion_matrix_frame(y_true, y_pred, labels, normalize=normalize)
 
 
@@ -278,6 +313,7 @@ def label_metrics(run: Run, stage: str | None = None, *, on: On = "reached", lev
 
     Precision and recall are fractions, and F1 is a monotone function of one, TP / (TP + FP + FN); so Wilson's interval
     (1927) applies to all three. Unlike a bootstrap interval it is not empty where all of a label's few texts are right.
+    Equal texts count as one observation.
 
     Returns
     -------
@@ -290,7 +326,15 @@ def label_metrics(run: Run, stage: str | None = None, *, on: On = "reached", lev
     SpecError, RunError
         As `confusion` does.
     """
-    return matrix_label_metrics(confusion(run, stage, on=on), level=level)
+    run = run.labelled
+    matrix = confusion(run, stage, on=on)
+    y_true, y_pred, groups = _labels_and_groups(run, stage, on)
+    true, predicted = (matrix.index.get_indexer(y) for y in (y_true, y_pred))
+    differs = true != predicted
+    either, twice = np.append(true, predicted[differs]), np.append(groups, groups[differs])
+    of_metric = {"precision": (predicted, groups), "recall": (true, groups), "f1": (either, twice)}
+    shares = {name: effective_shares(codes, len(matrix), of) for name, (codes, of) in of_metric.items()}
+    return matrix_label_metrics(matrix, shares=shares, level=level)
 
 
 def metric_intervals(
@@ -303,7 +347,10 @@ def metric_intervals(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return the metrics of one stage or of the whole cascade, with bootstrap intervals over the examples.
+    """Return the metrics of one stage or of the whole cascade, with intervals.
+
+    Fractions have Wilson's interval, and the other metrics relatives of it that cover their true value in simulations
+    (`bootstrap.score_interval`, `ranking.auroc_interval`). Equal texts count as one observation.
 
     Parameters
     ----------
@@ -319,8 +366,10 @@ def metric_intervals(
     -------
     DataFrame
         One row per metric, with `value`, `low` and `high`: `accuracy`, `macro_precision`, `macro_recall` and `macro_f1`
-        (see `confusion_metrics`); of a gate also `auroc` and `average_precision` of its confidence; of the last stage
-        `top_<k>_accuracy`; end to end `in_scope_accuracy`, `reject_recall`, `reject_precision`, `coverage` and `risk`.
+        (see `confusion_metrics`); of a gate also `auroc` and `average_precision` (see `stage_metrics`); of another
+        stage `top_<k>_accuracy`; end to end `in_scope_accuracy`, `reject_recall`, `reject_precision`, `coverage` and
+        `risk`. `low` and `high` are NaN where there are too few texts. `attrs["notes"]` are sentences that say so, and
+        how many texts repeat others.
 
     Raises
     ------
@@ -328,55 +377,55 @@ def metric_intervals(
         As `confusion` does.
     """
     run = run.labelled
-    matrix = confusion(run, stage, on=on)
-    counts, labels = matrix.to_numpy(), matrix.index
-    rows, columns = np.nonzero(counts)
-    cells = counts[rows, columns]
-    # These metrics depend only on the cell of each example; the sizes of cells in a resample are multinomial.
-    n, rng = len(run.examples), np.random.default_rng(seed)
-    drawn = rng.multinomial(n, np.append(cells, n - cells.sum()) / n, n_resamples)[:, :-1]
-    values, resampled = (confusion_metrics(rows, columns, len(labels), weights) for weights in (cells[None], drawn))
+    y_true, y_pred, groups = _labels_and_groups(run, stage, on)
+    options: dict[str, Any] = {"groups": groups, "level": level, "n_resamples": n_resamples, "seed": seed}
+    metrics = prediction_intervals(y_true, y_pred, **options)
+    reason = too_few_texts(pd.Series(y_true).value_counts().to_numpy())
+    notes = [*repeats_sentences(groups), *([reason] if reason else [])]
     if stage is None:
-        is_outcome = np.eye(len(OUTCOMES))[outcome_codes(run.spec, labels[rows], labels[columns])]
-        for name in FRACTIONS:
-            values[name], resampled[name] = (metric_from_counts(name, w @ is_outcome) for w in (cells[None], drawn))
-    metrics = {name: interval(float(values[name][0]), resampled[name], level=level) for name in values}
-    if stage is not None:
-        spec, decisions = run.spec.stage(stage), labelled_decisions(run, stage, on=on)
-        options: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
-        metrics |= (
-            _gate_metrics(spec, decisions, **options)
-            if spec.is_gate
-            else _top_k_metrics(spec, decisions, n, top_k, **options)
-        )
-    return pd.DataFrame.from_dict(metrics, orient="index", columns=Interval._fields).rename_axis("metric")
+        metrics |= outcome_intervals(outcome_codes(run.spec, y_true, y_pred), groups=groups, level=level)
+        return _with_notes(metrics, notes)
+    decisions = stage_decisions(run, stage, on=on)
+    if run.spec.stage(stage).is_gate:
+        should_stop = decisions.y_true != run.spec.stage(stage).pass_label
+        metrics |= ranking_intervals(should_stop, -decisions.confidence, **options)
+        if math.isnan(metrics["auroc"].low) and not math.isnan(metrics["auroc"].value):
+            notes.append("AUROC and average precision have no interval: one kind has a single text.")
+    else:
+        metrics |= _top_k_metrics(run.spec.stage(stage), decisions, top_k, groups=groups, level=level)
+    return _with_notes(metrics, notes)
 
 
-def _gate_metrics(
-    gate: StageSpec, decisions: LabelledDecisions, *, level: float, n_resamples: int, seed: int
-) -> dict[str, Interval]:
-    """Return `auroc` and `average_precision` of a gate."""
-    should_pass, n = decisions.y_true == gate.pass_label, len(decisions.y_true)
-    weights = np.ones((1, n), dtype=np.int32), resample_counts(n, n_resamples=n_resamples, seed=seed)
-    values, resampled = (ranking_metrics(should_pass, decisions.confidence, weights=w) for w in weights)
-    return {
-        name: interval(float(value[0]), drawn, level=level)
-        for name, value, drawn in zip(("auroc", "average_precision"), values, resampled, strict=True)
-    }
+def _labels_and_groups(run: Run, stage: str | None, on: On) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the true labels, the predicted labels and the groups of equal texts that `confusion` counts."""
+    groups = text_groups(run.examples)
+    if stage is None:
+        y_true, y_pred = (run.predictions[column].to_numpy(dtype=object) for column in ("label", "predicted"))
+        return y_true, y_pred, groups
+    decisions = stage_decisions(run, stage, on=on)
+    return decisions.y_true, decisions.y_pred, groups[decisions.rows]
+
+
+def _with_notes(metrics: dict[str, Interval], notes: list[str]) -> pd.DataFrame:
+    table = pd.DataFrame.from_dict(metrics, orient="index", columns=Interval._fields).rename_axis("metric")
+    table.attrs["notes"] = notes
+    return table
 
 
 def _top_k_metrics(
-    last: StageSpec, decisions: LabelledDecisions, n: int, top_k: Sequence[int], **options: Any
+    last: StageSpec, decisions: LabelledDecisions, top_k: Sequence[int], *, groups: np.ndarray, level: float
 ) -> dict[str, Interval]:
-    """Return `top_<k>_accuracy` of the last stage, for each k below its number of labels, in a run of `n` examples."""
-    n_decided = len(decisions.y_true)
+    """Return `top_<k>_accuracy` of a stage that answers, for each k below its number of labels."""
     columns = pd.Index(last.labels).get_indexer(decisions.y_true)
-    logit_of_label = decisions.logits[np.arange(n_decided), columns]
-    rank = np.full(n, len(last.labels) + 1)
-    rank[:n_decided] = 1 + (decisions.logits > logit_of_label[:, None]).sum(axis=1)
-    is_decided = np.arange(n) < n_decided
+    logits = calibrated_logits(last, decisions.logits)
+    logit_of_label = logits[np.arange(len(columns)), columns]
+    logit_of_label = np.where(columns < 0, -np.inf, logit_of_label)  # a label of a later stage is never among the best
+    rank = 1 + (logits > logit_of_label[:, None]).sum(axis=1)
+    everything = np.ones(len(rank), dtype=bool)
     return {
-        f"top_{k}_accuracy": fraction_interval(rank <= k, is_decided, **options) for k in top_k if k < len(last.labels)
+        f"top_{k}_accuracy": fraction_interval(rank <= k, everything, groups=groups, level=level)
+        for k in top_k
+        if k < len(last.labels)
     }
 
 

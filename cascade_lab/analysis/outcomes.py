@@ -174,7 +174,8 @@ def extreme_metric(
     )
     if name == "mean_cost":
         cost = np.array([costs.get(outcome, 0.0) for outcome in OUTCOMES])
-        return (toward @ np.maximum(cost, 0) + away @ np.minimum(cost, 0)) / totals.n
+        with np.errstate(invalid="ignore"):  # of no text
+            return (toward @ np.maximum(cost, 0) + away @ np.minimum(cost, 0)) / totals.n
     part, whole = FRACTIONS[name]
     hits, misses = toward @ is_outcome(part), away @ (is_outcome(whole) & ~is_outcome(part))
     w_in, w_out = totals.weights

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, interval, with_resamples
-from cascade_lab.analysis.classification import macro_f1
+from cascade_lab.analysis.bootstrap import (
+    N_RESAMPLES,
+    Interval,
+    correlation,
+    difference_interval,
+    effective_n,
+    fraction_interval,
+    mean_difference_interval,
+    resample_codes,
+    score_interval,
+)
+from cascade_lab.analysis.classification import macro_f1, too_few_texts
+from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.outcomes import (
     FRACTIONS,
     IN_SCOPE,
@@ -28,6 +40,7 @@ def paired_metrics(
     y_pred_b: Any,
     reject_labels: set[str],
     *,
+    groups: np.ndarray | None = None,
     level: float = 0.95,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
@@ -40,15 +53,20 @@ def paired_metrics(
         True labels, and the labels that A and B predict.
     reject_labels : set of str
         As a true label: the text is out of scope. As a predicted label: the text is rejected.
+    groups : ndarray of int, shape (n,), optional
+        Equal texts have the same number (`duplicates.text_groups`), and count as one observation.
     level : float
     n_resamples, seed : int
+        Of the bootstrap.
 
     Returns
     -------
     DataFrame
         One row each for `accuracy`, `macro_f1`, `in_scope_accuracy`, `reject_recall`, `reject_precision`, `coverage`
-        and `risk`: `a`, `b`, `difference` (B - A) with its percentile bootstrap interval over texts, `low` and `high`
-        (Efron 1979), and the `p_value` of McNemar's exact test where both fractions are of the same texts.
+        and `risk`: `a`, `b`, `difference` (B - A) and its interval, `low` and `high`. Where both fractions are of the
+        same texts, the interval is that of `mean_difference_interval`, and `p_value` that of McNemar's exact test;
+        elsewhere the interval is that of `difference_interval`, with the correlation from the bootstrap. The interval
+        of macro F1 is NaN where `too_few_texts` says so.
 
     Examples
     --------
@@ -58,31 +76,130 @@ def paired_metrics(
     """
     # A metric depends only on how often each triple of labels occurs, so these counts are resampled instead of texts.
     texts = pd.DataFrame({"label": np.asarray(y_true), "a": np.asarray(y_pred_a), "b": np.asarray(y_pred_b)})
-    counts = texts.groupby(["label", "a", "b"], observed=True).size()
-    triples = counts.index.to_frame(index=False)
+    triple_of = texts.groupby(["label", "a", "b"], observed=True).ngroup().to_numpy()
+    triples = texts.iloc[np.unique(triple_of, return_index=True)[1]].reset_index(drop=True)
     labels = pd.Index(pd.unique(triples.to_numpy().ravel())).sort_values()
     scope = LabelScope(tuple(label for label in labels if label not in reject_labels), tuple(reject_labels))
-    resampled = with_resamples(counts.to_numpy(), n_resamples=n_resamples, seed=seed)
+    resampled = resample_codes(triple_of, len(triples), groups=groups, n_resamples=n_resamples, seed=seed)
     codes = [outcome_codes(scope, triples["label"], triples[side]) for side in "ab"]
     outcome_counts = [resampled @ np.eye(len(OUTCOMES))[code] for code in codes]
-    fractions, p_values = {}, {}
+    rows = {}
     for name, (part, whole) in FRACTIONS.items():
-        fractions[name] = [metric_from_counts(name, n) for n in outcome_counts]
-        if whole in (OUTCOMES, IN_SCOPE, OUT_OF_SCOPE) and not np.isnan(fractions[name][0][0]):
-            hit_a, hit_b = (is_outcome(part)[code] for code in codes)
-            p_values[name] = mcnemar(*(int(resampled[0] @ only) for only in (hit_b & ~hit_a, hit_a & ~hit_b)))
+        a, b = (metric_from_counts(name, n) for n in outcome_counts)
+        hit_a, hit_b = (is_outcome(part)[code][triple_of] for code in codes)
+        of_a, of_b = (is_outcome(whole)[code][triple_of] for code in codes)
+        if whole in (OUTCOMES, IN_SCOPE, OUT_OF_SCOPE):
+            of = None if groups is None else groups[of_a]
+            gains = hit_b[of_a].astype(int) - hit_a[of_a]
+            found = mean_difference_interval(gains, groups=of, level=level)
+            p_value = mcnemar(*wins_and_losses(gains, of)) if len(gains) else np.nan
+        else:
+            side_a = fraction_interval(hit_a, of_a, groups=groups, level=level)
+            side_b = fraction_interval(hit_b, of_b, groups=groups, level=level)
+            found, p_value = difference_interval(side_a, side_b, correlation(a[1:], b[1:])), np.nan
+        rows[name] = [a[0], b[0], *found, p_value]
     is_true, is_a, is_b = (np.eye(len(labels))[labels.get_indexer(triples[column])] for column in ("label", "a", "b"))
-    f1 = [
-        macro_f1(resampled @ (is_true * is_predicted), resampled @ is_true, resampled @ is_predicted)
-        for is_predicted in (is_a, is_b)
-    ]
-    values = {"accuracy": fractions["accuracy"], "macro_f1": f1, **fractions}
-    rows = {
-        name: [a[0], b[0], *interval(b[0] - a[0], (b - a)[1:], level=level), p_values.get(name, np.nan)]
-        for name, (a, b) in values.items()
-    }
+    support = resampled @ is_true
+    a, b = (macro_f1(resampled @ (is_true * is_label), support, resampled @ is_label) for is_label in (is_a, is_b))
+    if too_few_texts(support[0]):
+        found = Interval(b[0] - a[0], np.nan, np.nan)
+    else:
+        n = effective_n(np.ones(len(texts)), groups)
+        side_a, side_b = (score_interval(float(f1[0]), f1[1:], n=n, level=level) for f1 in (a, b))
+        found = difference_interval(side_a, side_b, correlation(a[1:], b[1:]))
+    order = ["accuracy", "macro_f1", *FRACTIONS]
+    rows["macro_f1"] = [a[0], b[0], *found, np.nan]
     columns = ["a", "b", "difference", "low", "high", "p_value"]
+    table = pd.DataFrame.from_dict({name: rows[name] for name in order}, orient="index", columns=columns)
+    return table.rename_axis("metric")
+
+
+def outcome_differences(
+    outcome_a: np.ndarray,
+    outcome_b: np.ndarray,
+    names: Sequence[str] = tuple(FRACTIONS),
+    *,
+    groups: np.ndarray | None = None,
+    costs: Mapping[str, float] | None = None,
+    prevalence: float | None = None,
+    level: float = 0.95,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return metrics of two cascades on the same texts, and their differences, from the outcomes of each text.
+
+    Where both fractions are of the same texts, the interval is that of `mean_difference_interval`; elsewhere that of
+    `difference_interval`, with the correlation from the bootstrap.
+
+    Parameters
+    ----------
+    outcome_a, outcome_b : ndarray of int, shape (n,)
+        As `outcomes.outcome_codes` returns them.
+    names : sequence of str
+        The metrics, of `outcomes.METRICS`.
+    groups : ndarray of int, shape (n,), optional
+        Equal texts have the same number (`duplicates.text_groups`), and count as one observation.
+    costs, prevalence
+        As `outcomes.metric_from_counts` takes them.
+    level : float
+    n_resamples, seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    DataFrame
+        One row per metric: `a`, `b`, `difference` (B - A), `low` and `high`.
+
+    Examples
+    --------
+    >>> table = outcome_differences(np.array([0, 0, 2, 1, 3]), np.array([0, 0, 0, 1, 3]), ["accuracy"])
+    >>> table.loc["accuracy", ["a", "b", "difference"]].round(3).tolist()
+    [0.6, 0.8, 0.2]
+    """
+    options: dict[str, Any] = {"costs": costs, "prevalence": prevalence}
+    n_kinds = len(OUTCOMES)
+    resampled = resample_codes(
+        outcome_a * n_kinds + outcome_b, n_kinds**2, groups=groups, n_resamples=n_resamples, seed=seed
+    ).reshape(-1, n_kinds, n_kinds)
+    counts = resampled.sum(axis=2), resampled.sum(axis=1)
+    sides = [
+        outcome_intervals(codes, names, groups=groups, level=level, n_resamples=n_resamples, seed=seed, **options)
+        for codes in (outcome_a, outcome_b)
+    ]
+    rows = {}
+    for name in names:
+        part, whole = FRACTIONS.get(name, ((), ()))
+        side_a, side_b = (side[name] for side in sides)
+        if whole in (IN_SCOPE, OUT_OF_SCOPE) or (whole == OUTCOMES and prevalence is None):
+            counted = is_outcome(whole)[outcome_a]
+            gains = is_outcome(part)[outcome_b[counted]].astype(int) - is_outcome(part)[outcome_a[counted]]
+            found = mean_difference_interval(gains, groups=None if groups is None else groups[counted], level=level)
+        else:
+            a, b = (metric_from_counts(name, side, **options)[1:] for side in counts)
+            found = difference_interval(side_a, side_b, correlation(a, b))
+        rows[name] = [side_a.value, side_b.value, *found]
+    columns = ["a", "b", "difference", "low", "high"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("metric")
+
+
+def wins_and_losses(gains: np.ndarray, groups: np.ndarray | None = None) -> tuple[int, int]:
+    """Return how many texts B wins and how many it loses; equal texts count as one, by their sum.
+
+    Parameters
+    ----------
+    gains : ndarray of int, shape (n,)
+        1 where only B is right, -1 where only A is, else 0.
+    groups : ndarray of int, shape (n,), optional
+        Equal texts have the same number.
+
+    Examples
+    --------
+    >>> wins_and_losses(np.array([1, 1, -1]), np.array([0, 0, 1]))
+    (1, 1)
+    """
+    if groups is not None:
+        gains = np.bincount(np.unique(groups, return_inverse=True)[1], weights=gains)
+    return int((gains > 0).sum()), int((gains < 0).sum())
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -106,32 +223,41 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return np.minimum(adjusted, 1.0)
 
 
-def paired_tests(groups: Any, right_a: np.ndarray, right_b: np.ndarray, *, name: str = "") -> pd.DataFrame:
-    """Compare A and B within each group of texts: one row per group, the smallest p-value first.
+def paired_tests(
+    values: Any, right_a: np.ndarray, right_b: np.ndarray, *, groups: np.ndarray | None = None, name: str = ""
+) -> pd.DataFrame:
+    """Compare A and B among the texts with each value of a column: one row per value, the smallest p-value first.
 
     Parameters
     ----------
-    groups : array-like of str, shape (n,)
-        The group of each text.
+    values : array-like of str, shape (n,)
+        The value of each text.
     right_a, right_b : ndarray of bool, shape (n,)
         Whether A and B predict the true label.
+    groups : ndarray of int, shape (n,), optional
+        Equal texts have the same number (`duplicates.text_groups`), and count once in a test.
     name : str
-        What the groups are, such as the name of a column.
+        The name of the column.
 
     Returns
     -------
     DataFrame
-        Indexed by `column` (`name`) and `value` (the group): `n_examples`, `accuracy_a`, `accuracy_b`, `difference`
-        (B - A), `wins` (A wrong, B right), `losses`, `p_value` (McNemar, exact) and `p_holm`, corrected for all rows.
+        Indexed by `column` (`name`) and `value`: `n_examples`, `accuracy_a`, `accuracy_b`, `difference` (B - A),
+        `wins` (texts that A gets wrong and B right), `losses`, `p_value` (McNemar, exact; `wins_and_losses`) and
+        `p_holm`, corrected for all rows.
     """
-    texts = pd.DataFrame({"value": np.asarray(groups, dtype=object), "a": right_a, "b": right_b})
+    texts = pd.DataFrame({"value": np.asarray(values, dtype=object), "a": right_a, "b": right_b})
     texts["wins"], texts["losses"] = texts["b"] & ~texts["a"], texts["a"] & ~texts["b"]
     by_value = texts.groupby("value")
     table = by_value[["a", "b"]].mean().set_axis(["accuracy_a", "accuracy_b"], axis=1)
     table.insert(0, "n_examples", by_value.size())
     table["difference"] = (by_value["b"].sum() - by_value["a"].sum()) / table["n_examples"]
     table[["wins", "losses"]] = by_value[["wins", "losses"]].sum()
-    table["p_value"] = [mcnemar(int(w), int(x)) for w, x in zip(table["wins"], table["losses"], strict=True)]
+    tested = table[["wins", "losses"]]
+    if groups is not None:
+        gains = (texts["wins"].astype(int) - texts["losses"]).groupby([texts["value"], groups]).sum()
+        tested = pd.DataFrame({"wins": gains > 0, "losses": gains < 0}).groupby(level=0).sum()
+    table["p_value"] = [mcnemar(int(w), int(x)) for w, x in tested.loc[table.index].itertuples(index=False)]
     return sorted_with_holm(pd.concat({name: table}, names=["column", "value"]))
 
 

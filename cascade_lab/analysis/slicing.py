@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.stats import beta, fisher_exact
 from sklearn.tree import DecisionTreeClassifier
 
-from cascade_lab.analysis.metrics import labelled_decisions
+from cascade_lab.analysis.metrics import stage_decisions
 from cascade_lab.analysis.outcomes import IN_SCOPE, OUTCOMES, outcomes
 from cascade_lab.analysis.paired import holm
 from cascade_lab.analysis.sentences import Summary
@@ -276,7 +276,7 @@ def _errors(run: Run, of: str) -> tuple[np.ndarray, np.ndarray]:
     names = [stage.name for stage in spec.stages]
     if of not in names:
         raise RunError(f"{run.name}: no error is named '{of}'{did_you_mean(of, ['error', *OUTCOMES, *names])}")
-    decisions = labelled_decisions(run, of)
+    decisions = stage_decisions(run, of)
     return decisions.rows, decisions.y_true != decisions.y_pred
 
 

@@ -1,21 +1,20 @@
-"""Fit temperatures on kept logits (Guo et al. 2017), and put them into a cascade."""
+"""Fit temperatures on kept logits (Guo et al. 2017)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
-from scipy.special import expit, log_softmax, logit, softmax
+from scipy.special import softmax
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, interval, resample_counts
+from cascade_lab.analysis.bootstrap import N_RESAMPLES, interval, resample_counts
+from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.metrics import On, labelled_decisions
-from cascade_lab.decisions import decide
+from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.exceptions import CalibrationError
-from cascade_lab.spec import CascadeSpec, StageSpec
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
@@ -75,8 +74,9 @@ def fit_temperatures(
     Returns
     -------
     DataFrame
-        One row per stage: `on`, `n_examples`; the temperature as `value`, `low`, `high` (bootstrap over texts); the log
-        loss on these texts at the temperature of the run (`before`) and at the new one (`after`); and the
+        One row per stage: `on`; `n_examples`, the texts that have a target at the stage; `n_out_of_scope` of them (0 at
+        a last stage that has no label for them); the temperature as `value`, `low`, `high` (bootstrap over texts); the
+        log loss on these texts at the temperature of the run (`before`) and at the new one (`after`); and the
         cross-validated log loss, on texts that the temperature was not fitted on (`held_out`). Resamples and folds are
         not fitted completely: each takes one Newton step from the temperature of all texts.
 
@@ -90,97 +90,62 @@ def fit_temperatures(
     run = run.labelled
     rows = {}
     for name in stages or [stage.name for stage in run.spec.stages]:
-        spec, decisions = run.spec.stage(name), labelled_decisions(run, name, on=on)
-        if len(decisions.rows) < n_folds:
-            raise CalibrationError(
-                f"{run.name}: {len(decisions.rows)} texts have a target at stage '{name}', and fitting takes at least "
-                f"{n_folds}; use a run with more texts"
-            )
-        logits = decisions.logits.astype(np.float64)
-        codes = pd.Index(spec.labels).get_indexer(decisions.y_true)
+        spec = run.spec.stage(name)
+        texts = texts_to_fit(run, name, on=on, n_folds=n_folds, seed=seed)
+        logits, codes, groups, fold = texts.logits, texts.codes, texts.groups, texts.fold
         inverse = _fit_inverse(logits, codes, f"{run.name}: stage '{name}'")
         derivatives = _derivatives(logits, codes, inverse)
-        weights = resample_counts(len(codes), n_resamples=n_resamples, seed=seed).astype(np.float64)
+        weights = resample_counts(len(codes), groups=groups, n_resamples=n_resamples, seed=seed).astype(np.float64)
         resampled = _newton_step(inverse, *derivatives, weights)
-        fold = np.random.default_rng(seed).permutation(len(codes)) % n_folds
         without_fold = _newton_step(inverse, *derivatives, 1.0 - np.eye(n_folds)[fold].T)
         rows[name] = {
             "on": on,
             "n_examples": len(codes),
+            "n_out_of_scope": texts.n_out_of_scope,
             **interval(1 / inverse, 1 / resampled, level=level)._asdict(),
-            "before": _log_losses(logits / spec.temperature, codes).mean(),
-            "after": _log_losses(logits * inverse, codes).mean(),
-            "held_out": _log_losses(logits * without_fold[fold][:, None], codes).mean(),
+            "before": log_losses(calibrated_logits(spec, logits), codes, spec.temperature).mean(),
+            "after": log_losses(logits, codes, 1 / inverse).mean(),
+            "held_out": log_losses(logits, codes, 1 / without_fold[fold][:, None]).mean(),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
 
 
-class Calibrated(NamedTuple):
-    """A cascade with other temperatures.
+class TextsToFit(NamedTuple):
+    """The texts of a run that a stage's calibration is fitted on.
 
     Attributes
     ----------
-    spec : CascadeSpec
-    kept : tuple of str
-        The stages whose decisions are exactly those from before.
-    n_changed : int
-        The number of texts of the run whose predicted label changes.
+    logits : ndarray of float64, shape (n, n_labels)
+    codes : ndarray of int, shape (n,)
+        The column of the true label.
+    groups : ndarray of int, shape (n,)
+        Equal texts have the same number, from 0.
+    fold : ndarray of int, shape (n,)
+        The fold of the cross-validation; equal texts are in one fold.
+    n_out_of_scope : int
     """
 
-    spec: CascadeSpec
-    kept: tuple[str, ...]
-    n_changed: int
+    logits: np.ndarray
+    codes: np.ndarray
+    groups: np.ndarray
+    fold: np.ndarray
+    n_out_of_scope: int
 
 
-def calibrated(run: Run, fitted: pd.DataFrame) -> Calibrated:
-    """Return the cascade of a run at the temperatures of `fit_temperatures`; `calibrated_on` records their source.
-
-    A threshold is a probability, and a temperature changes probabilities. A gate of two labels keeps its decisions: its
-    threshold t at temperature T becomes the logistic function of logit(t) · T / T' at temperature T'. For a gate with
-    more labels, and for a last stage with a `min_probability`, no threshold keeps the decision of every text. Their
-    thresholds stay as they are; `n_changed` counts the effect, and such a cascade should be tuned again. If a predicted
-    label changes, the new cascade has no `tuned_on`.
-
-    Parameters
-    ----------
-    run : Run
-    fitted : DataFrame
-        What `fit_temperatures` returns.
-
-    Raises
-    ------
-    CalibrationError
-        Float64 cannot distinguish the probabilities of a gate at the new temperature.
-    RunError
-        A text would now reach a stage that never scored it.
-    """
-    stages = []
-    for stage in run.spec.stages:
-        if stage.name in fitted.index:
-            new_stage = replace(stage, temperature=float(fitted.loc[stage.name, "value"]))
-            if stage.is_gate and len(stage.labels) == 2:
-                new_stage = replace(new_stage, threshold=_same_threshold(run, stage, new_stage))
-            stage = new_stage
-        stages.append(stage)
-    spec = replace(run.spec, stages=tuple(stages))
-    before, after = run.predictions, run.with_spec(spec).predictions
-    n_changed = int((before["predicted"] != after["predicted"]).sum())
-    calibrated_on = {
-        name: {
-            **{key: float(row[key]) for key in Interval._fields},
-            "on": row["on"],
-            "run_id": run.manifest["run_id"],
-            "evalset": {key: value for key, value in run.manifest["evalset"].items() if value is not None},
-        }
-        for name, row in fitted.iterrows()
-    }
-    spec = replace(
-        spec,
-        tuned_on=None if n_changed else spec.tuned_on,
-        calibrated_on={**(spec.calibrated_on or {}), **calibrated_on},
-    )
-    kept = tuple(stage.name for stage in spec.stages if stage.name not in fitted.index or _keeps_decisions(stage))
-    return Calibrated(spec, kept, n_changed)
+def texts_to_fit(run: Run, stage: str, *, on: On, n_folds: int, seed: int) -> TextsToFit:
+    """Return the labelled texts that have a target at a stage; raises CalibrationError if they are fewer than folds."""
+    decisions = labelled_decisions(run, stage, on=on)
+    codes = pd.Index(run.spec.stage(stage).labels).get_indexer(decisions.y_true)
+    own = codes >= 0  # a text that only a later stage has the label of has no probability here
+    if own.sum() < n_folds:
+        raise CalibrationError(
+            f"{run.name}: {own.sum()} texts have a target at stage '{stage}', and fitting takes at least {n_folds}; "
+            "use a run with more texts"
+        )
+    groups = np.unique(text_groups(run.examples)[decisions.rows[own]], return_inverse=True)[1]
+    fold = np.random.default_rng(seed).permutation(int(groups.max()) + 1)[groups] % n_folds
+    n_out_of_scope = int(decisions.out_of_scope[own].sum())
+    return TextsToFit(decisions.logits[own].astype(np.float64), codes[own], groups, fold, n_out_of_scope)
 
 
 def _fit_inverse(logits: np.ndarray, codes: np.ndarray, where: str) -> float:
@@ -206,33 +171,17 @@ def _derivatives(logits: np.ndarray, codes: np.ndarray, inverse: float) -> tuple
 
 
 def _newton_step(inverse: float, slopes: np.ndarray, curvatures: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return 1 / temperature after one Newton step, for each weighting of the texts: shape (n_weightings,)."""
-    return np.clip(inverse - (weights @ slopes) / (weights @ curvatures), *_INVERSE_RANGE)
+    """Return 1 / temperature after one Newton step, for each weighting of the texts: shape (n_weightings,).
+
+    NaN where the log loss of the weighted texts has no curvature.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.where(weights @ curvatures > 0, (weights @ slopes) / (weights @ curvatures), np.nan)
+    return np.clip(inverse - steps, *_INVERSE_RANGE)
 
 
-def _log_losses(logits: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return -log_softmax(logits, axis=1)[np.arange(len(codes)), codes]
-
-
-def _same_threshold(run: Run, before: StageSpec, after: StageSpec) -> float:
-    """Return the threshold at which a gate of two labels decides at its new temperature as at the old one."""
-    threshold = float(expit(logit(before.threshold) * before.temperature / after.temperature))
-    # A threshold is often equal to the probability of a text. Rounding must not change the decision of that text.
-    decision = run.decision(before.name)
-    passed = decision.above[decision.scored]
-    p = decide(after, run.scores(before.name).logits).confidence[decision.scored]
-    lowest_above, highest_below = p[passed].min(initial=np.inf), p[~passed].max(initial=-np.inf)
-    if highest_below >= min(lowest_above, 1.0):
-        raise CalibrationError(
-            f"{run.name}: at temperature {after.temperature:g} gate '{before.name}' gives the same probability to "
-            "texts on both sides of its threshold; leave the stage out"
-        )
-    threshold = min(threshold, lowest_above)
-    return threshold if threshold > highest_below else float(np.nextafter(highest_below, 1.0))
-
-
-def _keeps_decisions(stage: StageSpec) -> bool:
-    """Return whether a stage can decide the same at every temperature (with its threshold moved)."""
-    if stage.is_gate:
-        return len(stage.labels) == 2
-    return max([stage.min_probability or 0.0, *stage.min_probabilities.values()]) <= 1 / len(stage.labels)
+def log_losses(logits: np.ndarray, codes: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
+    """Return the log loss of each text at a temperature, or at one of its own: shape (n,)."""
+    with np.errstate(over="ignore"):  # at a very small temperature the log loss of an error is infinite
+        below_highest = (logits - logits.max(axis=1, keepdims=True)) / temperature
+    return np.log(np.exp(below_highest).sum(axis=1)) - below_highest[np.arange(len(codes)), codes]

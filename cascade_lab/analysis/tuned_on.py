@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from cascade_lab.analysis.metrics import metric_intervals, outcome_intervals
-from cascade_lab.analysis.outcomes import FRACTIONS, METRICS, outcome_counts
+from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.analysis.intervals import outcome_intervals
+from cascade_lab.analysis.metrics import metric_intervals
+from cascade_lab.analysis.outcomes import FRACTIONS, METRICS, outcome_codes
 from cascade_lab.analysis.sentences import Summary
+from cascade_lab.text import exact
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
@@ -33,9 +36,10 @@ class TuningOrigin:
         The table `[tuned_on]` of the cascade: `run_id`, `evalset`, `goal` and what else the tuning wrote; None where
         the thresholds were not tuned.
     metrics : DataFrame or None
-        One row per metric that the tuning wrote; columns `("on the tuning set", c)` for c of `value`, `low`, `high` and
-        `optimism` (how much higher the metric looks on the tuning set than on other texts, from cross-validation), and
-        `("on this set", c)` for c of `value`, `low`, `high`. NaN where the tuning did not write it.
+        One row per metric that the tuning wrote; columns `("on the tuning set", c)` for c of `value`; `low` and `high`,
+        the interval that the tuning gives for new texts; and `optimism` (how much higher the metric looks on the tuning
+        set than on other texts, from cross-validation); and `("on this set", c)` for c of `value`, `low`, `high`. NaN
+        where the tuning did not write it.
     same_texts : bool
         This run has the texts that the thresholds were chosen on.
     """
@@ -52,14 +56,16 @@ class TuningOrigin:
     def summary(self) -> Summary:
         """Return the thresholds and their origin in a few sentences."""
         sentences = [
-            f"Stage {name}: {'no threshold' if value is None else f'threshold {value:.6g}'}."
+            f"Stage {name}: {'no threshold' if value is None else f'threshold {exact(value)}'}."
             for name, value in self.thresholds.items()
         ]
         if self.tuned_on is None:
             return Summary([*sentences, "The thresholds were not tuned."])
         n = self.tuned_on["evalset"]["n_examples"]
         sentences.append(f"They were tuned on {n:,} texts (run {self.tuned_on['run_id']}), to {self.tuned_on['goal']}.")
-        return Summary([*sentences, *([WARNING] if self.same_texts else [])])
+        notes = self.tuned_on.get("notes")
+        notes = [f"Of the tuning: {note}" for note in notes] if isinstance(notes, list) else []
+        return Summary([*sentences, *notes, *([WARNING] if self.same_texts else [])])
 
 
 def tuning_origin(run: Run) -> TuningOrigin:
@@ -79,9 +85,11 @@ def tuning_origin(run: Run) -> TuningOrigin:
     there = there[["value", "low", "high", "optimism"]]
     costs, prevalence = tuned_on.get("costs") or {}, tuned_on.get("prevalence")
     if costs or prevalence is not None:
-        counts = outcome_counts(run.spec, run.labelled.predictions).to_numpy()
+        labelled = run.labelled
+        outcome = outcome_codes(run.spec, labelled.predictions["label"], labelled.predictions["predicted"])
         names = METRICS if costs else tuple(FRACTIONS)
-        metrics = outcome_intervals(counts, names, costs=costs, prevalence=prevalence)
+        groups = text_groups(labelled.examples)
+        metrics = outcome_intervals(outcome, names, groups=groups, costs=costs, prevalence=prevalence)
         here = pd.DataFrame(metrics, index=["value", "low", "high"]).T
     else:
         here = metric_intervals(run)

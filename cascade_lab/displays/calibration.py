@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from cascade_lab.analysis.calibration import (
+    ECE,
     N_BINS,
     Bins,
     calibration_error,
@@ -68,7 +69,7 @@ class CascadeCalibrationDisplay(Display):
         stage: str | None = None,
         on: On = "reached",
         n_bins: int = N_BINS,
-        bins: Bins = "equal_mass",
+        bins: Bins = "equal_width",
         allow_fitted_set: bool = False,
     ) -> Self:
         """Compute the diagram of one stage or, without `stage`, of p(gate) · p(class) of the best in-scope label.
@@ -83,14 +84,22 @@ class CascadeCalibrationDisplay(Display):
         texts = "on all texts"
         if on == "reached":
             texts = f"on the texts that reached {'it' if stage else run.spec.last.name}"
-        event = "correct"
-        if stage is not None and run.spec.stage(stage).is_gate:
-            event = run.spec.stage(stage).pass_label or ""
+            if stage is None and any(other.is_deferral for other in run.spec.stages):
+                texts = "on the texts that no gate stopped"
+        event, name = "correct", "p(gate) · p(class)"
+        if stage is not None:
+            spec = run.spec.stage(stage)
+            name = f"stage {stage}"
+            if spec.calibrator is not None:
+                name += f" ({spec.calibrator.method})"
+            elif spec.temperature != 1:
+                name += f" (temperature {spec.temperature:.4g})"
+            event = (spec.pass_label or "") if spec.is_gate else event
         return cls(
             reliability(run, **options, **binning),
             calibration_metrics(run, **options, **binning),
             confidences(run, **options).confidence,
-            title=f"{f'stage {stage}' if stage else 'p(gate) · p(class)'}, {texts}",
+            title=f"{name}, {texts}",
             event=event,
         )
 
@@ -101,7 +110,7 @@ class CascadeCalibrationDisplay(Display):
         confidence: Any,
         *,
         n_bins: int = N_BINS,
-        bins: Bins = "equal_mass",
+        bins: Bins = "equal_width",
         title: str = "",
         event: str = "correct",
     ) -> Self:
@@ -176,10 +185,13 @@ class CascadeCalibrationDisplay(Display):
         if not attrs["n_examples"]:
             return "no texts"
         bins = f"{attrs['n_bins']} bins of {attrs['bins'].replace('_', ' ')}"
-        ece, chance = self.metrics.loc["ece"], self.metrics.loc["ece_if_calibrated"]
+        out_of_scope = f" ({attrs['n_out_of_scope']:,} out of scope)" if "n_out_of_scope" in attrs else ""
+        name = ECE[attrs["bins"]]
+        ece, chance = self.metrics.loc[name], self.metrics.loc[f"{name}_if_calibrated"]
         return (
-            f"{attrs['n_examples']:,} texts, {bins}\n"
-            f"ECE {ece['value']:.3f} ({ece['low']:.3f} to {ece['high']:.3f}); "
+            f"{attrs['n_examples']:,} texts{out_of_scope}, {bins}\n"
+            f"{name.replace('_ece', ' ECE').replace('ece', 'ECE')} {ece['value']:.3f} "
+            f"({ece['low']:.3f} to {ece['high']:.3f}); "
             f"if calibrated, {chance['low']:.3f} to {chance['high']:.3f}"
         )
 

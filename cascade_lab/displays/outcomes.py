@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES
 from cascade_lab.analysis.errors import GOES_ON, counterfactual_matrix, flow, oracle_ladder
 from cascade_lab.analysis.outcomes import RIGHT
 from cascade_lab.displays.confusion import MatrixDisplay
@@ -210,11 +209,9 @@ class OracleLadderDisplay(Display):
         *,
         thresholds: Mapping[str, float] | None = None,
         level: float = 0.95,
-        n_resamples: int = N_RESAMPLES,
-        seed: int = 0,
     ) -> Self:
         """Compute from a run, with `oracle_ladder` and its parameters."""
-        ladder = oracle_ladder(run, thresholds=thresholds, level=level, n_resamples=n_resamples, seed=seed)
+        ladder = oracle_ladder(run, thresholds=thresholds, level=level)
         name = shorten(run.spec.name, 40)
         return cls(ladder, title=f"{name}: accuracy if a stage were perfect, {level:.0%} intervals")
 
