@@ -8,53 +8,30 @@ from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from cascade_lab.bert.tokenization import Encoding
-from cascade_lab.decisions import RoutingResult, StageDecision, check_labels, decide, route
+from cascade_lab.chunks import ChunkResult, JoinedChunks, dense_features, dense_scores, join_chunks
+from cascade_lab.decisions import StageDecision, check_labels, decide_in_cascade, route
 from cascade_lab.evalset import EvalSet
 from cascade_lab.evalset_files import check_columns
 from cascade_lab.exceptions import EvalSetError
 from cascade_lab.provenance import environment, sha256
-from cascade_lab.run import SCHEMA_VERSION, Run, StageScores, new_run_id, unfinished_run
-from cascade_lab.run_tables import TIMING_COLUMNS, predictions_frame
+from cascade_lab.rejector import feature_evidence
+from cascade_lab.run import Run, new_run_id, unfinished_run
+from cascade_lab.run_schema import SCHEMA_VERSION
+from cascade_lab.run_tables import predictions_frame
 from cascade_lab.spec import CascadeSpec, StageSpec
 from cascade_lab.stage import Batch, Stage
+from cascade_lab.stage_output import ScoredRows, StageOutput
 from cascade_lab.text import shorten
 
 CHUNK = 8192  # texts whose token ids are held at the same time; the next chunk is tokenized meanwhile
 SPECULATE_MAX_TOKENS = 128  # up to this size all stages score a batch at once: half of it would load the same weights
-
-
-class ScoredRows(NamedTuple):
-    """What one stage scored: the rows of the texts, and their logits (float32, shape (len(rows), n_labels))."""
-
-    rows: np.ndarray
-    logits: np.ndarray
-
-
-class ChunkResult(NamedTuple):
-    """What the serial path computed for one chunk of texts. Rows count from the first text of the chunk.
-
-    Attributes
-    ----------
-    routed : RoutingResult
-    scored : dict of str to ScoredRows
-        Stage name to what it scored.
-    confidence : dict of str to ndarray of float64
-        Stage name to the confidence of the rows that it scored.
-    timings : list of tuple
-        One row of `timings.parquet` per batch, without the batch's number.
-    """
-
-    routed: RoutingResult
-    scored: dict[str, ScoredRows]
-    confidence: dict[str, np.ndarray]
-    timings: list[tuple[Any, ...]]
 
 
 class Cascade:
@@ -64,19 +41,35 @@ class Cascade:
     --------
     >>> with Cascade.load("cascade.toml") as cascade:               # doctest: +SKIP
     ...     cascade.predict(["what is my balance", "sing me a song"])
-           predicted decided_by  probability  gate_probability  intent_probability
-    0  balance           intent        0.991             0.998               0.991
-    1  oos                 gate        0.970             0.030                 NaN
+      predicted decided_by  probability  confidence  gate_probability  intent_probability
+    0   balance     intent        0.991       0.991             0.998               0.991
+    1       oos       gate        0.970       0.030             0.030                 NaN
     """
 
-    def __init__(self, spec: CascadeSpec, stages: Sequence[Stage], closing: ExitStack):
+    def __init__(
+        self,
+        spec: CascadeSpec,
+        stages: Sequence[Stage],
+        closing: ExitStack,
+        *,
+        keep_features: bool,
+        arrays: Mapping[str, np.ndarray],
+    ):
         self.spec = spec
         self.stages = tuple(stages)
         self._closing = closing
+        self._keep_features, self._arrays = keep_features, arrays
+        self._no_rows = {stage.spec.name: ScoredRows(np.arange(0), stage.score([])[0]) for stage in self.stages}
 
     @classmethod
-    def load(cls, cascade: str | Path | CascadeSpec) -> Cascade:
+    def load(cls, cascade: str | Path | CascadeSpec, *, keep_features: bool = False) -> Cascade:
         """Load every stage of a `cascade.toml` (or of a spec).
+
+        Parameters
+        ----------
+        cascade : path or CascadeSpec
+        keep_features : bool
+            Let `run` keep each stage's features: the last layer's output at `[CLS]`.
 
         Raises
         ------
@@ -84,10 +77,15 @@ class Cascade:
             A stage cannot be loaded; the stages loaded before it are closed again.
         """
         spec = cascade if isinstance(cascade, CascadeSpec) else CascadeSpec.read(cascade)
+        arrays = spec.rejector.read_arrays() if spec.rejector else {}
+        with_features = spec.rejector.feature_stages if spec.rejector else ()
         with ExitStack() as closing:
-            stages = [closing.enter_context(Stage(stage)) for stage in spec.stages]
+            stages = [
+                closing.enter_context(Stage(stage, features=keep_features or stage.name in with_features))
+                for stage in spec.stages
+            ]
             opened = closing.pop_all()
-        return cls(spec, stages, opened)
+        return cls(spec, stages, opened, keep_features=keep_features, arrays=arrays)
 
     def __enter__(self) -> Cascade:
         return self
@@ -110,7 +108,7 @@ class Cascade:
         """Answer any number of texts.
 
         Small inputs run all stages at once in parallel; results that are not needed are discarded. This is done where
-        the later stages are no larger than the first and tokenize alike.
+        the later stages are no larger than the first and tokenize alike, and no stage defers.
 
         Parameters
         ----------
@@ -131,22 +129,42 @@ class Cascade:
         Returns
         -------
         DataFrame
-            One row per text, in order: `predicted`, `decided_by` (stage), `probability` (of the answer), and
-            `<stage>_probability`: a gate's probability of its pass label, the last stage's highest probability; NaN
-            where the text did not reach the stage.
+            One row per text, in order: `predicted`, `decided_by` (stage), `probability` (of the answer), `confidence`
+            (what the stage compared with its threshold), and `<stage>_probability`: a gate's probability of its pass
+            label, another stage's highest probability; NaN where the text did not reach the stage.
         """
         texts, texts_b = _check_texts(texts, texts_b)
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("predicted", "decided_by", "probability")}
+        of_text = ("predicted", "decided_by", "probability", "confidence")
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in of_text}
         columns |= {f"{stage.name}_probability": [] for stage in self.spec.stages}
         with _bar(len(texts) * len(self.stages), progress) as bar:
             for result in self._chunks(texts, texts_b, batch_size, bar, shadow=False, speculate=True):
-                for name in ("predicted", "decided_by", "probability"):
+                for name in of_text:
                     columns[name].append(getattr(result.routed, name))
                 for stage in self.spec.stages:
-                    confidence = np.full(len(result.routed.predicted), np.nan)
-                    confidence[result.scored[stage.name].rows] = result.confidence[stage.name]
-                    columns[f"{stage.name}_probability"].append(confidence)
+                    probability = np.full(len(result.routed.predicted), np.nan)
+                    probability[result.scored[stage.name].rows] = result.probability[stage.name]
+                    columns[f"{stage.name}_probability"].append(probability)
         return pd.DataFrame({name: np.concatenate(parts) for name, parts in columns.items()})
+
+    def decide(
+        self, stage: StageSpec, outputs: Mapping[str, StageOutput], *, spec: CascadeSpec | None = None
+    ) -> tuple[StageDecision, dict[str, np.ndarray]]:
+        """Return what `stage` decides, and its rejector's scores of features, from the outputs of all stages so far.
+
+        Parameters
+        ----------
+        stage : StageSpec
+        outputs : mapping of str to StageOutput
+            Stage name to its output, rows of the same texts.
+        spec : CascadeSpec, optional
+            The cascade at other thresholds; by default this one.
+        """
+        names = stage.rejector.feature_evidence if stage.rejector else ()
+        features = {name: output.features for name, output in outputs.items() if output.features is not None}
+        evidence = feature_evidence(names, features, self._arrays)
+        logits = {name: output.logits for name, output in outputs.items()}
+        return decide_in_cascade(spec or self.spec, stage, logits, evidence), evidence
 
     def run(
         self,
@@ -166,7 +184,7 @@ class Cascade:
         output : path
             The run directory; it appears when the run is whole.
         shadow : bool
-            Afterwards let the later stages score what a gate stopped, so that lower thresholds can be replayed.
+            Afterwards let the later stages score what ended before them, so that other thresholds can be replayed.
         batch_size : int, optional
             The most texts in one batch of a stage; by default as many as are scored fastest.
         overwrite : bool
@@ -187,9 +205,9 @@ class Cascade:
             started, clock = datetime.now(timezone.utc), perf_counter()
             with _bar(len(texts) * len(self.stages), progress) as bar:
                 results = list(self._chunks(texts, texts_b, batch_size, bar, shadow=shadow))
-                routed, scored, timings = _join(results)
+                joined = join_chunks(results)
                 serial_seconds = perf_counter() - clock
-                shadowed = self._shadow(texts, texts_b, scored, batch_size, bar) if shadow else {}
+                shadowed = self._shadow(texts, texts_b, joined.scored, batch_size, bar) if shadow else self._no_rows
             manifest = {
                 "schema_version": SCHEMA_VERSION,
                 "run_id": new_run_id(started),
@@ -208,8 +226,15 @@ class Cascade:
                 "wall_seconds": perf_counter() - clock,
                 **environment(),
             }
-            predictions = predictions_frame(evalset.examples, routed)
-            run = Run(manifest, evalset.examples, _dense(scored, shadowed, len(texts)), predictions, timings)
+            run = Run(
+                manifest,
+                evalset.examples,
+                dense_scores(joined.scored, shadowed, len(texts)),
+                predictions_frame(evalset.examples, joined.routed),
+                joined.timings,
+                features=dense_features(joined.scored, shadowed, len(texts)) if self._keep_features else {},
+                evidence=self._evidence(joined, shadowed, len(texts)),
+            )
             run.write_into(directory)
         return Run.read(output)
 
@@ -250,7 +275,7 @@ class Cascade:
         texts_b: Sequence[str | None] | None,
         encodings: list[Encoding],
         seconds: float,
-        speculated: Mapping[str, Future[np.ndarray]],
+        speculated: Mapping[str, Future[StageOutput]],
         batch_size: int | None,
         bar: tqdm,
         *,
@@ -262,10 +287,9 @@ class Cascade:
         takes them as they are. `speculated` holds the logits of stages that did not wait for one another.
         """
         first = self.stages[0]
-        n_labels = {stage.spec.name: len(stage.spec.labels) for stage in self.stages}
-        no_rows = np.arange(0)
-        scored = {name: ScoredRows(no_rows, np.empty((0, n), np.float32)) for name, n in n_labels.items()}
-        confidence = {name: np.empty(0) for name in scored}
+        scored = dict(self._no_rows)
+        probability = {name: np.empty(0) for name in scored}
+        evidence: dict[str, np.ndarray] = {}
         timings: list[tuple[Any, ...]] = []
         stages = {stage.spec.name: (index, stage) for index, stage in enumerate(self.stages)}
 
@@ -275,7 +299,8 @@ class Cascade:
             encode_seconds = 0.0
             batches: list[Batch] = []
             if spec.name in speculated:
-                logits = speculated[spec.name].result()[rows]
+                output = speculated[spec.name].result().take(rows)
+                stage.check_finite(output.logits, [encodings[row] for row in rows])
                 bar.update(len(rows))
             else:
                 if stage.tokenizer.settings == first.tokenizer.settings:
@@ -284,9 +309,12 @@ class Cascade:
                     start = perf_counter()
                     arrived = stage.encode(*_take(rows, texts, texts_b))
                     encode_seconds = perf_counter() - start
-                logits, batches = stage.score(arrived, batch_size=batch_size, done=bar.update)
-            decision = decide(spec, logits)
-            scored[spec.name], confidence[spec.name] = ScoredRows(rows, logits), decision.confidence
+                output, batches = stage.score(arrived, batch_size=batch_size, done=bar.update)
+            scored[spec.name] = ScoredRows(rows, output)
+            so_far = {name: scored[name].at(rows) for name in list(scored)[: index + 1]}
+            decision, values = self.decide(spec, so_far)
+            evidence.update(values)
+            probability[spec.name] = decision.confidence if spec.is_gate else decision.probability
             # All texts are tokenized before they are sorted into batches; a batch's part is its part of the tokens.
             n_tokens = max(sum(batch.n_tokens for batch in batches), 1)
             timings.extend(
@@ -294,18 +322,22 @@ class Cascade:
                 for batch in batches
             )
             if not shadow:  # the later stages will not score what ends here
-                n_ended = int((~decision.above).sum()) if spec.is_gate else len(rows)
-                bar.total -= n_ended * (len(self.stages) - 1 - index)
+                bar.total -= int(decision.ends.sum()) * (len(self.stages) - 1 - index)
             return decision
 
         routed = route(self.spec, score_and_decide, n_examples=len(texts))
-        return ChunkResult(routed, scored, confidence, timings)
+        return ChunkResult(routed, scored, probability, evidence, timings)
 
-    def _speculate(self, encodings: list[Encoding], batch_size: int | None) -> dict[str, Future[np.ndarray]]:
-        """Let stages score texts that are one small batch in parallel; return their logits as futures."""
+    def _speculate(self, encodings: list[Encoding], batch_size: int | None) -> dict[str, Future[StageOutput]]:
+        """Let stages score texts that are one small batch in parallel; return their logits as futures.
+
+        Not in a cascade with a deferral stage, which is there so that few texts are scored by the stages after it.
+        """
         first, n_tokens = self.stages[0], sum(len(encoding.input_ids) for encoding in encodings)
         is_small = len(encodings) == 1 or 0 < n_tokens <= SPECULATE_MAX_TOKENS
         if not is_small or len(encodings) > (batch_size or len(encodings)):
+            return {}
+        if any(stage.is_deferral for stage in self.spec.stages):
             return {}
         alike = [
             stage
@@ -313,6 +345,24 @@ class Cascade:
             if stage.tokenizer.settings == first.tokenizer.settings and stage.work <= first.work
         ]
         return {stage.spec.name: stage.speculate(encodings) for stage in alike} if len(alike) > 1 else {}
+
+    def _evidence(self, joined: JoinedChunks, shadowed: Mapping[str, ScoredRows], n: int) -> dict[str, np.ndarray]:
+        """Return the rejector's scores of features for all texts: by name, shape (n,).
+
+        The live values are kept as they are, so that a replay decides exactly alike: a matrix product of other rows
+        would round them differently.
+        """
+        last, evidence = self.spec.last, {}
+        if not joined.evidence:
+            return {}
+        rows = shadowed[last.name].rows
+        features = {name: values[rows] for name, values in dense_features(joined.scored, shadowed, n).items()}
+        of_shadow = feature_evidence(list(joined.evidence), features, self._arrays)
+        for name, live in joined.evidence.items():
+            evidence[name] = np.full(n, np.nan)
+            evidence[name][joined.scored[last.name].rows] = live
+            evidence[name][rows] = of_shadow[name]
+        return evidence
 
     def _shadow(
         self,
@@ -328,8 +378,8 @@ class Cascade:
             rows = np.setdiff1d(np.arange(len(texts)), scored[stage.spec.name].rows)
             bar.set_description(f"{stage.spec.name} (shadow)")
             encodings = stage.encode(*_take(rows, texts, texts_b))
-            logits = stage.score(encodings, batch_size=batch_size, done=bar.update)[0]
-            shadowed[stage.spec.name] = ScoredRows(rows, logits)
+            output, _ = stage.score(encodings, batch_size=batch_size, done=bar.update)
+            shadowed[stage.spec.name] = ScoredRows(rows, output)
         return shadowed
 
 
@@ -365,38 +415,6 @@ def _take(
     rows: np.ndarray, texts: Sequence[str], texts_b: Sequence[str | None] | None
 ) -> tuple[list[str], list[str | None] | None]:
     return [texts[row] for row in rows], None if texts_b is None else [texts_b[row] for row in rows]
-
-
-def _join(results: Sequence[ChunkResult]) -> tuple[pd.DataFrame, dict[str, ScoredRows], pd.DataFrame]:
-    """Put the chunks of a run together: predictions, scores, and the timings with each stage's batches numbered."""
-    sizes = [len(result.routed.predicted) for result in results]
-    starts = np.cumsum(sizes) - sizes
-    scored = {
-        name: ScoredRows(
-            np.concatenate([part.scored[name].rows + start for part, start in zip(results, starts, strict=True)]),
-            np.concatenate([part.scored[name].logits for part in results]),
-        )
-        for name in results[0].scored
-    }
-    routed = pd.concat([result.routed.frame() for result in results], ignore_index=True)
-    columns = [name for name in TIMING_COLUMNS if name != "batch"]
-    timings = pd.DataFrame([row for result in results for row in result.timings], columns=columns)
-    timings.insert(1, "batch", timings.groupby("stage").cumcount())
-    return routed, scored, timings
-
-
-def _dense(scored: Mapping[str, ScoredRows], shadowed: Mapping[str, ScoredRows], n: int) -> dict[str, StageScores]:
-    """Put each stage's live and shadow scores into the rows of the examples."""
-    dense = {}
-    for name, live in scored.items():
-        logits = np.full((n, live.logits.shape[1]), np.nan, dtype=np.float32)
-        is_scored, is_shadow = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
-        logits[live.rows], is_scored[live.rows] = live.logits, True
-        if name in shadowed:
-            rows = shadowed[name].rows
-            logits[rows], is_scored[rows], is_shadow[rows] = shadowed[name].logits, True, True
-        dense[name] = StageScores(logits, is_scored, is_shadow)
-    return dense
 
 
 def _bar(total: int, progress: bool) -> tqdm:

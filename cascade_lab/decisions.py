@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.exceptions import EvalSetError, RunError
+from cascade_lab.rejector import logit_evidence, score_of
 from cascade_lab.spec import CascadeSpec, StageSpec
 
 
@@ -25,6 +27,7 @@ class Role(NamedTuple):
 
 ROLES = {
     "gate": Role(ends_above=False, ends_below=True),
+    "deferral": Role(ends_above=True, ends_below=False),
     "final": Role(ends_above=True, ends_below=True),
 }
 """The roles of a stage. A text that does not end at a stage goes on to the next one."""
@@ -38,15 +41,16 @@ class StageDecision(NamedTuple):
     scored : ndarray of bool, shape (n,)
         The stage has logits for the example. Where it has none, the other values mean nothing.
     confidence : ndarray of float64, shape (n,)
-        The number in [0, 1] that is compared with the threshold: a gate's probability of its pass label, the last
-        stage's highest probability. NaN where not scored.
+        The number in [0, 1] that is compared with the threshold: a gate's probability of its pass label; of another
+        stage the highest probability, or what its rejector computes. NaN where not scored.
     threshold : ndarray of float64, shape (n,)
         The threshold of each example; a tie counts as above.
     label_above, label_below : ndarray of str, shape (n,)
         The stage's label at or above the threshold, and below it. A gate: its pass label, and its most probable other
-        label. The last stage: its most probable label, and its reject label (the same label if it cannot reject).
+        label. A deferral stage: its most probable label, in both. The last stage: its most probable label, and its
+        reject label (the same label if it cannot reject).
     probability : ndarray of float64, shape (n,)
-        The probability reported with the stage's answer: of a gate's most probable other label; the last stage's
+        The probability reported with the stage's answer: of a gate's most probable other label; another stage's
         highest, also where it rejects.
     role : str
         A key of `ROLES`.
@@ -64,6 +68,11 @@ class StageDecision(NamedTuple):
     def above(self) -> np.ndarray:
         """Whether the confidence reaches the threshold: bool, shape (n,)."""
         return self.confidence >= self.threshold
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Whether the example leaves the cascade at this stage: bool, shape (n,). False where not scored."""
+        return np.where(self.above, *ROLES[self.role]) & self.scored
 
     @property
     def label(self) -> np.ndarray:
@@ -85,7 +94,7 @@ class StageDecision(NamedTuple):
     def with_threshold(self, stage: StageSpec) -> StageDecision:
         """Return the same stage's decisions at the thresholds of `stage`; its labels and temperature are unchanged."""
         threshold = _thresholds(stage, self.label_above)
-        if stage.is_gate:
+        if stage.role != "final":
             return self._replace(threshold=threshold)
         reject_label = np.full(len(self.label_above), stage.reject_label, dtype=object)
         below = self.label_above if stage.reject_label is None else reject_label
@@ -127,19 +136,75 @@ Outputs = Mapping[str, StageDecision] | Callable[[StageSpec, np.ndarray], StageD
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Return the softmax of `logits / temperature`, shape (n, n_labels), in float64.
 
+    A row with NaN or with positive infinity gives NaN.
+
     >>> softmax(np.array([[0.0, 0.0], [0.0, np.log(3.0)]]))
     array([[0.5 , 0.5 ],
            [0.25, 0.75]])
     """
     p = np.array(logits, dtype=np.float64)
-    p /= temperature  # in place: large runs need no further arrays of this size
-    p -= p.max(axis=1, keepdims=True)
-    np.exp(p, out=p)
-    p /= p.sum(axis=1, keepdims=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # In place: large runs need no further arrays of this size. The difference comes first, and is at most 0: at the
+        # smallest temperature its quotient becomes minus infinity, of which the exponential is 0.
+        p -= p.max(axis=1, keepdims=True)
+        p /= temperature
+        np.exp(p, out=p)
+        p /= p.sum(axis=1, keepdims=True)
     return p
 
 
-def decide(stage: StageSpec, logits: np.ndarray) -> StageDecision:
+def probabilities(stage: StageSpec, logits: np.ndarray) -> np.ndarray:
+    """Return a stage's probabilities of its labels, after its calibrator or temperature: float64, shape (n, n_labels).
+
+    A row of NaN gives a row of NaN.
+
+    >>> from cascade_lab.calibrator import Calibrator
+    >>> platt = Calibrator("platt", {"weight": 1.0, "bias": float(np.log(3.0))})
+    >>> gate = StageSpec("gate", ("oos", "in"), pass_label="in", threshold=0.5, calibrator=platt)
+    >>> probabilities(gate, np.array([[0.0, 0.0]]))
+    array([[0.25, 0.75]])
+    """
+    return softmax(calibrated_logits(stage, logits), stage.temperature)
+
+
+def decide_in_cascade(
+    spec: CascadeSpec,
+    stage: StageSpec,
+    logits: Mapping[str, np.ndarray],
+    evidence: Mapping[str, np.ndarray] | None = None,
+) -> StageDecision:
+    """Return what `stage` decides, also where its rejector needs what other stages computed.
+
+    Parameters
+    ----------
+    spec : CascadeSpec
+    stage : StageSpec
+        One of its stages.
+    logits : mapping of str to ndarray, shape (n, n_labels)
+        Stage name to its logits, rows of the same examples: of this stage, and of those that its rejector names.
+    evidence : mapping of str to ndarray, shape (n,), optional
+        The rejector's scores of features: `<stage>.<score>` to its values.
+
+    Raises
+    ------
+    RunError
+        The rejector needs a score of features that `evidence` lacks.
+    """
+    if stage.rejector is None:
+        return decide(stage, logits[stage.name])
+    evidence = evidence or {}
+    for name in stage.rejector.feature_evidence:
+        if name not in evidence:
+            raise RunError(f"stage '{stage.name}': its rejector needs {name}; {FEATURES_ADVICE}")
+    of_logits = [name for name in stage.rejector.evidence if not score_of(name).of_features]
+    values = logit_evidence(spec.stages, of_logits, logits) | dict(evidence)
+    return decide(stage, logits[stage.name], confidence=stage.rejector.confidence(values))
+
+
+FEATURES_ADVICE = "run the cascade again with `cascade-lab run --keep-features`"
+
+
+def decide(stage: StageSpec, logits: np.ndarray, *, confidence: np.ndarray | None = None) -> StageDecision:
     """Return what `stage` decides from its logits.
 
     Parameters
@@ -147,6 +212,8 @@ def decide(stage: StageSpec, logits: np.ndarray) -> StageDecision:
     stage : StageSpec
     logits : ndarray, shape (n, n_labels)
         A row of NaN stands for an example that the stage did not score.
+    confidence : ndarray, shape (n,), optional
+        What the stage's rejector computes (see `decide_in_cascade`). NaN: not known, as if not scored.
 
     Examples
     --------
@@ -155,7 +222,7 @@ def decide(stage: StageSpec, logits: np.ndarray) -> StageDecision:
     >>> decision.label.tolist(), decision.confidence.round(3).tolist()
     (['in', 'oos'], [0.881, 0.119])
     """
-    p = softmax(logits, stage.temperature)
+    p = probabilities(stage, logits)
     labels = np.array(stage.labels, dtype=object)
     rows = np.arange(len(p))
     scored = ~np.isnan(p[:, 0])
@@ -168,7 +235,9 @@ def decide(stage: StageSpec, logits: np.ndarray) -> StageDecision:
         label_above, label_below = np.full(len(p), stage.pass_label, dtype=object), labels[best]
     else:
         best = p.argmax(axis=1)
-        confidence = probability = p[rows, best]
+        probability = p[rows, best]
+        confidence = probability if confidence is None else confidence
+        scored = scored & ~np.isnan(confidence)
         label_above = label_below = labels[best]
     decision = StageDecision(
         scored, confidence, np.zeros(len(p)), label_above, label_below, probability, role=stage.role
@@ -178,7 +247,7 @@ def decide(stage: StageSpec, logits: np.ndarray) -> StageDecision:
 
 def _thresholds(stage: StageSpec, label_above: np.ndarray) -> np.ndarray:
     """Return the threshold of each example: shape (n,)."""
-    if stage.is_gate:
+    if stage.role != "final":
         return np.full(len(label_above), stage.threshold, dtype=np.float64)
     default = stage.min_probability or 0.0
     if stage.reject_label is None or not stage.min_probabilities:
@@ -288,9 +357,12 @@ def stage_targets(
 ) -> np.ndarray:
     """Return what a stage should decide about each example, as one of its labels: shape (n,).
 
-    A label that rejects at a gate is that gate's target. A label of a later stage means that the gate should pass the
-    example. None where the stage has no right decision: no label, a label that the stage cannot lead to, or (unless
-    `assume_reached`) a label with which an earlier gate should have rejected the example.
+    A label that the stage can answer with is its target: a gate's reject label, or a label of another stage. That is
+    so even if an earlier gate should have rejected the example with the same label: this stage can still give it. A
+    label of a later stage means that a gate should pass the example; a deferral stage has no label for that, and no
+    target. None too where the stage has no right decision: no
+    label, a label that the stage cannot lead to, or (unless `assume_reached`) a label with which only other stages
+    reject, an earlier gate among them.
 
     Parameters
     ----------
@@ -303,7 +375,7 @@ def stage_targets(
         ones.
     assume_reached : bool
         Take every example to have reached the stage, even if an earlier gate should have stopped it; the target is
-        then what can still lead to the true label, `reject_label` included.
+        then what can still lead to the true label, a `reject_label` that is not one of `labels` included.
 
     Examples
     --------
@@ -327,9 +399,9 @@ def stage_targets(
     y_true = np.asarray(y_true, dtype=object)
 
     def target(label: str | None) -> str | None:
-        if label in earlier:
-            return None
-        return label if label in own else here.pass_label if label in later else None
+        if label in own:
+            return label
+        return here.pass_label if label in later and label not in earlier else None
 
     targets = {label: target(label) for label in pd.unique(y_true)}
     result = np.array([targets[label] for label in y_true], dtype=object)
@@ -338,6 +410,20 @@ def stage_targets(
         is_given = pd.notna(given) & (given != "")
         result[is_given] = given[is_given]
     return result
+
+
+def has_right_decision(spec: CascadeSpec, stage: str, y_true: Iterable[str | None]) -> np.ndarray:
+    """Return whether a stage can decide rightly about each example that reaches it: bool, shape (n,).
+
+    It can answer with the true label, or leave it to a later stage that can; and no earlier gate should have rejected
+    the example with a label that this stage lacks.
+    """
+    index = [s.name for s in spec.stages].index(spec.stage(stage).name)
+    here = spec.stages[index]
+    earlier = {label for s in spec.stages[:index] for label in s.reject_labels}
+    later = {label for s in spec.stages[index + 1 :] for label in (*s.labels, *s.reject_labels)}
+    own = set(here.reject_labels if here.is_gate else here.labels)
+    return np.asarray(pd.Index(y_true).isin(own | (later - earlier)))
 
 
 def check_labels(spec: CascadeSpec, examples: pd.DataFrame, locations: Sequence[str]) -> None:

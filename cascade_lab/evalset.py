@@ -191,7 +191,7 @@ class EvalSet:
 
     def without(self, labels: Sequence[str], column: str = "label") -> EvalSet:
         """Return the set without the rows that have one of `labels`."""
-        return self._take([i for i, label in enumerate(self.column(column)) if label not in labels])
+        return self.take([i for i, label in enumerate(self.column(column)) if label not in labels])
 
     def limit(self, n: int) -> EvalSet:
         """Return `n` examples at equal distances, so that also a file sorted by label keeps its proportions."""
@@ -199,12 +199,13 @@ class EvalSet:
             raise EvalSetError(f"the limit is {n}; it must be at least 1")
         if n >= len(self):
             return self
-        return self._take(np.linspace(0, len(self) - 1, n).round().astype(int).tolist())
+        return self.take(np.linspace(0, len(self) - 1, n).round().astype(int).tolist())
 
-    def _take(self, rows: list[int]) -> EvalSet:
+    def take(self, rows: Sequence[int]) -> EvalSet:
+        """Return the set with some rows: `rows` are their places in `examples`."""
         return replace(
             self,
-            examples=self.examples.iloc[rows].reset_index(drop=True),
+            examples=self.examples.iloc[list(rows)].reset_index(drop=True),
             locations=tuple(self.locations[row] for row in rows),
         )
 

@@ -98,7 +98,7 @@ def decode(content: bytes, path: str, encoding: str | None = None) -> str:
         name = "UTF-8" if encoding == "utf-8-sig" else encoding
         raise EvalSetError(
             f"{path} line {line}: byte {start} is not {name}; save it as UTF-8, or name its encoding, for example "
-            "encoding='cp1252'"
+            "--encoding cp1252 (in Python encoding='cp1252')"
         ) from error
 
 

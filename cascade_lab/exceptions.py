@@ -42,6 +42,10 @@ class RunError(CascadeLabError):
     """A run cannot be read, written, replayed or analysed."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint is read, but from another place than one of its files names."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest known word, or the list of known words if none is near.
 

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.bootstrap import Interval
-from cascade_lab.analysis.metrics import outcome_intervals
+from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.outcomes import ERRORS, FRACTIONS, OUTCOMES, outcome_codes
 from cascade_lab.atomic import refuse_existing
 from cascade_lab.decisions import RoutingResult, require_scored, route
@@ -22,7 +23,7 @@ from cascade_lab.displays.confusion import CascadeConfusionDisplay
 from cascade_lab.displays.drawing import OUTCOME_STYLES
 from cascade_lab.exceptions import CascadeLabError
 from cascade_lab.run import Run
-from cascade_lab.text import shorten
+from cascade_lab.text import printable, shorten
 from cascade_lab.thresholds.grid import swept_stages
 from cascade_lab.thresholds.search import Choice
 from cascade_lab.thresholds.tuning import write_tuned
@@ -84,8 +85,9 @@ class Explorer(widgets.VBox):
             )  # fmt: skip
             self.boxes[name] = widgets.FloatText(own[name], layout=widgets.Layout(width="130px"), step=0.001)
             stage = run.spec.stage(name)
-            rule = f"p({shorten(stage.pass_label or '', 24)}) ≥" if stage.is_gate else "p(best) ≥"
-            name_and_rule = widgets.HTML(f"<b><bdi>{escape(name)}</bdi></b>: <bdi>{escape(rule)}</bdi>")
+            pass_label = printable(shorten(stage.pass_label or "", 24))
+            rules = {"gate": f"p({pass_label}) ≥", "deferral": "answers at p(best) ≥", "final": "p(best) ≥"}
+            name_and_rule = widgets.HTML(f"<b><bdi>{escape(name)}</bdi></b>: <bdi>{escape(rules[stage.role])}</bdi>")
             name_and_rule.layout.width = "200px"
             rows.append(widgets.HBox([name_and_rule, self.sliders[name], self.boxes[name]]))
             self.sliders[name].observe(lambda change, name=name: self._on_slider(name), "value")
@@ -101,7 +103,7 @@ class Explorer(widgets.VBox):
         self._moving = False
         buttons = widgets.HBox([self.reset_button, self.path_box, self.write_button])
         self._own_predictions = self._replay(own)
-        self._own_counts = np.bincount(self._codes(self._own_predictions), minlength=len(OUTCOMES))
+        self._own_outcomes, self._groups = self._codes(self._own_predictions), text_groups(self.run.examples)
         super().__init__([*rows, buttons, self.status, self._shown])
         self._show()
 
@@ -154,8 +156,8 @@ class Explorer(widgets.VBox):
         self._show_status("")
         self._outcomes = self._codes(self.predictions)
         self.counts = np.bincount(self._outcomes, minlength=len(OUTCOMES))
-        self.metrics = outcome_intervals(self.counts)
-        own = outcome_intervals(self._own_counts, n_resamples=1)
+        self.metrics = outcome_intervals(self._outcomes, groups=self._groups)
+        own = outcome_intervals(self._own_outcomes)
         left, right = _metrics_table(self.metrics, own) + self._flow(), self._matrix()
         self._shown.value = (
             '<div style="color:#111;background:#fff;padding:4px;font-size:13px;line-height:1.4">'
@@ -213,8 +215,8 @@ class Explorer(widgets.VBox):
             cells = "".join(_cell(int(value), largest, i == j) for j, value in enumerate(row))
             rows.append(f'<tr><th style="text-align:right;padding-right:6px">{_label(label)}</th>{cells}</tr>')
         return (
-            f'<div style="margin-top:10px"><b>{escape(matrix.title)}</b> (true labels in rows, predicted labels in '
-            "columns)</div>"
+            f'<div style="margin-top:10px"><b>{escape(printable(matrix.title))}</b> (true labels in rows, predicted '
+            "labels in columns)</div>"
             f'<table style="border-collapse:collapse;font-size:12px;color:#111"><tr><th></th>{heads}</tr>'
             f"{''.join(rows)}</table>"
         )
@@ -255,7 +257,7 @@ class Explorer(widgets.VBox):
 
     def _show_status(self, text: str, *, wrong: bool = False) -> None:
         style = "color:#b00020;font-weight:bold" if wrong else "color:#333"
-        self.status.value = f'<span style="{style}">{escape(text)}</span>' if text else ""
+        self.status.value = f'<span style="{style}">{escape(printable(text))}</span>' if text else ""
 
 
 _LEFT = "text-align:left;padding:1px 10px 1px 0"
@@ -314,7 +316,7 @@ def _cell(value: int, largest: int, right: bool) -> str:
 
 def _label(text: str | None, max_length: int = 24) -> str:
     """Return a text as HTML: shortened, escaped, and isolated from the direction of the text around it."""
-    whole = "" if text is None else str(text)
+    whole = "" if text is None else printable(str(text)[:10_000])
     hint = f' title="{escape(whole[:400])}"' if len(whole) > max_length else ""
     return f"<bdi{hint}>{escape(shorten(whole, max_length))}</bdi>"
 

@@ -45,11 +45,17 @@ def export_cascade(
     CheckpointError
         A stage's files are missing or not usable.
     CascadeLabError
-        The format is unknown; `output` exists already, or cannot be written.
+        The format is unknown; a rejector needs features; `output` exists already, or cannot be written.
     """
     output = Path(output)
     if format not in FORMATS:
         raise CascadeLabError(f"{output}: unknown format '{format}'{did_you_mean(format, FORMATS)}")
+    for stage in spec.stages:
+        if stage.rejector is not None and stage.rejector.feature_evidence:
+            raise CascadeLabError(
+                f"stage '{stage.name}': its rejector needs {stage.rejector.feature_evidence[0]}, and an exported stage "
+                "gives no features; fit a rejector without it"
+            )
     with whole_directory(output, overwrite=overwrite, marker="export.json", what="cascade's export") as directory:
         for stage in tqdm(spec.stages, desc="export", unit="stage", disable=not progress, leave=False):
             FORMATS[format](stage, directory / stage.name)
@@ -65,15 +71,20 @@ def export_cascade(
 
 def _description(stage: StageSpec) -> dict[str, Any]:
     """Return what a server of this stage needs besides the weights, and the digests of the stage's files."""
-    paths = stage_files(stage)
+    paths, rejector = stage_files(stage), stage.rejector
     files = [*checkpoint_files(find_checkpoint(paths.init_checkpoint)), paths.bert_config_file, paths.vocab_file]
     return {
         "name": stage.name,
         "labels": list(stage.labels),
+        "role": stage.role,
         "pass_label": stage.pass_label,
         "threshold": stage.threshold,
         "min_probability": stage.min_probability,
+        "min_probabilities": dict(stage.min_probabilities),
         "reject_label": stage.reject_label,
+        "temperature": stage.temperature,
+        "calibrator": None if stage.calibrator is None else stage.calibrator.to_dict(),
+        "rejector": rejector and {key: getattr(rejector, key) for key in ("evidence", "weights", "bias")},
         "do_lower_case": stage.do_lower_case,
         "max_seq_length": stage.max_seq_length,
         "inputs": {path.name: sha256(path) for path in files},

@@ -79,7 +79,7 @@ def verify_precision(
                     loaded = Stage(stage_spec)
                 with loaded:
                     encodings = loaded.encode(evalset.texts, evalset.texts_b)
-                    logits[stage.name], _ = loaded.score(encodings, done=bar.update)
+                    logits[stage.name] = loaded.score(encodings, done=bar.update)[0].logits
             difference = np.abs(other[stage.name] - exact[stage.name])
             changed = int((decide(stage, exact[stage.name]).label != decide(stage, other[stage.name]).label).sum())
             rms, p99 = np.sqrt(np.mean(difference**2)), np.quantile(difference, 0.99)

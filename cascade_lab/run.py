@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,24 +14,37 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.atomic import UNFINISHED, check_directory, whole_directory, write_json
-from cascade_lab.decisions import StageDecision, check_labels, decide, require_scored, route, stage_targets
+from cascade_lab.decisions import (
+    FEATURES_ADVICE,
+    StageDecision,
+    check_labels,
+    decide,
+    decide_in_cascade,
+    require_scored,
+    route,
+    stage_targets,
+)
 from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import RunError, did_you_mean
 from cascade_lab.logits import check_logits
-from cascade_lab.provenance import environment, sha256
+from cascade_lab.provenance import environment
+from cascade_lab.rejector import Rejector, feature_evidence
+from cascade_lab.run_schema import SCHEMA_VERSION, check_digest, read_manifest
 from cascade_lab.run_tables import (
     TIMING_COLUMNS,
     examples_frame,
     predictions_frame,
+    read_evidence,
     read_examples,
-    read_frame,
+    read_features,
+    read_predictions,
     read_scores,
-    upgrade_manifest,
+    read_timings,
     write_tables,
 )
-from cascade_lab.spec import CascadeSpec
+from cascade_lab.spec import CascadeSpec, StageSpec
+from cascade_lab.text import printable
 
-SCHEMA_VERSION = 2
 SOURCES = ("evaluation", "service", "batch", "logits")
 
 T = TypeVar("T")
@@ -77,6 +89,10 @@ class Run:
     timings : DataFrame
         One row per batch of a stage; `tokenize_seconds` and `run_seconds` are for the whole batch. Empty where nothing
         was timed.
+    features : mapping of str to ndarray of float16, shape (n_examples, hidden), optional
+        Stage name to its features, where they were kept; a row of NaN where the stage did not score the example.
+    evidence : mapping of str to ndarray of float64, shape (n_examples,), optional
+        The rejector's scores of features, by `<stage>.<score>`.
     directory : path, optional
         Where the run was read from; None for a run in memory.
     name : str, optional
@@ -91,14 +107,18 @@ class Run:
         predictions: Lazy[pd.DataFrame],
         timings: Lazy[pd.DataFrame],
         *,
+        features: Mapping[str, Lazy[np.ndarray]] | None = None,
+        evidence: Lazy[Mapping[str, np.ndarray]] | None = None,
         directory: Path | None = None,
         name: str | None = None,
     ):
         self.manifest = dict(manifest)
         self.directory = directory
-        self.name = name or (str(directory) if directory else f"run {self.manifest['run_id']}")
+        self.name = printable(name or (str(directory) if directory else f"run {self.manifest['run_id']}"))
         self._given = {"examples": examples, "predictions": predictions, "timings": timings}
         self._scores = dict(scores)
+        self._features = dict(features or {})
+        self._evidence = evidence or {}
         self._decisions: dict[str, StageDecision] = {}
 
     @classmethod
@@ -108,33 +128,36 @@ class Run:
         Raises
         ------
         RunError
-            No such directory, not a run, an unfinished one, or one of an unknown schema version.
+            No such directory, not a run, an unfinished or damaged one, or one of an unknown schema version. A table
+            that is damaged, or that is not the one in the manifest, raises when it is needed.
         """
         path = Path(directory)
         if not path.is_dir():
             raise RunError(f"{directory}: no such run directory; make one with `cascade-lab run`")
         if path.name.endswith(UNFINISHED):
             raise RunError(f"{directory}: an unfinished run, left by a crash; delete it and run again")
-        manifest = _read_json(path / "manifest.json", path)
-        version = manifest.get("schema_version")
-        if version not in (1, SCHEMA_VERSION):
-            raise RunError(
-                f"{directory}: has schema version {version}, and this package reads 1 and {SCHEMA_VERSION}; run again"
-            )
-        if version == 1:
-            manifest = upgrade_manifest(manifest)
-        names = [stage["name"] for stage in manifest["cascade"]["stage"]]
+        manifest, spec = read_manifest(path)
+        digests = manifest["contents"]
         run: Run = cls(
             manifest,
-            examples=lambda: read_examples(path),
+            examples=lambda: read_examples(path, digests, spec),
             scores={
-                name: partial(lambda stage: StageScores(*read_scores(path, stage, run.examples, run.spec)), name)
-                for name in names
+                stage.name: partial(
+                    lambda name: StageScores(*read_scores(path, name, digests, spec, run.examples)), stage.name
+                )
+                for stage in spec.stages
             },
-            predictions=lambda: _with_confidence(read_frame(path / "predictions.parquet"), run),
-            timings=lambda: read_frame(path / "timings.parquet"),
+            predictions=lambda: _with_confidence(read_predictions(path, digests, spec, run.examples), run),
+            timings=lambda: read_timings(path, digests, spec),
+            features={
+                stage.name: partial(lambda name: read_features(path, name, digests, spec, run.examples), stage.name)
+                for stage in spec.stages
+                if f"features/{stage.name}.parquet" in digests
+            },
+            evidence=lambda: read_evidence(path, digests, spec, run.examples),
             directory=path,
         )
+        run.spec = spec
         return run
 
     @classmethod
@@ -266,11 +289,57 @@ class Run:
         scores = self._scores[stage] = _value(self._scores[stage])
         return scores
 
+    @property
+    def has_features(self) -> bool:
+        """Whether the run kept the features of its stages."""
+        return bool(self._features)
+
+    def features(self, stage: str) -> np.ndarray:
+        """Return the last layer's output at `[CLS]`: float16, shape (n_examples, hidden); NaN where not scored.
+
+        Raises
+        ------
+        RunError
+            The run did not keep the features.
+        """
+        if stage not in self._features:
+            self.spec.stage(stage)  # names the nearest stage
+            raise RunError(f"{self.name}: has no features of stage '{stage}'; {FEATURES_ADVICE}")
+        features = self._features[stage] = _value(self._features[stage])
+        return features
+
+    def evidence(self, rejector: Rejector | None) -> Mapping[str, np.ndarray]:
+        """Return a rejector's scores of features, by `<stage>.<score>`: those that were kept, else from the features.
+
+        Raises
+        ------
+        RunError
+            They were not kept, and neither were the features.
+        """
+        if rejector is None or not rejector.feature_evidence:
+            return {}
+        own = self.spec.rejector
+        if own is not None and own.arrays_sha256 == rejector.arrays_sha256:
+            self._evidence = _value(self._evidence)
+            if all(name in self._evidence for name in rejector.feature_evidence):
+                return self._evidence
+        if rejector is own:  # a file is not read because a manifest names it
+            raise RunError(f"{self.name}: lacks {rejector.feature_evidence[0]} of its rejector; run again")
+        features = {stage: self.features(stage) for stage in rejector.feature_stages}
+        return feature_evidence(rejector.feature_evidence, features, rejector.read_arrays())
+
     def decision(self, stage: str) -> StageDecision:
         """Return what `stage` decides about every example that it scored, at the run's own thresholds."""
         if stage not in self._decisions:
-            self._decisions[stage] = decide(self.spec.stage(stage), self.scores(stage).logits)
+            self._decisions[stage] = self._decide(self.spec, self.spec.stage(stage))
         return self._decisions[stage]
+
+    def _decide(self, spec: CascadeSpec, stage: StageSpec, evidence: Mapping[str, np.ndarray] | None = None) -> Any:
+        """Return what a stage of `spec` decides about every example that it scored."""
+        if evidence is None:
+            evidence = self.evidence(stage.rejector)
+        needed = {stage.name, *(stage.rejector.stages if stage.rejector else ())}
+        return decide_in_cascade(spec, stage, {name: self.scores(name).logits for name in needed}, evidence)
 
     def targets(self, stage: str) -> np.ndarray:
         """Return what `stage` should decide about each example: shape (n,), see `decisions.stage_targets`."""
@@ -283,8 +352,8 @@ class Run:
         Parameters
         ----------
         thresholds : mapping of str to float, optional
-            Stage name to a gate's `threshold`, or to the last stage's `min_probability`. A stage that is not
-            named keeps its own.
+            Stage name to its `threshold`, or to the last stage's `min_probability`. A stage that is not named keeps
+            its own.
 
         Returns
         -------
@@ -316,13 +385,35 @@ class Run:
             An example would reach a stage that never scored it.
         """
         decisions = {}
-        for stage, own in zip(spec.stages, self.spec.stages, strict=True):
-            same_scores = (stage.temperature, stage.labels, stage.role) == (own.temperature, own.labels, own.role)
+        evidence = self.evidence(spec.rejector)
+        for stage in spec.stages:
+            is_same = _before_threshold(spec, stage.name) == _before_threshold(self.spec, stage.name)
             decisions[stage.name] = (
-                self.decision(stage.name).with_threshold(stage)
-                if same_scores and stage.pass_label == own.pass_label
-                else decide(stage, self.scores(stage.name).logits)
+                self.decision(stage.name).with_threshold(stage) if is_same else self._decide(spec, stage, evidence)
             )
+        return self._routed(spec, decisions, evidence)
+
+    def with_confidence(self, spec: CascadeSpec, confidence: np.ndarray, *, evidence: Mapping[str, np.ndarray]) -> Run:
+        """Return this run as `spec` would have made it with other confidences of its last stage.
+
+        Parameters
+        ----------
+        spec : CascadeSpec
+            The same cascade, with another rejector and other thresholds.
+        confidence : ndarray, shape (n_examples,)
+            Such as what a rejector gives that was fitted without the text.
+        evidence : mapping of str to ndarray
+            As `Run` has it.
+        """
+        decisions = {stage.name: self.decision(stage.name).with_threshold(stage) for stage in spec.stages[:-1]}
+        last = spec.last
+        decisions[last.name] = decide(last, self.scores(last.name).logits, confidence=confidence)
+        return self._routed(spec, decisions, evidence)
+
+    def _routed(
+        self, spec: CascadeSpec, decisions: dict[str, StageDecision], evidence: Mapping[str, np.ndarray]
+    ) -> Run:
+        """Return this run with the predictions of `spec`, from the decisions of its stages."""
         routed = require_scored(route(spec, decisions), self.name)
         predictions = predictions_frame(self.examples, routed.frame())
         scores = {
@@ -335,7 +426,16 @@ class Run:
             "thresholds": spec.thresholds,
             "tuned_on": spec.tuned_on,
         }
-        run = Run(manifest, self.examples, scores, predictions, lambda: self.timings, name=self.name)
+        run = Run(
+            manifest,
+            self.examples,
+            scores,
+            predictions,
+            lambda: self.timings,
+            features=self._features,
+            evidence=evidence,
+            name=self.name,
+        )
         run.spec = spec
         run._decisions = decisions
         return run
@@ -352,6 +452,8 @@ class Run:
             scores,
             lambda: self.predictions.iloc[rows].reset_index(drop=True),
             lambda: self.timings,
+            features={name: partial(lambda stage: self.features(stage)[rows], name) for name in self._features},
+            evidence=lambda: {name: values[rows] for name, values in self.evidence(self.spec.rejector).items()},
             name=self.name,
         )
         run.spec = self.spec
@@ -373,24 +475,33 @@ class Run:
     def write_into(self, directory: Path) -> None:
         """Write the tables, the manifest and the metrics into an empty directory (that of `unfinished_run`)."""
         scores = {stage.name: self.scores(stage.name) for stage in self.spec.stages}
-        contents = write_tables(directory, self.examples, scores, self.predictions, self.timings)
+        contents = write_tables(
+            directory,
+            self.examples,
+            scores,
+            self.predictions,
+            self.timings,
+            features={name: self.features(name) for name in self._features},
+            evidence=_value(self._evidence),
+        )
         write_json(directory / "manifest.json", {**self.manifest, "contents": contents}, error=RunError)
         if self.examples["label"].notna().any():
             write_json(directory / "metrics.json", self.metrics, error=RunError)
 
     def check(self) -> None:
-        """Raise RunError where a table of the directory is missing, or differs from its SHA-256 in the manifest."""
-        for name, digest in self.manifest["contents"].items():
-            path = Path(self.directory or "") / name
-            try:
-                same = sha256(path) == digest
-            except OSError as error:
-                raise RunError(f"{path}: cannot be read ({error.strerror}); run again") from error
-            if not same:
-                raise RunError(
-                    f"{path}: changed since the run (its SHA-256 is not the one in manifest.json); "
-                    "put the file back, or run again"
-                )
+        """Read every table; raise RunError where one is missing or damaged, or differs from its digest."""
+        if self.directory is None:
+            return
+        read = Run.read(self.directory)
+        for stage in read.spec.stages:
+            read.scores(stage.name)
+        known = {f"scores/{stage.name}.parquet" for stage in read.spec.stages}
+        for name in ("examples", "predictions", "timings"):
+            getattr(read, name)
+            known.add(f"{name}.parquet")
+        for name, digest in read.manifest["contents"].items():
+            if name not in known:
+                check_digest(self.directory, name, digest)
 
 
 _DIRECTORY: Any = {"marker": "manifest.json", "what": "run", "error": RunError}
@@ -411,20 +522,16 @@ def new_run_id(started: datetime) -> str:
     return f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
+def _before_threshold(spec: CascadeSpec, name: str) -> tuple[Any, ...]:
+    """Return what determines a stage's decision before its confidence is compared with a threshold."""
+    stage = spec.stage(name)
+    temperatures = tuple(s.temperature for s in spec.stages) if stage.rejector else ()
+    of_stage = (stage.labels, stage.role, stage.pass_label, stage.temperature, stage.calibrator)
+    return *of_stage, stage.rejector, stage.rejector and stage.reject_label, temperatures
+
+
 def _value(lazy: Lazy[T]) -> T:
     return lazy() if callable(lazy) else lazy
-
-
-def _read_json(path: Path, directory: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunError(f"{directory}: not a run directory (it has no {path.name}); give one") from error
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); run again") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path}: is not a JSON object; run again")
-    return content
 
 
 def _with_confidence(predictions: pd.DataFrame, run: Run) -> pd.DataFrame:

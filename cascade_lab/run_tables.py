@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cascade_lab.exceptions import RunError
+from cascade_lab import run_schema
 from cascade_lab.provenance import sha256
 from cascade_lab.spec import CascadeSpec
 
@@ -35,6 +34,9 @@ def write_tables(
     scores: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
     predictions: pd.DataFrame,
     timings: pd.DataFrame,
+    *,
+    features: Mapping[str, np.ndarray],
+    evidence: Mapping[str, np.ndarray],
 ) -> dict[str, str]:
     """Write the tables of a run into `directory`.
 
@@ -45,6 +47,8 @@ def write_tables(
         As `Run` has them.
     scores : mapping of str to (logits, scored, shadow)
         Stage name to its scores, as `Run.scores` returns them.
+    features, evidence : mapping of str to ndarray
+        As `Run` has them; empty where there are none.
 
     Returns
     -------
@@ -67,7 +71,16 @@ def write_tables(
                 "shadow": shadow[rows],
             }
         )
-    (directory / "scores").mkdir()
+    for name, values in features.items():
+        rows = np.flatnonzero(~np.isnan(values[:, 0]))
+        flat = pa.array(np.ascontiguousarray(values[rows], dtype=np.float16).ravel())
+        vectors = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        tables[f"features/{name}.parquet"] = pa.table({"example_id": ids.take(pa.array(rows)), "cls": vectors})
+    if evidence:
+        columns = {name: pa.array(values, pa.float64(), from_pandas=True) for name, values in evidence.items()}
+        tables["evidence.parquet"] = pa.table({"example_id": ids, **columns})
+    for folder in {Path(name).parent for name in tables}:
+        (directory / folder).mkdir(exist_ok=True)
     for name, table in tables.items():
         pq.write_table(table, directory / name)
     return {name: sha256(directory / name) for name in sorted(tables)}
@@ -84,29 +97,45 @@ def examples_frame(examples: pd.DataFrame) -> pd.DataFrame:
     return _examples_table(examples).to_pandas()
 
 
-def read_frame(path: Path) -> pd.DataFrame:
-    """Read a table; raises RunError."""
-    return _read_table(path).to_pandas()
+def read_examples(directory: Path, digests: Mapping[str, str], spec: CascadeSpec) -> pd.DataFrame:
+    """Read the examples of a run directory; raises RunError.
+
+    Parameters
+    ----------
+    directory : Path
+    digests : mapping of str to str
+        Name of a table to its SHA-256: `contents` of the manifest.
+    spec : CascadeSpec
+    """
+    examples = _read_frame(directory, "examples.parquet", digests, spec)
+    run_schema.check_examples(examples, spec, directory / "examples.parquet")
+    return examples
 
 
-def read_examples(directory: Path) -> pd.DataFrame:
-    """Read the examples of a run directory; raises RunError."""
-    return read_frame(directory / "examples.parquet")
+def read_predictions(
+    directory: Path, digests: Mapping[str, str], spec: CascadeSpec, examples: pd.DataFrame
+) -> pd.DataFrame:
+    """Read the predictions of a run directory, rows as in `examples`; raises RunError."""
+    predictions = _read_frame(directory, "predictions.parquet", digests, spec)
+    return run_schema.check_predictions(predictions, examples, spec, directory / "predictions.parquet")
+
+
+def read_timings(directory: Path, digests: Mapping[str, str], spec: CascadeSpec) -> pd.DataFrame:
+    """Read the timings of a run directory; raises RunError."""
+    timings = _read_frame(directory, "timings.parquet", digests, spec)
+    run_schema.check_timings(timings, spec, directory / "timings.parquet")
+    return timings
 
 
 def read_scores(
-    directory: Path, stage: str, examples: pd.DataFrame, spec: CascadeSpec
+    directory: Path, stage: str, digests: Mapping[str, str], spec: CascadeSpec, examples: pd.DataFrame
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read the scores of a stage: logits, scored and shadow, rows as in `examples`; raises RunError."""
-    table = _read_table(directory / f"scores/{stage}.parquet")
-    rows = pd.Index(examples["example_id"]).get_indexer(table["example_id"].to_pylist())
-    if (rows < 0).any():
-        raise RunError(f"{directory}: scores for an example that is not in examples.parquet; run again")
+    name = f"scores/{stage}.parquet"
+    table = run_schema.read_table(directory, name, digests.get(name), spec)
+    rows = run_schema.check_ids(pd.Index(table["example_id"].to_pylist()), examples, directory / name)
     n, n_labels = len(examples), len(spec.stage(stage).labels)
-    flat = table["logits"].combine_chunks().flatten().to_numpy()
-    if len(flat) != len(table) * n_labels:
-        raise RunError(f"{directory}: scores/{stage}.parquet does not have {n_labels} logits per example; run again")
-    values = flat.reshape(len(table), n_labels)
+    values = table["logits"].combine_chunks().flatten().to_numpy().reshape(len(table), n_labels)
     shadow_values = table["shadow"].to_numpy()
     if len(rows) == n and np.array_equal(rows, np.arange(n)):
         return values, np.ones(n, dtype=bool), shadow_values
@@ -116,13 +145,37 @@ def read_scores(
     return logits, scored, shadow
 
 
-def upgrade_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest of schema version 1 as one of version 2."""
-    stages = {
-        name: {("n_workers" if key == "callers" else key): value for key, value in settings.items()}
-        for name, settings in manifest.get("stages", {}).items()
-    }
-    return {**manifest, "schema_version": 2, "source": "evaluation", "stages": stages}
+def read_features(
+    directory: Path, stage: str, digests: Mapping[str, str], spec: CascadeSpec, examples: pd.DataFrame
+) -> np.ndarray:
+    """Read the features of a stage: float16, shape (n_examples, hidden), rows as in `examples`; raises RunError."""
+    name = f"features/{stage}.parquet"
+    table = run_schema.read_table(directory, name, digests.get(name), spec)
+    rows = run_schema.check_ids(pd.Index(table["example_id"].to_pylist()), examples, directory / name)
+    vectors = table["cls"].combine_chunks()
+    features = np.full((len(examples), vectors.type.list_size), np.nan, dtype=np.float16)
+    features[rows] = vectors.flatten().to_numpy().reshape(len(table), -1)
+    return features
+
+
+def read_evidence(
+    directory: Path, digests: Mapping[str, str], spec: CascadeSpec, examples: pd.DataFrame
+) -> dict[str, np.ndarray]:
+    """Read the rejector's scores of features: `<stage>.<score>` to its values, shape (n_examples,); raises RunError."""
+    name = "evidence.parquet"
+    if name not in digests:
+        return {}
+    table = _read_frame(directory, name, digests, spec)
+    rows = run_schema.check_ids(pd.Index(table.pop("example_id")), examples, directory / name)
+    evidence = {}
+    for column in table:
+        evidence[column] = np.full(len(examples), np.nan)
+        evidence[column][rows] = table[column].to_numpy(np.float64)
+    return evidence
+
+
+def _read_frame(directory: Path, name: str, digests: Mapping[str, str], spec: CascadeSpec) -> pd.DataFrame:
+    return run_schema.frame(run_schema.read_table(directory, name, digests.get(name), spec), directory / name)
 
 
 def _examples_table(examples: pd.DataFrame) -> pa.Table:
@@ -135,11 +188,3 @@ def _predictions_table(predictions: Mapping[str, pd.Series] | pd.DataFrame) -> p
     strings = {key: pa.array(predictions[key].tolist(), pa.string(), from_pandas=True) for key in _PREDICTION_STRINGS}
     numbers = {key: pa.array(predictions[key].to_numpy(np.float64)) for key in _PREDICTION_NUMBERS}
     return pa.table(strings | numbers)
-
-
-def _read_table(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path}: cannot be read ({reason}); run again") from error

@@ -14,7 +14,11 @@ from typing import Any
 import tomli_w
 
 from cascade_lab.atomic import write_text
+from cascade_lab.calibrator import Calibrator, check_calibrator
 from cascade_lab.exceptions import SpecError, did_you_mean
+from cascade_lab.origin_tables import check_calibrated_on, check_tuned_on
+from cascade_lab.rejector import Rejector
+from cascade_lab.spec_order import OF_LAST, check_order
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,10 +31,12 @@ class StageSpec:
     """One stage: a fine-tuned BERT classifier and its role in the cascade.
 
     A stage with a `pass_label` is a gate. It passes a text on to the next stage if `probability(pass_label) >=
-    threshold`; otherwise it answers with its most probable other label. The last stage has no `pass_label`. It
-    answers with its most probable label or, where that label's probability is below `min_probability`, with
-    `reject_label`. `min_probabilities` gives single labels a minimum of their own. Probabilities are the softmax of
-    the logits divided by `temperature`.
+    threshold`; otherwise it answers with its most probable other label. A stage with the `role` "deferral" answers
+    with its most probable label if its confidence is at least `threshold`; otherwise the text goes on to the next
+    stage. The last stage answers with its most probable label or, where its confidence is below `min_probability`,
+    with `reject_label`. The confidence is that label's probability, or what the `rejector` computes.
+    `min_probabilities` gives single labels a minimum of their own. Probabilities are the softmax of the logits divided
+    by `temperature`, or of the logits that the `calibrator` gives.
 
     `engine` is "fast", or "reference" for bert-tensorflow's own graph; `precision` is "float32" or, for the fast
     engine, "bfloat16". A stage without `init_checkpoint` was scored elsewhere: its logits are known
@@ -44,29 +50,36 @@ class StageSpec:
     vocab_file: Path | None = None
     do_lower_case: bool = True
     max_seq_length: int = 128
+    role: str = ""
     pass_label: str | None = None
     threshold: float | None = None
     min_probability: float | None = None
     min_probabilities: Mapping[str, float] = field(default_factory=dict)
     reject_label: str | None = None
+    rejector: Rejector | None = None
     temperature: float = 1.0
+    calibrator: Calibrator | None = None
     engine: str = "fast"
     precision: str = "float32"
     output_weights: str = "output_weights"
     output_bias: str = "output_bias"
 
-    @property
-    def role(self) -> str:
-        """What the stage does in the cascade: "gate" or "final" (see `decisions.ROLES`)."""
-        return "final" if self.pass_label is None else "gate"
+    def __post_init__(self) -> None:
+        """Set the role that follows from `pass_label` where none is given: a key of `decisions.ROLES`."""
+        if not self.role:
+            object.__setattr__(self, "role", "final" if self.pass_label is None else "gate")
 
     @property
     def is_gate(self) -> bool:
         return self.role == "gate"
 
     @property
+    def is_deferral(self) -> bool:
+        return self.role == "deferral"
+
+    @property
     def reject_labels(self) -> tuple[str, ...]:
-        """The labels with which this stage rejects."""
+        """The labels with which this stage itself rejects; none of a deferral stage, whose labels are answers."""
         if self.is_gate:
             return tuple(label for label in self.labels if label != self.pass_label)
         return () if self.reject_label is None else (self.reject_label,)
@@ -74,10 +87,10 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class CascadeSpec:
-    """A cascade: stages in series. Every stage but the last is a gate.
+    """A cascade: stages in series. Every stage but the last is a gate or a deferral stage.
 
-    `tuned_on` records what the thresholds were tuned on, and `calibrated_on` what each stage's temperature was fitted
-    on: the tables `[tuned_on]` and `[calibrated_on.<stage>]` of the file.
+    `tuned_on` records what the thresholds were tuned on, and `calibrated_on` what each stage's temperature or
+    calibrator was fitted on: the tables `[tuned_on]` and `[calibrated_on.<stage>]` of the file.
     """
 
     name: str
@@ -119,17 +132,13 @@ class CascadeSpec:
         """Build a spec from what a `cascade.toml` holds (or from `to_dict`); `folder` anchors its paths."""
         known = [field.name for field in fields(StageSpec)]
         common = {key: value for key, value in content.items() if key not in _TOP}
-        _refuse_unknown(common, [key for key in known if key != "name"] + [*_TOP], where)
+        _refuse_unknown(common, [key for key in known if key not in ("name", "role")] + [*_TOP], where)
         name = content.get("name", folder.resolve().name)
         if not isinstance(name, str):
             raise SpecError(f"{where}: name must be a string, not {name!r}")
         tuned_on, calibrated_on = content.get("tuned_on"), content.get("calibrated_on")
-        if not isinstance(tuned_on, Mapping | None):
-            raise SpecError(f"{where}: tuned_on must be a table, not {tuned_on!r}")
-        if not isinstance(calibrated_on, Mapping | None) or not all(
-            isinstance(table, Mapping) for table in (calibrated_on or {}).values()
-        ):
-            raise SpecError(f"{where}: calibrated_on must have a table for each stage, not {calibrated_on!r}")
+        check_tuned_on(tuned_on, where)
+        check_calibrated_on(calibrated_on, where)
         tables = content.get("stage", [])
         if not isinstance(tables, list) or not tables or not all(isinstance(t, Mapping) for t in tables):
             raise SpecError(f"{where}: has no stage; add one [[stage]] table for each")
@@ -138,9 +147,10 @@ class CascadeSpec:
             here = f"{where}: stage '{table.get('name', number)}'"
             _refuse_unknown(table, known, here)
             # Keys at the top go to every stage that can have them: a gate's keys not to the last stage, and vice versa.
-            shared = {key: value for key, value in common.items() if _fits(key, number == len(tables))}
+            role = "final" if number == len(tables) else str(table.get("role", "gate"))
+            shared = {key: value for key, value in common.items() if _fits(key, role)}
             stages.append(_stage({**shared, **table}, here, folder))
-        _check_order(stages, where)
+        check_order(stages, where)
         return cls(name=name, stages=tuple(stages), tuned_on=tuned_on, calibrated_on=calibrated_on)
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,8 +163,14 @@ class CascadeSpec:
             }
             for stage in self.stages
         ]
-        for stage in stages:
+        for stage, spec in zip(stages, self.stages, strict=True):
             stage["labels"] = list(stage["labels"])
+            if not spec.is_deferral:  # the other roles follow from pass_label
+                del stage["role"]
+            if spec.rejector is not None:
+                stage["rejector"] = spec.rejector.to_dict()
+            if spec.calibrator is not None:
+                stage["calibrator"] = spec.calibrator.to_dict()
         sources = {"tuned_on": self.tuned_on, "calibrated_on": self.calibrated_on}
         known = {key: dict(source) for key, source in sources.items() if source is not None}
         return {"name": self.name, **known, "stage": stages}
@@ -168,15 +184,22 @@ class CascadeSpec:
             The file cannot be written; what was there before is still there.
         """
         path, content = Path(path), self.to_dict()
+        content["stage"] = [{key: s[key] for key in (*_FIRST, *s) if key in s} for s in content["stage"]]
         for stage in content["stage"]:
-            for key in _PATHS:
-                if key in stage:
-                    stage[key] = Path(os.path.relpath(stage[key], path.parent.resolve())).as_posix()
+            for key in (*_PATHS, "arrays"):
+                for table in (stage, stage.get("rejector", {})):
+                    if key in table:
+                        table[key] = Path(os.path.relpath(table[key], path.parent.resolve())).as_posix()
         write_text(path, tomli_w.dumps(content, multiline_strings=False), error=SpecError)
 
     @property
     def last(self) -> StageSpec:
         return self.stages[-1]
+
+    @property
+    def rejector(self) -> Rejector | None:
+        """The last stage's rejector."""
+        return self.last.rejector
 
     @property
     def reject_labels(self) -> tuple[str, ...]:
@@ -203,8 +226,8 @@ class CascadeSpec:
 
     @property
     def thresholds(self) -> dict[str, float | None]:
-        """Each stage's threshold: a gate's `threshold`, the last stage's `min_probability`; None where it has none."""
-        return {s.name: s.threshold if s.is_gate else s.min_probability for s in self.stages}
+        """Each stage's `threshold`, or the last stage's `min_probability`; None where it has none."""
+        return {s.name: s.min_probability if s.role == "final" else s.threshold for s in self.stages}
 
     def with_thresholds(self, thresholds: Mapping[str, float]) -> CascadeSpec:
         """Return this cascade at other thresholds. A stage that is not named keeps its own.
@@ -212,7 +235,7 @@ class CascadeSpec:
         Parameters
         ----------
         thresholds : mapping of str to float
-            Stage name to a gate's `threshold`, or to the last stage's `min_probability`, in [0, 1].
+            Stage name to its `threshold`, or to the last stage's `min_probability`, in [0, 1].
 
         Raises
         ------
@@ -224,19 +247,25 @@ class CascadeSpec:
         stages = []
         for stage in self.stages:
             if stage.name in thresholds:
-                key = "threshold" if stage.is_gate else "min_probability"
+                key = "min_probability" if stage.role == "final" else "threshold"
                 value = _number(thresholds[stage.name], f"stage '{stage.name}'", key)
-                stage = replace(stage, threshold=value) if stage.is_gate else replace(stage, min_probability=value)
+                changed: dict[str, Any] = {key: value}
+                stage = replace(stage, **changed)
             stages.append(stage)
-        _check_order(stages, self.name)
+        check_order(stages, self.name)
         return replace(self, stages=tuple(stages))
 
 
+# In a written file these come before the labels, which may be many lines.
+_FIRST = ("name", "role", "pass_label", "threshold", "min_probability", "reject_label", "temperature")
 _TOP = ("name", "tuned_on", "calibrated_on", "stage")
 _PATHS = ("init_checkpoint", "bert_config_file", "vocab_file")
-_OF_LAST = ("min_probability", "min_probabilities", "reject_label")
 _TYPES = {"do_lower_case": bool, "max_seq_length": int}
-_CHOICES = {"engine": ("fast", "reference"), "precision": ("float32", "bfloat16")}
+_CHOICES = {
+    "engine": ("fast", "reference"),
+    "precision": ("float32", "bfloat16"),
+    "role": ("gate", "deferral", "final"),
+}
 _MAX_DEPTH = 32  # of tables and keys; a cascade.toml needs 3
 _MAX_BYTES = 8 * 2**20
 _KEY_PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*"""
@@ -244,8 +273,10 @@ _DEEP_KEY = re.compile(rf"(?:^|[{{,\[])[ \t]*(?:{_KEY_PART}\.[ \t]*){{{_MAX_DEPT
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-def _fits(key: str, is_last: bool) -> bool:
-    return key not in (("pass_label", "threshold") if is_last else _OF_LAST)
+def _fits(key: str, role: str) -> bool:
+    """Return whether a stage of that role can take a key that stands at the top of the file."""
+    other = {"final": ("pass_label", "threshold"), "deferral": ("pass_label", *OF_LAST)}
+    return key not in other.get(role, OF_LAST)
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> None:
@@ -275,6 +306,10 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
             values[key] = float(value)
         elif key == "labels":
             values[key] = _labels(value, where, folder)
+        elif key == "rejector":
+            values[key] = Rejector.from_dict(value, where=where, folder=folder)
+        elif key == "calibrator":
+            values[key] = Calibrator.from_dict(value, where=where)
         elif type(value) is not _TYPES.get(key, str):
             expected = {bool: "true or false", int: "a whole number", str: "a string"}[_TYPES.get(key, str)]
             raise SpecError(f"{where}: {key} must be {expected}, not {value!r}")
@@ -296,6 +331,7 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
         if label not in stage.labels:
             near = did_you_mean(label, list(stage.labels))
             raise SpecError(f"{where}: min_probabilities names '{label}', which is not one of its labels{near}")
+    check_calibrator(stage, where)
     return stage
 
 
@@ -365,24 +401,3 @@ def _labels(value: Any, where: str, folder: Path) -> tuple[str, ...]:
     if len(labels) < 2:
         raise SpecError(f"{where}: a classifier needs at least 2 labels, not {len(labels)}")
     return tuple(labels)
-
-
-def _check_order(stages: list[StageSpec], where: str) -> None:
-    """Check the stages together: unique names, and every stage but the last a gate."""
-    names = [stage.name for stage in stages]
-    for stage in stages:
-        here = f"{where}: stage '{stage.name}'"
-        # Case-insensitive file systems would keep both stages' scores in one file.
-        if [name.lower() for name in names].count(stage.name.lower()) > 1:
-            raise SpecError(f"{here}: two stages have that name; give each its own")
-        if stage is not stages[-1]:
-            for key in ("pass_label", "threshold"):
-                if getattr(stage, key) is None:
-                    raise SpecError(f"{here}: {key} is missing; every stage but the last is a gate")
-            for key in _OF_LAST:
-                if getattr(stage, key):
-                    raise SpecError(f"{here}: {key} belongs to the last stage; a gate has a threshold")
-        elif stage.is_gate or stage.threshold is not None:
-            raise SpecError(f"{here}: pass_label and threshold belong to gates; no stage follows this one")
-        elif (stage.min_probability is not None or stage.min_probabilities) and stage.reject_label is None:
-            raise SpecError(f"{here}: min_probability needs a reject_label to answer with")

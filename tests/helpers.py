@@ -9,8 +9,11 @@ from textwrap import dedent
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cascade_lab.decisions import decide, route
+from cascade_lab.provenance import sha256
 from cascade_lab.run import SCHEMA_VERSION, Run, StageScores
 from cascade_lab.run_tables import examples_frame, predictions_frame
 from cascade_lab.spec import CascadeSpec
@@ -141,7 +144,9 @@ def random_run(
     examples = pd.DataFrame(
         {
             "example_id": [f"{i}" for i in range(n)],
-            "text": [" ".join(rng.choice(["pay", "the", "bill", "now"], rng.integers(1, 9))) for _ in range(n)],
+            "text": [
+                " ".join([*rng.choice(["pay", "the", "bill", "now"], rng.integers(1, 9)), f"{i}"]) for i in range(n)
+            ],
             "text_b": None,
             "label": y_true,
         }
@@ -214,6 +219,18 @@ def memory_run(
     }
     predictions = predictions_frame(examples, routed.frame())
     return Run(manifest, examples_frame(examples), scores, predictions, timings)
+
+
+def rewrite_table(run: Path, name: str, table: pa.Table | bytes) -> None:
+    """Replace a table of a run directory, and its digest in the manifest."""
+    if isinstance(table, bytes):
+        (run / name).write_bytes(table)
+    else:
+        pq.write_table(table, run / name)
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["contents"][name] = sha256(run / name)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
 GATE = {"name": "gate", "labels": ["oos", "in"], "pass_label": "in", "threshold": 0.5}

@@ -77,7 +77,8 @@ def is_in(name: str, *packages: str) -> bool:
         (("cli",), ("cli",)),
         (("displays", "reporting"), ("displays", "reporting", "explorer", "cli")),
         (("bert", "stage", "cascade"), (
-            "bert", "stage", "cascade", "latency_benchmark", "precision_check", "study", "export", "cli", "serving",
+            "bert", "stage", "cascade", "latency_benchmark", "precision_check", "study", "held_out_labels", "export",
+            "cli", "serving",
             "displays.text",  # runs a stage for its gradients
         )),
     ],

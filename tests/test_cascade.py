@@ -54,7 +54,7 @@ def test_predict_equals_scoring_each_text_alone_by_hand(balanced):
 def test_predict_takes_no_text_one_text_pairs_and_any_text(loaded):
     assert len(loaded.predict([])) == 0
     assert list(loaded.predict(["pay"]).columns) == [
-        "predicted", "decided_by", "probability", "gate_probability", "intent_probability",
+        "predicted", "decided_by", "probability", "confidence", "gate_probability", "intent_probability",
     ]  # fmt: skip
     odd = ["", "x" * 100_000, "\x00\x07\x1b[31m", "שלום عالم", "🙂", "half \ud83d"]
     assert loaded.predict(odd)["predicted"].notna().all()

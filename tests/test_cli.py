@@ -64,7 +64,8 @@ def test_predict_takes_arguments_and_standard_input(tiny):
     lines = cascade_lab("predict", tiny, "-", "--json", stdin="pay my bill\n\nשלום 🙂\n").stdout.splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["text"] for row in rows] == ["pay my bill", "", "שלום 🙂"]
-    assert set(rows[0]) == {"text", "predicted", "decided_by", "probability", "gate_probability", "intent_probability"}
+    stages = ("gate_probability", "intent_probability")
+    assert set(rows[0]) == {"text", "predicted", "decided_by", "probability", "confidence", *stages}
     assert {row["intent_probability"] is None for row in rows if row["decided_by"] == "gate"} <= {True}
 
 
@@ -134,6 +135,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, tiny_evalset, tiny_run, tmp
 
 def test_a_broken_checkpoint_leaves_no_run(tiny, tiny_evalset, tmp_path):
     shutil.copytree(tiny.parent, tmp_path / "broken")
+    for file in (tmp_path / "broken").glob("*/checkpoint"):
+        file.unlink()  # it names the directory that was copied, which gives a notice
     (tmp_path / "broken" / "intent" / "vocab.txt").write_text("[UNK]\n[CLS]\n")
     result = cascade_lab("run", tmp_path / "broken" / "cascade.toml", tiny_evalset, "--output", tmp_path / "run")
     refused(result, "vocab.txt: has no token [SEP]")

@@ -146,6 +146,14 @@ def test_a_classifier_of_k_plus_one_labels_that_rejects_with_one_of_them():
     assert stage_targets(one, "all", ["oos", "pay"]).tolist() == ["oos", "pay"]
 
 
+def test_a_stage_that_can_still_give_the_label_of_an_earlier_gate_has_it_as_its_target():
+    gates = [stage(f"gate{i}", ["oos", "in"], pass_label="in", threshold=0.5) for i in (0, 1)]
+    between = stage("between", ["abuse", "in"], pass_label="in", threshold=0.5)
+    spec = CascadeSpec("x", (*gates, between, stage("last", ["pay", "oos"], reject_label="oos")))
+    targets = {s.name: stage_targets(spec, s.name, ["oos", "pay"]).tolist() for s in spec.stages}
+    assert targets == {"gate0": ["oos", "in"], "gate1": ["oos", "in"], "between": [None, "in"], "last": ["oos", "pay"]}
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [

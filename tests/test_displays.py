@@ -81,7 +81,7 @@ def test_every_outcome_has_its_own_colour():
         CascadeCalibrationDisplay.from_run,
         lambda run: ComparisonDisplay.from_runs(run, run, n_resamples=10),
         CounterfactualMatrixDisplay.from_run,
-        lambda run: OracleLadderDisplay.from_run(run, n_resamples=10),
+        lambda run: OracleLadderDisplay.from_run(run),
         OutcomeFlowDisplay.from_run,
         RiskCoverageDisplay.from_run,
         StageLatencyDisplay.from_run,

@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from helpers import random_run
+from helpers import logits_of, random_run, rewrite_table, write_run
 from sklearn.metrics import confusion_matrix
 
 from cascade_lab.analysis.outcomes import OUTCOMES, outcome_counts
@@ -121,11 +123,8 @@ def test_labels_of_their_own_keep_their_thresholds_and_missing_scores_are_said(t
         replayed = run.replay(explorer.thresholds)
         assert explorer.predictions["predicted"].tolist() == replayed["predicted"].tolist()
 
-    import pyarrow.parquet as pq
-
-    scores = made.directory / "scores" / "last.parquet"
-    table = pq.read_table(scores)
-    pq.write_table(table.filter(~table["shadow"].to_numpy()), scores)
+    table = pq.read_table(made.directory / "scores" / "last.parquet")
+    rewrite_table(made.directory, "scores/last.parquet", table.filter(~table["shadow"].to_numpy()))
     bare = explore(Run.read(made.directory))
     shown = bare.html
     bare.sliders["gate0"].value = bare.sliders["gate0"].min
@@ -138,14 +137,14 @@ def test_labels_of_their_own_keep_their_thresholds_and_missing_scores_are_said(t
 def test_texts_and_labels_cannot_do_anything(tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
     made = random_run(tmp_path / "run", n=60, n_labels=3, seed=1)
-    source = (made.directory / "manifest.json").read_text()
-    manifest = json.loads(source)
-    manifest["cascade"]["stage"][-1]["labels"][0] = evil
-    manifest["cascade"]["stage"][0]["pass_label"] = manifest["cascade"]["stage"][0]["labels"][1] = f"{evil}in"
-    (made.directory / "manifest.json").write_text(json.dumps(manifest))
-    run = Run.read(made.directory)
-    run.examples["text"] = [evil, "‮right to left", "🙂", "x" * 50_000, "=HYPERLINK(1)", "$x_1$"] * 10
-    run.examples["label"] = run.examples["label"].replace({"label0": evil})
+    gate, last = made.spec.stages
+    gate = replace(gate, labels=("oos0", f"{evil}in"), pass_label=f"{evil}in")
+    spec = CascadeSpec("evil", (gate, replace(last, labels=(evil, *last.labels[1:]))))
+    examples = made.examples.assign(
+        text=[evil, "‮right to left", "🙂", "x" * 50_000, "=HYPERLINK(1)", "$x_1$"] * 10,
+        label=made.examples["label"].replace({"label0": evil}),
+    )
+    run = write_run(tmp_path / "evil", spec, examples, logits_of(made))
     explorer = explore(run)
     explorer.sliders["gate0"].value = explorer.sliders["gate0"].max
     whole = explorer.html + "".join(widget.value for widget in (explorer.children[0].children[0], explorer.status))

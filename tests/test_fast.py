@@ -94,7 +94,7 @@ def test_logits_are_within_2e_5_of_float64_arithmetic_on_200_texts_of_clinc150(c
         weights = in_float64(checkpoint.weights)
         with Stage(spec) as stage:
             encodings = stage.encode(batch)
-            got, _ = stage.score(encodings)
+            got = stage.score(encodings)[0].logits
         lengths = {len(encoding.input_ids) for encoding in encodings}
         assert len(lengths) > 15
         assert max(lengths) == 64
@@ -184,7 +184,7 @@ def test_bfloat16_changes_at_most_one_prediction_in_a_thousand(clinc150, clinc15
     half = replace(spec, stages=tuple(replace(stage, precision="bfloat16") for stage in spec.stages))
     with Cascade.load(half) as cascade:
         encoded = cascade.stages[0].encode(clinc150_run.examples["text"].tolist())
-        logits = {stage.spec.name: stage.score(encoded)[0] for stage in cascade.stages}
+        logits = {stage.spec.name: stage.score(encoded)[0].logits for stage in cascade.stages}
     for stage in spec.stages:
         difference = np.abs(logits[stage.name] - clinc150_run.scores(stage.name).logits)
         assert 1e-4 < difference.max() < 0.5, "the precision differs, but not the network"
@@ -202,7 +202,7 @@ def test_verify_precision_measures_the_differences_of_the_logits(tiny, tiny_eval
     for name, row in check.stages.iterrows():
         spec = CascadeSpec.read(tiny).stage(name)
         with Stage(replace(spec, engine="reference")) as exact, Stage(replace(spec, precision="bfloat16")) as lower:
-            difference = np.abs(lower.score(lower.encode(batch))[0] - exact.score(exact.encode(batch))[0])
+            difference = np.abs(lower.score(lower.encode(batch))[0].logits - exact.score(exact.encode(batch))[0].logits)
         assert row["max"] == pytest.approx(difference.max(), abs=1e-4)
         assert 0 < row["rms"] < row["p99"] < row["max"]
     result = CliRunner().invoke(app, ["verify-precision", str(tiny), str(tiny_evalset), "--split", "none"])
@@ -233,7 +233,7 @@ def test_equal_texts_are_scored_once_and_every_text_gets_its_logits(tiny):
     with Stage(CascadeSpec.read(tiny).last) as stage:
         encodings = stage.encode([*texts(40), *texts(40), "pay", "pay"])
         counts = []
-        logits, batches = stage.score(encodings, done=counts.append)
+        (logits, _), batches = stage.score(encodings, done=counts.append)
         assert sum(counts) == sum(batch.n_examples for batch in batches) == 82
         assert sum(batch.n_tokens for batch in batches) <= sum(len(e.input_ids) for e in encodings[:41])
         np.testing.assert_array_equal(logits[:40], logits[40:80])
@@ -245,7 +245,7 @@ def test_many_texts_are_scored_and_counted_once_though_the_last_batch_is_filled_
     with Stage(CascadeSpec.read(tiny).last) as stage:
         encodings = stage.encode(texts(2000))
         assert sum(len(encoding.input_ids) for encoding in encodings) > MANY_BATCHES * MAX_TOKENS
-        logits, batches = stage.score(encodings)
+        (logits, _), batches = stage.score(encodings)
         distinct = {tuple(encoding.input_ids) for encoding in encodings}
         assert sum(batch.n_tokens for batch in batches) > sum(map(len, distinct))  # the last batch is filled up
         assert sum(batch.n_examples for batch in batches) == 2000

@@ -231,7 +231,7 @@ def test_the_command_writes_the_run_that_from_logits_makes(elsewhere):
     assert "0.6667" in result.stdout
     assert "metrics: on the 3 of 4 texts that have a label" in result.stdout
     assert "topic: scored 3 of 4 texts" in result.stdout
-    assert "p50 ms" not in result.stdout, "nothing was timed"
+    assert "ms/text" not in result.stdout, "nothing was timed"
     assert f"run: {elsewhere / 'run'}" in result.stdout
     assert max(len(row) for row in result.stdout.splitlines() if str(elsewhere) not in row) <= 80
 

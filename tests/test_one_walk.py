@@ -1,6 +1,7 @@
 """One walk through the stages: whoever asks where a text leaves a cascade gets the answer of a plain Python loop.
 
-Random cascades of one to four stages, with random thresholds, minimums by label and gaps in what was scored.
+Random cascades of one to four stages, gates and deferral stages in any order, with random thresholds, minimums by
+label and gaps in what was scored.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade_lab import CascadeSpec, EvalSet, Run, StageSpec
-from cascade_lab.analysis import blame, counterfactual_matrix, flow, oracle_ladder
-from cascade_lab.analysis.comparison import decompose
+from cascade_lab.analysis import blame, counterfactual_matrix, deferrals, flow, oracle_ladder
+from cascade_lab.analysis.decomposition import decompose
+from cascade_lab.analysis.deferral import DEFERRAL_KINDS
 from cascade_lab.analysis.outcomes import outcome_counts
 from cascade_lab.exceptions import RunError
 from cascade_lab.explorer import Explorer
@@ -41,6 +43,13 @@ def cases(draw: st.DrawFn) -> Case:
     n_stages, n = draw(st.integers(1, 4)), draw(st.integers(1, 12))
     stages, thresholds = [], {}
     for index in range(n_stages - 1):
+        if draw(st.booleans()):
+            labels = draw(st.permutations(["pay", "play", "lost"]))[: draw(st.integers(2, 3))]
+            if any(stage.is_gate for stage in stages) and draw(st.booleans()):
+                labels.append(next(stage for stage in stages if stage.is_gate).reject_labels[0])
+            stages.append(StageSpec(f"small{index}", tuple(labels), role="deferral", threshold=draw(LEVELS)))
+            thresholds[f"small{index}"] = draw(LEVELS)
+            continue
         labels = [f"oos{index}", f"other{index}", "in"][: draw(st.integers(2, 3)) - 3 or None]
         labels = draw(st.permutations(["in", *(label for label in labels if label != "in")]))
         stages.append(StageSpec(f"gate{index}", tuple(labels), pass_label="in", threshold=draw(LEVELS)))
@@ -68,11 +77,19 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def plain_walk(
-    spec: CascadeSpec, logits: dict[str, np.ndarray], row: int, *, perfect: str = "", label: str = ""
+    spec: CascadeSpec,
+    logits: dict[str, np.ndarray],
+    row: int,
+    *,
+    perfect: str = "",
+    label: str = "",
+    rule: str = "",
+    defers: str = "",
 ) -> tuple[str, str]:
     """Return the answer to one example and the stage that gives it, by the words of the documentation alone.
 
-    The stage `perfect` decides for whatever can still lead to the true `label`.
+    The stage `perfect` decides for whatever can still lead to the true `label`; the stage `rule` answers exactly where
+    its own label is right; the stage `defers` answers nothing.
     """
     for index, stage in enumerate(spec.stages):
         later = {name for s in spec.stages[index + 1 :] for name in (*s.labels, s.reject_label)}
@@ -87,6 +104,10 @@ def plain_walk(
                 continue
             return max((label for label in stage.labels if label != stage.pass_label), key=p.__getitem__), stage.name
         best = max(stage.labels, key=p.__getitem__)
+        if stage.role == "deferral":
+            if best == label if stage.name == rule else p[best] >= stage.threshold and stage.name != defers:
+                return best, stage.name
+            continue
         minimum = stage.min_probabilities.get(best, stage.min_probability or 0.0)
         if stage.reject_label is not None and p[best] < minimum:
             return stage.reject_label, stage.name
@@ -131,18 +152,50 @@ def test_error_analysis(case: Case):
     ends = flow(run, thresholds=case.thresholds)
     ends = ends[ends["outcome"] != "goes on"].groupby("stage")["n_examples"].sum().to_dict()
     assert ends == pd.Series(decided_by).value_counts().to_dict()
-    ladder = oracle_ladder(run, thresholds=case.thresholds, n_resamples=1)
+    ladder = oracle_ladder(run, thresholds=case.thresholds)
     assert ladder.loc["as it is", "accuracy"] == pytest.approx(np.mean(np.array(predicted) == y_true))
     for stage in case.spec.stages:
         better = [plain_walk(moved, case.logits, row, perfect=stage.name, label=y_true[row])[0] for row in range(n)]
         assert ladder.loc[f"perfect {stage.name}", "accuracy"] == pytest.approx(np.mean(np.array(better) == y_true))
-    if len(case.spec.stages) > 1:
-        gates = [stage.name for stage in case.spec.stages[:-1]]
+        if stage.is_deferral:
+            ruled = [plain_walk(moved, case.logits, row, rule=stage.name, label=y_true[row])[0] for row in range(n)]
+            accuracy = ladder.loc[f"perfect rule of {stage.name}", "accuracy"]
+            assert accuracy == pytest.approx(np.mean(np.array(ruled) == y_true))
+            assert_deferrals(case, run, stage.name)
+            for error in errors[errors["fault"] == stage.name].itertuples():
+                deferred, _ = plain_walk(moved, case.logits, int(error.example_id), defers=stage.name)
+                assert error.decided_by == stage.name
+                assert error.would_become == deferred
+                assert error.kind.startswith("recoverable" if deferred == error.label else "unrecoverable")
+    gates = [stage.name for stage in case.spec.stages if stage.is_gate]
+    if gates:
         opened, _ = plain_walks(moved.with_thresholds(dict.fromkeys(gates, 0.0)), case.logits, n)
         live, counterfactual = counterfactual_matrix(run, thresholds=case.thresholds)
         both = (live + counterfactual).to_numpy()
         assert both.sum() == n
         assert np.trace(both) == int(np.sum(np.array(opened) == y_true))
+
+
+def assert_deferrals(case: Case, run: Run, name: str) -> None:
+    """Compare `deferrals` of a stage with the walk: every text that reached it is of one kind."""
+    moved, y_true = case.spec.with_thresholds(case.thresholds), case.examples["label"].to_numpy()
+    order = [stage.name for stage in case.spec.stages]
+    counts = dict.fromkeys(DEFERRAL_KINDS, 0)
+    for row, label in enumerate(y_true):
+        answer, by = plain_walk(moved, case.logits, row)
+        if order.index(by) < order.index(name):
+            continue
+        later, _ = plain_walk(moved, case.logits, row, defers=name)
+        answers_all = moved.with_thresholds({name: 0.0})
+        own, _ = plain_walk(answers_all, case.logits, row)
+        if by == name:
+            kind = 0 if answer == label else 1 if later == label else 2
+        else:
+            kinds = {(False, True): 3, (True, True): 4, (True, False): 5, (False, False): 6}
+            kind = kinds[own == label, later == label]
+        counts[DEFERRAL_KINDS[kind]] += 1
+    table = deferrals(run, thresholds=case.thresholds)
+    assert table[table["stage"] == name].set_index("kind")["n_examples"].to_dict() == counts
 
 
 @settings(max_examples=100, deadline=None)
@@ -190,7 +243,7 @@ def test_comparison(case: Case):
         return
     run = memory_run(case.spec, case.examples, case.logits)
     other = run.with_thresholds(case.thresholds)
-    accuracies = decompose(run, other, n_resamples=1).accuracies
+    accuracies = decompose(run, other).accuracies
     y_true = case.examples["label"].to_numpy()
     for name, spec in (("AA", case.spec), ("BB", other.spec)):
         predicted, _ = plain_walks(spec, case.logits, len(y_true))

@@ -52,8 +52,8 @@ def test_displays_of_any_cascade_are_legible_and_keep_what_they_draw(tmp_path, s
     for row in drawn.flow[drawn.flow["outcome"] != GOES_ON].itertuples():
         assert any(text.startswith(row.outcome) and f": {row.n_examples:,} (" in text for text in texts)
     assert_legible(drawn)
-    ladder = OracleLadderDisplay.from_run(run, thresholds=thresholds, n_resamples=50).plot()
-    pd.testing.assert_frame_equal(ladder.ladder, oracle_ladder(run, thresholds=thresholds, n_resamples=50))
+    ladder = OracleLadderDisplay.from_run(run, thresholds=thresholds).plot()
+    pd.testing.assert_frame_equal(ladder.ladder, oracle_ladder(run, thresholds=thresholds))
     assert_legible(ladder)
     for stage in (None, "gate0"):
         display = CounterfactualMatrixDisplay.from_run(run, stage=stage, thresholds=thresholds)
@@ -69,7 +69,7 @@ def test_long_names_are_shortened_to_what_fits():
     probabilities = {stage["name"]: rng.dirichlet(np.ones(2), 60) for stage in stages}
     run = run_of_probabilities(stages, labels, probabilities, name="a cascade " * 20)
     assert_legible(OutcomeFlowDisplay.from_run(run).plot())
-    assert_legible(OracleLadderDisplay.from_run(run, n_resamples=10).plot())
+    assert_legible(OracleLadderDisplay.from_run(run).plot())
 
 
 def test_no_gate_and_no_errors_can_be_drawn(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from helpers import memory_run, random_run, random_spec
+from helpers import memory_run, random_run, random_spec, rewrite_table
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Run, StageSpec
 from cascade_lab.exceptions import CheckpointError, RunError
@@ -128,9 +128,7 @@ with unfinished_run({str(tmp_path / "run")!r}) as folder:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run.lock", "run.unfinished"]
     with pytest.raises(RunError, match="an unfinished run, left by a crash"):
         Run.read(tmp_path / "run.unfinished")
-    with pytest.raises(RunError, match="is an unfinished run: left by a crash"), unfinished_run(tmp_path / "run"):
-        pass
-    with unfinished_run(tmp_path / "run", overwrite=True) as folder:
+    with unfinished_run(tmp_path / "run") as folder:
         assert not list(folder.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -169,7 +167,10 @@ def test_what_is_no_run_is_refused(tiny_run, tmp_path):
         Run.read(tmp_path)
     shutil.copytree(tiny_run.directory, tmp_path / "run")
     (tmp_path / "run" / "scores" / "gate.parquet").write_bytes(b"PAR1")
-    with pytest.raises(RunError, match="parquet: cannot be read"):
+    with pytest.raises(RunError, match=r"gate\.parquet: changed since the run"):
+        Run.read(tmp_path / "run").replay()
+    rewrite_table(tmp_path / "run", "scores/gate.parquet", b"PAR1")
+    with pytest.raises(RunError, match=r"gate\.parquet: cannot be read"):
         Run.read(tmp_path / "run").replay()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     (tmp_path / "run" / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
@@ -179,9 +180,10 @@ def test_what_is_no_run_is_refused(tiny_run, tmp_path):
 
 def test_rows_are_joined_on_example_id_and_not_on_position(tiny_run, tmp_path):
     shutil.copytree(tiny_run.directory, tmp_path / "run")
-    path = tmp_path / "run" / "scores" / "intent.parquet"
-    table = pq.read_table(path)
-    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), path)
+    for name in ("scores/intent.parquet", "predictions.parquet"):
+        table = pq.read_table(tmp_path / "run" / name)
+        rewrite_table(tmp_path / "run", name, table.take(np.random.default_rng(0).permutation(len(table))))
+    assert Run.read(tmp_path / "run").predictions.equals(tiny_run.predictions)
     assert Run.read(tmp_path / "run").replay().equals(tiny_run.predictions)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,6 +112,25 @@ def test_the_tensorflow_of_the_caller_does_not_change_whoever_imports_first(tiny
         assert done.returncode == 0, done.stderr[-2000:]
         results.append(json.loads(done.stdout))
     np.testing.assert_allclose(results, [results[0]] * 3, atol=1e-6)
+
+
+QUIET = """
+import os, sys
+before = dict(os.environ)
+from cascade_lab import Cascade
+with Cascade.load(sys.argv[1]) as cascade:
+    cascade.predict(["pay my bill"])
+assert dict(os.environ) == before
+print("heard", file=sys.stderr)
+"""
+
+
+def test_tensorflow_prints_nothing(tiny):
+    environ = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET, str(tiny)], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "heard\n"
 
 
 MEMORY = """

@@ -24,24 +24,25 @@ def test_five_texts_in_sentences():
         "4 of 5 texts (80.0%) are answered wrongly.",
         "Stage gate causes 3 of the errors (75%).",
         "Stage intent causes 1 of the errors (25%).",
-        "2 texts in scope are rejected. Without the reject, 1 of them would be answered correctly and 1 wrongly.",
-        "If one stage made no mistakes, gate would gain the most: 40.0 points of accuracy (0.0 to 80.0).",
+        "2 texts in scope are rejected. For 1 of them the last stage's most probable label is right, so lower "
+        "thresholds give the right answer; for 1 no thresholds do.",
+        "If one stage made no mistakes, gate would gain the most: 40.0 percentage points of accuracy (7.1 to 76.9).",
     ]
     assert error_summary(five_texts())[-1].startswith(
         "Advice: start with stage gate. 67% of its errors are false rejects"
     )
     assert "5 texts" in error_summary(five_texts(), thresholds={"gate": 0.9})[0]
     sentences = run_summary(five_texts())
-    assert sentences[0].startswith("The cascade answers 20.0% (0.0% to 60.0%) of 5 texts correctly")
+    assert sentences[0].startswith("The cascade answers 20.0% (1.0% to 62.4%) of 5 texts correctly")
     assert "60.0% of the texts reach the last stage, intent." in sentences
     assert sentences[-1].startswith("Advice: 50% of the errors are false rejects")
 
 
-def test_unrecoverable_rejects_turn_the_advice_to_the_later_stages():
+def test_unrecoverable_rejects_turn_the_advice_to_the_last_stage():
     last = {"name": "intent", "labels": ["a", "b"]}
     p = {"gate": [[0.9, 0.1]] * 5, "intent": [[0.9, 0.1]] * 5}
     sentences = error_summary(run_of_probabilities([GATE, last], ["b"] * 5, p))
-    assert sentences[-1].startswith("Most of these rejected texts (5 of 5) would be answered wrongly too")
+    assert sentences[-1].startswith("For most of these rejected texts (5 of 5) no thresholds give the right answer")
 
 
 def test_what_is_undefined_or_absent_is_not_mentioned():

@@ -82,9 +82,9 @@ def test_a_tuning_and_a_run_give_one_picture(run):
     assert (of_tuning.resampled == of_run.resampled).all()
     surfaces = ThresholdSurfaceDisplay.from_tuning(tuned(run, goal)), ThresholdSurfaceDisplay.from_run(run, goal)
     assert surfaces[0].frame().equals(surfaces[1].frame())
-    guaranteed = tuned(run, goal, guarantee=("reject_recall", 0.3))
+    guaranteed = tuned(run, goal, guarantee={"reject_recall": 0.3})
     for display in (ThresholdDisplay.from_tuning(guaranteed), ThresholdSurfaceDisplay.from_tuning(guaranteed)):
-        assert display.plot().resampled is None
+        assert len(display.plot().resampled) == len(guaranteed.bootstrap.thresholds)
 
 
 @pytest.mark.parametrize(("n", "n_labels"), [(2, 2), (60, 40), (160, 150)])

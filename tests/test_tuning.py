@@ -30,8 +30,8 @@ from cascade_lab.thresholds import (
     per_label_thresholds,
     tune,
 )
+from cascade_lab.thresholds.resampling import folds
 from cascade_lab.thresholds.tuning import write_tuned
-from cascade_lab.thresholds.validation import folds
 
 ACCURACY = Goal(maximize="accuracy")
 
@@ -60,10 +60,14 @@ def test_a_tuning_holds_what_the_single_functions_return(runs, tuning):
     choice = choose(run, ACCURACY)
     assert tuning.choice.thresholds == choice.thresholds
     assert tuning.stages == ("gate0", "last")
-    assert tuning.intervals == metrics_at(run, choice.thresholds, ACCURACY)
+    at_choice = metrics_at(run, choice.thresholds, ACCURACY)
+    assert {name: found.value for name, found in tuning.intervals.items()} == pytest.approx(
+        {name: found.value for name, found in at_choice.items()}
+    )
     bootstrap = bootstrap_thresholds(run, ACCURACY, n_resamples=30)
     assert tuning.bootstrap.thresholds.equals(bootstrap.thresholds)
-    assert tuning.cross_validation.equals(cross_validate(run, ACCURACY, n_repeats=1))
+    assert tuning.intervals == bootstrap.metrics
+    assert tuning.cross_validation.equals(cross_validate(run, ACCURACY, own=tuning.own, n_repeats=1))
     assert tuning.held_out.equals(held_out(run, test, choice.thresholds, ACCURACY))
     assert tuning.by_prevalence.equals(choose_by_prevalence(run, ACCURACY, [0.01, 0.1, 0.5]))
     assert tuning.without_gate.equals(compare_without_gate(run, test, ACCURACY))
@@ -76,12 +80,10 @@ def test_the_tables_of_a_tuning_join_its_parts(tuning):
     assert thresholds["chosen"].to_dict() == tuning.choice.thresholds
     assert thresholds.loc["gate0", "own"] == 0.5
     assert np.isnan(thresholds.loc["last", "own"])
-    expected = tuning.bootstrap.thresholds["gate0"].quantile([0.025, 0.5, 0.975]).tolist()
-    assert thresholds.loc["gate0", ["low", "median", "high"]].tolist() == pytest.approx(expected)
     assert metrics["value"].to_dict() == pytest.approx(tuning.choice.metrics)
     assert metrics["cross_validated"].equals(tuning.cross_validation["held_out"].rename("cross_validated"))
     assert metrics["test"].equals(tuning.held_out["held_out"].rename("test"))
-    assert metrics.loc["accuracy", "chosen_again_low"] == tuning.bootstrap.metrics["accuracy"].low
+    assert metrics.loc["accuracy", ["value", "low", "high"]].tolist() == [*tuning.bootstrap.metrics["accuracy"]]
 
 
 def test_the_written_cascade_has_the_thresholds_and_where_they_come_from(runs, tuning, tmp_path):
@@ -90,7 +92,7 @@ def test_the_written_cascade_has_the_thresholds_and_where_they_come_from(runs, t
     spec = CascadeSpec.read(path)
     assert spec.thresholds == tuning.choice.thresholds
     tuned_on = spec.tuned_on
-    assert set(tuned_on) == {"run_id", "evalset", "goal", "figures", "intervals", "optimism"}
+    assert set(tuned_on) == {"run_id", "evalset", "goal", "figures", "intervals", "gain", "optimism"}
     assert tuned_on["run_id"] == runs[0].manifest["run_id"]
     assert tuned_on["evalset"] == {"path": "random.tsv", "sha256": f"{0:064x}", "n_examples": 200}
     assert tuned_on["goal"] == "maximize accuracy"
@@ -107,10 +109,9 @@ def test_the_written_cascade_has_the_thresholds_and_where_they_come_from(runs, t
 
 def test_a_guarantee_and_costs_are_written(runs, tmp_path):
     goal = Goal(minimize="mean_cost", costs={"false accept": 5.0, "false reject": 1.0}, prevalence=0.2)
-    tuning = tune(runs[0], goal, guarantee=("in_scope_accuracy", 0.3), n_repeats=1)
-    assert tuning.choice.thresholds == choose_with_guarantee(runs[0], goal, "in_scope_accuracy", 0.3).thresholds
-    assert tuning.bootstrap is None
-    assert tuning.thresholds[["low", "median", "high"]].isna().all(axis=None)
+    tuning = tune(runs[0], goal, guarantee={"in_scope_accuracy": 0.3}, n_repeats=1)
+    assert tuning.choice.thresholds == choose_with_guarantee(runs[0], goal, {"in_scope_accuracy": 0.3}).thresholds
+    assert tuning.bootstrap.infeasible < 1
     tuned_on = tuning.spec.tuned_on
     assert tuned_on["guarantee"] == "in_scope_accuracy at least 0.3 with probability 0.9"
     assert (tuned_on["costs"], tuned_on["prevalence"]) == ({"false accept": 5.0, "false reject": 1.0}, 0.2)
@@ -149,7 +150,7 @@ def labels_differ(folder, prefix, *, n_gates=1, seed=1, n=200):
     return memory_run(spec, run.examples.assign(label=labels, text=texts), logits_of(run))
 
 
-BY_LABEL, GUARANTEE = [False, True], [None, ("in_scope_accuracy", 0.2), ("reject_recall", 0.1)]
+BY_LABEL, GUARANTEE = [False, True], [None, {"in_scope_accuracy": 0.2}, {"reject_recall": 0.1}]
 STAGES = [(1, None), (1, ["gate0"]), (1, ["last"]), (0, None), (2, None), (2, ["gate1", "last"])]
 SETTINGS = [{}, {"prevalence": 0.2}, {"costs": {"false accept": 5.0, "false reject": 1.0}}]
 SETTINGS.append({**SETTINGS[1], **SETTINGS[2]})
@@ -222,6 +223,8 @@ def test_what_is_written_is_what_the_written_cascade_does(tmp_path, pairs, n_gat
         tuning.write(path)
         spec = CascadeSpec.read(path)
         counts, on_test = (outcome_counts(spec, r.with_spec(spec).predictions).to_numpy() for r in (run, test))
+        assert spec.tuned_on.get("notes", []) == tuning.notes
+        assert spec.tuned_on["optimism"] == pytest.approx(tuning.cross_validation["optimism"].dropna().to_dict())
         assert set(spec.tuned_on["figures"]) == {m for m in goal.metrics if not np.isnan(goal.value(m, counts))}
         for name in goal.metrics:
             value = float(goal.value(name, counts))
@@ -233,7 +236,7 @@ def test_what_is_written_is_what_the_written_cascade_does(tmp_path, pairs, n_gat
             if name in spec.tuned_on["intervals"]:
                 low, high = spec.tuned_on["intervals"][name]
                 assert low - 1e-12 <= value <= high + 1e-12
-        for name, least in [*goal.at_least.items(), *([guarantee] if guarantee else [])]:
+        for name, least in [*goal.at_least.items(), *(guarantee or {}).items()]:
             assert spec.tuned_on["figures"][name] >= least
         if "mean_cost" in goal.at_most:
             assert spec.tuned_on["figures"]["mean_cost"] <= goal.at_most["mean_cost"]
@@ -258,21 +261,22 @@ def test_what_is_written_is_what_the_written_cascade_does(tmp_path, pairs, n_gat
 
 def test_with_a_guarantee_cross_validation_is_of_the_guaranteed_choice(runs):
     """On each fold it is a choice with the guarantee on the other texts alone, and a replay."""
-    run, guarantee = runs[0], ("in_scope_accuracy", 0.3)
+    run, guarantee = runs[0], {"in_scope_accuracy": 0.3}
     goal = Goal(maximize="reject_recall")
     tuning = tune(run, goal, guarantee=guarantee, n_repeats=2)
     rows = []
     for train, test in folds(tuning.grid, 2, 5, 0):
         try:
-            thresholds = choose_with_guarantee(run.select(np.flatnonzero(train)), goal, *guarantee).thresholds
+            thresholds = choose_with_guarantee(run.select(np.flatnonzero(train)), goal, guarantee).thresholds
         except InfeasibleError:
             continue
         parts = [run.select(np.flatnonzero(weights)).replay(thresholds) for weights in (train, test)]
         counts = [outcome_counts(run.spec, part).to_numpy() for part in parts]
-        rows.append([[float(goal.value(name, c)) for c in counts] for name in goal.metrics])
+        rows.append(counts)
     assert len(rows) > 5
-    expected = np.nanmean(rows, axis=0)
+    expected = np.array([goal.value(name, np.sum(rows, axis=0)) for name in goal.metrics])
     table = tuning.cross_validation
+    assert table.attrs == {"n_folds": 10, "n_infeasible": 10 - len(rows)}
     assert table[["tuned", "held_out"]].to_numpy() == pytest.approx(expected)
     assert tuning.spec.tuned_on["optimism"] == pytest.approx(
         dict(zip(goal.metrics, -np.diff(expected)[:, 0], strict=True))
@@ -287,7 +291,8 @@ def test_with_thresholds_per_label_cross_validation_is_of_them(tmp_path):
     tuning = tune(run, ACCURACY, by_label=True, n_resamples=2, n_repeats=1)
     assert tuning.uses_per_label
     assert np.isnan(tuning.thresholds.loc["last", "chosen"])
-    assert "chosen_again_low" not in tuning.metrics
+    assert tuning.bootstrap.thresholds["last"].isna().all()
+    assert tuning.bootstrap.thresholds["gate0"].notna().all()
     assert "last per label" in repr(tuning)
     accuracy = {"tuned": [], "held_out": []}
     for train, test in folds(tuning.grid, 1, 5, 0):
@@ -314,10 +319,23 @@ def test_a_last_stage_that_alone_cannot_satisfy_the_goal_is_not_compared(tmp_pat
         logits["last"] = np.where(logits["last"] == logits["last"].max(axis=1, keepdims=True), 900, -900)
         sure.append(memory_run(run.spec, run.examples, {name: np.float32(x) for name, x in logits.items()}))
     goal = Goal("in_scope_accuracy", at_least={"reject_recall": 0.2})
-    for options in ({}, {"guarantee": ("reject_recall", 0.1)}):
+    for options in ({}, {"guarantee": {"reject_recall": 0.1}}):
         tuning = tune(sure[0], goal, test=sure[1], n_resamples=2, n_repeats=1, **options)
         assert tuning.without_gate is None
+        assert tuning.not_compared.endswith("stage last alone satisfies the goal at no threshold.")
         assert "with the gates" not in "".join(tuning.summary())
+
+
+def test_a_last_stage_that_cannot_reject_is_not_compared_and_the_key_to_add_is_named(tmp_path):
+    runs = [run_with_texts(tmp_path / f"{k}", f"set {k}", n=60, seed=k) for k in range(2)]
+    spec = runs[0].spec
+    spec = replace(spec, stages=(*spec.stages[:-1], replace(spec.last, reject_label=None)))
+    tuned, test = (memory_run(spec, run.examples, logits_of(run)) for run in runs)
+    tuning = tune(tuned, ACCURACY, test=test, n_resamples=2, n_repeats=1)
+    assert tuning.without_gate is None
+    assert 'Add reject_label = "oos0" to its table in cascade.toml' in tuning.not_compared
+    assert tuning.not_compared in tuning.summary()
+    assert tuning.not_compared not in tune(tuned, ACCURACY, n_resamples=2, n_repeats=1).summary()
 
 
 def test_a_test_run_of_other_stages_is_refused(runs, tmp_path):
@@ -345,7 +363,12 @@ def test_the_summary_tells_of_broken_bounds_and_of_prevalences(runs):
     assert "In scope accuracy breaks its bound of at least" in text
     assert "A guarantee makes a bound hold on new texts too" in text
     assert f"{tuning.held_out.loc['reject_recall', 'held_out']:.4f}" in text
-    assert "of the resamples no thresholds satisfy the goal" in text
+    assert "of the resamples no thresholds satisfy the goal, so the metrics have no interval." in text
+    n_infeasible = tuning.cross_validation.attrs["n_infeasible"]
+    assert 0 < n_infeasible < 5
+    assert f"On {n_infeasible} of 5 folds of the cross-validation no thresholds satisfy the goal" in text
+    assert tuning.spec.tuned_on["notes"] == tuning.notes
+    assert set(tuning.notes) < set(tuning.summary())
     # Reject recall and in-scope accuracy do not depend on the prevalence, so accuracy is maximized there.
     assert tuning.prevalence_goal == ACCURACY
     assert "the thresholds to maximize accuracy are: " in text

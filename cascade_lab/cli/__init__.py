@@ -14,6 +14,7 @@ from cascade_lab.cli.console import Group
 from cascade_lab.cli.correct import correct
 from cascade_lab.cli.export import export
 from cascade_lab.cli.finetune import finetune
+from cascade_lab.cli.fit_rejector import fit_rejector
 from cascade_lab.cli.import_hf import import_hf
 from cascade_lab.cli.import_logits import import_logits
 from cascade_lab.cli.inspect import inspect
@@ -44,6 +45,7 @@ COMMANDS = (
     report,
     verify,
     tune,
+    fit_rejector,
     attribute,
     calibrate,
     compare,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cascade_lab.cli.console import quiet_tensorflow, shows_progress
+from cascade_lab.cli.console import shows_progress, spinner
 
 if TYPE_CHECKING:
     from cascade_lab.cascade import Cascade
@@ -19,26 +20,29 @@ if TYPE_CHECKING:
 
 
 def default_directory(name: str) -> Path:
-    """Return `runs/NAME-TIME`, for a command that was given no output."""
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    """Return `runs/NAME-TIME`, for a command that was given no output; a name decides nothing about the folder."""
+    letters = re.sub(r"[^\w.-]+", "-", name)[:80].strip(".-") or "cascade"
+    return Path("runs") / f"{letters}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def read_evalset(path: Path, spec: CascadeSpec, *, split: str | None, limit: int | None) -> EvalSet:
+def read_evalset(
+    path: Path, spec: CascadeSpec, *, split: str | None, limit: int | None, encoding: str | None = None
+) -> EvalSet:
     """Read labelled texts, check every label against the cascade, and keep at most `limit` texts."""
     from cascade_lab.decisions import check_labels
     from cascade_lab.evalset import EvalSet
 
-    evalset = EvalSet.read(path, split=split)
+    evalset = EvalSet.read(path, split=split, encoding=encoding)
     check_labels(spec, evalset.examples, evalset.locations)
     return evalset if limit is None else evalset.limit(limit)
 
 
-def load_cascade(spec: CascadeSpec) -> Cascade:
+def load_cascade(spec: CascadeSpec, *, keep_features: bool = False) -> Cascade:
     """Load TensorFlow and every stage of a cascade, quietly. Close the cascade after use."""
-    with quiet_tensorflow(f"loading {len(spec.stages)} stages"):
+    with spinner(f"loading {len(spec.stages)} stages"):
         from cascade_lab.cascade import Cascade
 
-        return Cascade.load(spec)
+        return Cascade.load(spec, keep_features=keep_features)
 
 
 def make_report(

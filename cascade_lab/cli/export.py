@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cascade_lab.cli.console import quiet_tensorflow
+from cascade_lab.cli.console import spinner
 from cascade_lab.cli.options import CASCADE, NEW_DIRECTORY, OVERWRITE
 from cascade_lab.cli.printing import line
 
@@ -29,7 +29,7 @@ def export(
 
     spec = CascadeSpec.read(cascade)
     check_directory(output, overwrite=overwrite, marker="export.json", what="cascade's export")
-    with quiet_tensorflow(f"exporting {len(spec.stages)} stages"):
+    with spinner(f"exporting {len(spec.stages)} stages"):
         from cascade_lab.export import export_cascade
 
         export_cascade(spec, output, format=format, overwrite=overwrite)

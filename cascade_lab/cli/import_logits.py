@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.actions import default_directory
-from cascade_lab.cli.options import CASCADE, EVALSET, NEW_RUN, OVERWRITE, SPLIT, read_pair
+from cascade_lab.cli.options import CASCADE, ENCODING, EVALSET, NEW_RUN, OVERWRITE, SPLIT, read_pair
 from cascade_lab.cli.printing import line, print_run
 from cascade_lab.exceptions import CascadeLabError
 
@@ -29,6 +29,7 @@ def import_logits(
         ),
     ],
     split: SPLIT = None,
+    encoding: ENCODING = None,
     output: NEW_RUN = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="The files contain probabilities, not logits.")
@@ -54,7 +55,7 @@ def import_logits(
     files = _read_files(logits, spec)
     output = output or default_directory(spec.name)
     check_run_output(output, overwrite=overwrite)
-    examples = EvalSet.read(evalset, split=split, unlabelled=True)
+    examples = EvalSet.read(evalset, split=split, unlabelled=True, encoding=encoding)
     ids = examples.examples["example_id"].tolist()
     arrays = {name: read_logits(path, spec.stage(name), ids) for name, path in files.items()}
     run = Run.from_logits(

@@ -26,6 +26,12 @@ RUN = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", sho
 SPLIT = Annotated[
     str | None, typer.Option(help="Use only this split (of CLINC150's json, or of a column named split).")
 ]
+ENCODING = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The encoding of a text file, such as cp1252 [default: UTF-8, or its byte-order mark's]."
+    ),
+]
 LIMIT = Annotated[int | None, typer.Option(min=1, help="Use at most this number of texts, evenly spaced over the set.")]
 BATCH_SIZE = Annotated[
     int | None, typer.Option(min=1, help="The most texts in one batch of a stage [default: the fastest].")

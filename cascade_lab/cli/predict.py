@@ -60,8 +60,9 @@ def _print_json(texts: list[str], predictions: pd.DataFrame) -> None:
 
 
 def _to_json(values: dict[str, Any]) -> str:
-    """Return JSON on one line; if standard output's encoding lacks a character, it is escaped as JSON has it."""
+    """Return JSON on one line, in which a character that a terminal obeys, or that it cannot print, is escaped."""
     text = json.dumps(values, ensure_ascii=False)
+    text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -71,9 +72,11 @@ def _to_json(values: dict[str, Any]) -> str:
 
 def _print_table(texts: list[str], predictions: pd.DataFrame, spec: CascadeSpec) -> None:
     probabilities = [f"p({stage.pass_label or stage.name})" for stage in spec.stages]
-    shown = table("text", "predicted", "decided by", *probabilities)
+    with_rejector = any(stage.rejector is not None for stage in spec.stages)
+    shown = table("text", "predicted", "decided by", *probabilities, *(["confidence"] if with_rejector else []))
     for text, row in zip(texts, predictions.to_dict("records"), strict=True):
         p = [number(row[f"{stage.name}_probability"], ".3f") for stage in spec.stages]
+        p += [number(row["confidence"], ".3f")] if with_rejector else []
         shown.add_row(cell(text), cell(row["predicted"]), row["decided_by"], *p)
     show(shown)
 

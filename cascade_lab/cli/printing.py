@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -32,13 +35,32 @@ def table(*columns: str, fold_first: bool = False) -> Table:
 
 
 def show(*blocks: object) -> None:
-    """Print tables and titles, one below the other."""
-    Console(highlight=False).print(*blocks, sep="\n")
+    """Print tables and titles, one below the other; markup is not interpreted, control characters are replaced."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    for block in blocks:
+        console.print(_Printable(block))
+
+
+class _Printable:
+    """A renderable whose every piece of text is printable, wherever it comes from."""
+
+    def __init__(self, block: Any):
+        self.block = block
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        block = Text(self.block) if isinstance(self.block, str) else self.block
+        for segment in console.render(block, options):
+            if segment.control is None:
+                text = "\n".join(printable(part) for part in segment.text.split("\n"))
+                yield Segment(text, segment.style)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self.block)
 
 
 def line(text: str) -> None:
     """Print a text as one line, however long, so that it can be copied; control characters are replaced."""
-    Console().print(printable(text), soft_wrap=True, markup=False, highlight=False)
+    Console().print(printable(text), soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def cell(text: str, max_length: int = MAX_CELL) -> Text:
@@ -125,10 +147,10 @@ def print_labelled(run: Run) -> None:
 
 
 def _print_metrics(run: Run) -> None:
-    from cascade_lab.analysis.latency import stage_latencies
+    from cascade_lab.analysis.latency import is_timed, stage_latencies, timing_note
 
-    latencies = stage_latencies(run) if len(run.timings) else {}
-    times = ["p50 ms", "p95 ms", "p99 ms", "share"] if latencies else []
+    latencies = stage_latencies(run) if is_timed(run) else {}
+    times = ["ms/text p50", "p95", "p99", "share"] if latencies else []
     stages = table("stage", "reached", "accuracy", "AUROC", *times)
     for name, metrics in run.metrics["stages"].items():
         reached = f"{metrics['n_reached']:,} ({number(metrics['reach'], '.1%')})"
@@ -142,6 +164,10 @@ def _print_metrics(run: Run) -> None:
     end_to_end = [number(run.metrics["end_to_end"][key]) for key in keys]
     whole.add_row(f"{run.metrics['n_examples']:,} texts", *end_to_end)
     show(stages, whole)
+    if any(stage.is_gate for stage in run.spec.stages):
+        line("AUROC: of a gate's confidence, with the texts to stop as positives")
+    for note in timing_note(run) if latencies else ():
+        line(note)
 
 
 def _print_decided(run: Run) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from cascade_lab.cli.actions import default_directory, load_cascade, make_report, read_evalset
 from cascade_lab.cli.console import shows_progress
-from cascade_lab.cli.options import BATCH_SIZE, CASCADE, EVALSET, LIMIT, NEW_RUN, OVERWRITE, SPLIT
+from cascade_lab.cli.options import BATCH_SIZE, CASCADE, ENCODING, EVALSET, LIMIT, NEW_RUN, OVERWRITE, SPLIT
 from cascade_lab.cli.printing import print_run
 
 
@@ -16,16 +16,24 @@ def run(
     cascade: CASCADE,
     evalset: EVALSET,
     split: SPLIT = None,
+    encoding: ENCODING = None,
     output: NEW_RUN = None,
     limit: LIMIT = None,
     shadow: Annotated[
         bool,
         typer.Option(
             "--shadow/--no-shadow",
-            help="Afterwards let the later stages score the texts that a gate stopped, so that other thresholds can "
+            help="Afterwards let the later stages score the texts that ended before them, so that other thresholds can "
             "be replayed.",
         ),
     ] = True,
+    keep_features: Annotated[
+        bool,
+        typer.Option(
+            "--keep-features",
+            help="Keep each stage's last [CLS] vector (16-bit), from which `fit-rejector` can compute distances.",
+        ),
+    ] = False,
     batch_size: BATCH_SIZE = None,
     overwrite: OVERWRITE = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Draw figures and write report.html.")] = True,
@@ -39,10 +47,10 @@ def run(
 
     # Everything that can be refused early is refused before TensorFlow is loaded.
     spec = CascadeSpec.read(cascade)
-    examples = read_evalset(evalset, spec, split=split, limit=limit)
+    examples = read_evalset(evalset, spec, split=split, limit=limit, encoding=encoding)
     output = output or default_directory(spec.name)
     check_run_output(output, overwrite=overwrite)
-    with load_cascade(spec) as loaded:
+    with load_cascade(spec, keep_features=keep_features) as loaded:
         finished = loaded.run(
             examples,
             output=output,

@@ -60,11 +60,13 @@ def verify(
 def _result(verdict: Verdict) -> str:
     if verdict.changed_values:
         return f"{len(verdict.changed_values):,} values differ"
-    if verdict.page_difference == "words":
+    if verdict.page_difference == "other page":
         return (
-            "every number is the same, but the page is not: the HTML was edited, or another version of cascade-lab "
-            "wrote it"
+            "every number is the same, but the HTML is not the page that was written with the JSON: it was edited, or "
+            "its writing was interrupted"
         )
+    if verdict.page_difference == "words":
+        return "every number is the same, but the page is not: another version of cascade-lab wrote it"
     if verdict.page_difference == "pictures":
         return "every number and word is the same, but the pictures are not the same bytes"
     return "identical except for versions of packages" if verdict.changed_packages else "identical"

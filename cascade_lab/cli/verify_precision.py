@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from cascade_lab.cli.actions import read_evalset
-from cascade_lab.cli.console import quiet_tensorflow, shows_progress
-from cascade_lab.cli.options import CASCADE, EVALSET, LIMIT, SHOWN_TEXTS, SPLIT
+from cascade_lab.cli.console import shows_progress, spinner
+from cascade_lab.cli.options import CASCADE, ENCODING, EVALSET, LIMIT, SHOWN_TEXTS, SPLIT
 from cascade_lab.cli.printing import cell, line, number, show, table
 
 
 def verify_precision(
-    cascade: CASCADE, evalset: EVALSET, split: SPLIT = None, limit: LIMIT = None, texts: SHOWN_TEXTS = 10
+    cascade: CASCADE,
+    evalset: EVALSET,
+    split: SPLIT = None,
+    encoding: ENCODING = None,
+    limit: LIMIT = None,
+    texts: SHOWN_TEXTS = 10,
 ) -> None:
     """Compare a cascade in its own precision with float32; a cascade in float32 is compared in bfloat16.
 
@@ -18,10 +23,10 @@ def verify_precision(
     from cascade_lab.spec import CascadeSpec
 
     spec = CascadeSpec.read(cascade)
-    examples = read_evalset(evalset, spec, split=split, limit=limit)
-    with quiet_tensorflow("loading TensorFlow"):
+    examples = read_evalset(evalset, spec, split=split, limit=limit, encoding=encoding)
+    with spinner("loading TensorFlow"):
         from cascade_lab.precision_check import verify_precision as check_precision
-    check = check_precision(spec, examples, progress=shows_progress(), quiet=quiet_tensorflow)
+    check = check_precision(spec, examples, progress=shows_progress(), quiet=spinner)
     stages = table("stage", "precision", "logits: rms", "p99", "largest", "answers changed")
     for name, row in check.stages.iterrows():
         differences = [number(row[key]) for key in ("rms", "p99", "max")]

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from cascade_lab.displays.calibration import *
     from cascade_lab.displays.comparison import *
     from cascade_lab.displays.confusion import *
+    from cascade_lab.displays.cost_front import *
     from cascade_lab.displays.coverage import *
     from cascade_lab.displays.latency import *
     from cascade_lab.displays.outcomes import *
+    from cascade_lab.displays.reject_score import *
     from cascade_lab.displays.study import *
     from cascade_lab.displays.text import *
     from cascade_lab.displays.threshold_surface import *
@@ -25,11 +27,14 @@ DISPLAYS = {
     "CascadeCalibrationDisplay": "calibration",
     "CascadeConfusionDisplay": "confusion",
     "ComparisonDisplay": "comparison",
+    "CostFrontDisplay": "cost_front",
     "CounterfactualMatrixDisplay": "outcomes",
+    "HeldOutDisplay": "study",
     "LengthLatencyDisplay": "latency",
     "OracleLadderDisplay": "outcomes",
     "OutcomeFlowDisplay": "outcomes",
     "PredictedCostDisplay": "latency",
+    "RejectScoreDisplay": "reject_score",
     "RiskCoverageDisplay": "coverage",
     "StageLatencyDisplay": "latency",
     "StudyDisplay": "study",

@@ -69,7 +69,8 @@ class RiskCoverageDisplay(Display):
         RunError
             The run has no shadow scores, or no confidence has that name.
         """
-        names = tuple(confidences or (CONFIDENCES if len(run.spec.stages) > 1 else ("last",)))
+        has_gate = any(stage.is_gate for stage in run.spec.stages)
+        names = tuple(confidences or (CONFIDENCES if has_gate else ("last",)))
         return cls(
             {name: risk_coverage(run, name) for name in names},
             coverage_metrics(run, names),

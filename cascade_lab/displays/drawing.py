@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from cascade_lab.analysis.errors import GOES_ON, RECOVERABLE, UNRECOVERABLE
+from cascade_lab.analysis.errors import (
+    GOES_ON,
+    RECOVERABLE,
+    RECOVERABLE_ANSWER,
+    UNRECOVERABLE,
+    UNRECOVERABLE_ANSWER,
+)
 from cascade_lab.analysis.outcomes import FALSE_ACCEPT, FALSE_REJECT, RIGHT, RIGHT_REJECT, WRONG_CLASS, WRONG_REJECT
 from cascade_lab.text import printable, shorten
 
@@ -40,6 +46,8 @@ OUTCOME_STYLES = {
     FALSE_REJECT: OutcomeStyle("#c76f2b", "////"),  # the sum of the two kinds of reject that follow
     RECOVERABLE: OutcomeStyle("#e08a3c", "////"),
     UNRECOVERABLE: OutcomeStyle("#a8521a", "xxxx"),
+    RECOVERABLE_ANSWER: OutcomeStyle("#3f86b8", "////"),
+    UNRECOVERABLE_ANSWER: OutcomeStyle("#1f4e79", "xxxx"),
     FALSE_ACCEPT: OutcomeStyle("#b0304f", "\\\\\\\\"),
     WRONG_CLASS: OutcomeStyle("#5d4390", "...."),
     WRONG_REJECT: OutcomeStyle("#55595f", "----"),

@@ -16,7 +16,7 @@ _TICKS = (1e-6, 1e-5, 1e-4, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.9
 
 def axis_limits(values: pd.Series | np.ndarray, *points: float | None) -> tuple[float, float]:
     """Return the ends of an axis: between them are all but a thousandth of the thresholds, and the points."""
-    inner = np.asarray(values)[:-1]  # the last is 1, where no text passes
+    inner = np.sort(np.asarray(values))[:-1]  # the highest is 1, where no text is above
     inner = inner if len(inner) else np.array([0.5])
     low, high = np.quantile(inner, [0.001, 0.999])
     inside = [value for value in points if value is not None and 0 < value < 1]

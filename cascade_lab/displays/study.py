@@ -1,4 +1,4 @@
-"""The schemes of a study as points: in-scope accuracy against reject recall."""
+"""Draw studies: schemes as points, in-scope accuracy against reject recall; and rules against the known ratio."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
-from cascade_lab.analysis.study_results import StudyResults
+from cascade_lab.analysis.open_set import OPEN_SET_METRICS
+from cascade_lab.analysis.study_results import HeldOutResults, StudyResults
 from cascade_lab.displays.drawing import Display, hide_spines, plain_text
+from cascade_lab.exceptions import RunError, did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -87,5 +89,68 @@ class StudyDisplay(Display):
         ax.set(xlabel="in-scope accuracy, %", ylabel="reject recall, %")
         self._set_title(self.title)
         ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        hide_spines(ax, "top", "right")
+        return self
+
+
+class HeldOutDisplay(Display):
+    """A metric of every rule against the fraction of the labels that are known, on the test split.
+
+    Parameters
+    ----------
+    metrics : DataFrame
+        As `HeldOutResults.metrics` returns them.
+    metric : str
+        A key of `OPEN_SET_METRICS`, such as `harmonic_mean` (of known F1 and open F1) or `auroc`.
+    title : str
+
+    Attributes
+    ----------
+    metrics : DataFrame
+        The rows of `metric`.
+    metric, title
+        As given.
+    ax_, figure_ : Axes, Figure
+        After `plot`.
+    """
+
+    def __init__(self, metrics: pd.DataFrame, *, metric: str = "harmonic_mean", title: str = ""):
+        if metric not in OPEN_SET_METRICS:
+            raise RunError(f"no metric is named '{metric}'{did_you_mean(metric, OPEN_SET_METRICS)}")
+        self.metrics = metrics[metrics["metric"] == metric].reset_index(drop=True)
+        self.metric, self.title = metric, title
+
+    @classmethod
+    def from_results(cls, results: HeldOutResults, *, metric: str = "harmonic_mean") -> Self:
+        """Take the metrics of a study with held-out labels."""
+        return cls(
+            results.metrics(), metric=metric, title="Test split; the bars go from the lowest to the highest seed"
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per point: `known_ratio`, `rule`, `n_seeds`, `mean`, `low` and `high`."""
+        return self.metrics.drop(columns="metric")
+
+    def plot(self, ax: Axes | None = None, **kwargs: Any) -> Self:
+        """Draw a line per rule through the means, with a bar for the range of the seeds.
+
+        Parameters
+        ----------
+        ax : Axes, optional
+        **kwargs
+            Go to `Axes.errorbar`.
+        """
+        ax = self._axes(ax, (7, 4.5))
+        by_rule = self.metrics.groupby("rule", sort=False)
+        for number, (rule, part) in enumerate(by_rule):
+            mean, low, high = (100 * part[name].to_numpy(float) for name in ("mean", "low", "high"))
+            color = colormaps["viridis"](number / max(1, len(by_rule)))
+            style = {"color": color, "marker": _MARKERS[number % len(_MARKERS)], "capsize": 3, **kwargs}
+            ax.errorbar(
+                100 * part["known_ratio"], mean, yerr=[mean - low, high - mean], label=plain_text(str(rule)), **style
+            )
+        ax.set(xlabel="labels that are known, %", ylabel=f"{OPEN_SET_METRICS[self.metric]}, %")
+        self._set_title(self.title)
+        ax.legend(fontsize=8)
         hide_spines(ax, "top", "right")
         return self

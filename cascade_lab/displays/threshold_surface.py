@@ -22,6 +22,7 @@ from cascade_lab.displays.log_odds import (
 )
 from cascade_lab.exceptions import RunError
 from cascade_lab.run import Run
+from cascade_lab.text import exact
 from cascade_lab.thresholds import (
     Choice,
     Goal,
@@ -140,7 +141,7 @@ class ThresholdSurfaceDisplay(Display):
 
     @classmethod
     def _from_choice(
-        cls, run: Run, goal: Goal, choice: Choice, bootstrap: ThresholdBootstrap | None, grid: ThresholdGrid
+        cls, run: Run, goal: Goal, choice: Choice, bootstrap: ThresholdBootstrap, grid: ThresholdGrid
     ) -> Self:
         # The cells are of equal size in log-odds. Of equal size in rank, a wide cell would stand for many thresholds.
         axes = []
@@ -153,7 +154,7 @@ class ThresholdSurfaceDisplay(Display):
             Surface(grid.stages, axes[0], axes[1], counts, False),
             goal,
             choice=choice,
-            resampled=None if bootstrap is None else bootstrap.thresholds[list(grid.stages)],
+            resampled=bootstrap.thresholds[list(grid.stages)].dropna(),
             run_thresholds={name: run.spec.thresholds[name] for name in grid.stages},
             title=f"{run.spec.name}, {int(counts[0, 0].sum()):,} texts",
         )
@@ -199,7 +200,7 @@ class ThresholdSurfaceDisplay(Display):
                 continue
             pair = [thresholds[stage] or 0.0 for stage in self.surface.stages]
             point = [[np.clip(value, *ends)] for value, ends in zip(pair, limits, strict=True)]
-            label = f"{name}: {pair[0]:.4g}, {pair[1]:.4g}"
+            label = f"{name}: {exact(pair[0])}, {exact(pair[1])}"
             mark: Style = {
                 "color": color,
                 "markeredgecolor": "black",

@@ -21,6 +21,7 @@ from cascade_lab.displays.log_odds import (
     set_log_odds_scale,
 )
 from cascade_lab.run import Run
+from cascade_lab.text import exact
 from cascade_lab.thresholds import (
     Choice,
     Goal,
@@ -154,7 +155,7 @@ class ThresholdDisplay(Display):
         run: Run,
         goal: Goal,
         choice: Choice,
-        bootstrap: ThresholdBootstrap | None,
+        bootstrap: ThresholdBootstrap,
         stage: str,
         metrics: Sequence[str] | None,
     ) -> Self:
@@ -169,7 +170,7 @@ class ThresholdDisplay(Display):
             bounds=bounds,
             run_threshold=run.spec.thresholds.get(stage),
             chosen=choice.thresholds[stage],
-            resampled=None if bootstrap is None else bootstrap.thresholds[stage].to_numpy(),
+            resampled=bootstrap.thresholds[stage].dropna().to_numpy(),
             goal=goal,
             title=_title(run, stage, table),
         )
@@ -204,10 +205,10 @@ class ThresholdDisplay(Display):
                 dots: Style = {"color": color, "linestyle": (0, (1, 3)), "linewidth": 1.3, "label": label}
                 handles.append(ax.axhline(self.bounds[name], **dots))
         if self.run_threshold is not None:
-            label = f"threshold of the run: {self.run_threshold:.4g}"
+            label = f"threshold of the run: {exact(self.run_threshold)}"
             handles.append(ax.axvline(np.clip(self.run_threshold, low, high), color="0.6", linewidth=1.2, label=label))
         if self.chosen is not None:
-            label = f"chosen: {self.chosen:.4g}"
+            label = f"chosen: {exact(self.chosen)}"
             handles.append(ax.axvline(np.clip(self.chosen, low, high), color="black", linewidth=1.6, label=label))
         if self.resampled is not None and len(self.resampled):
             handles.append(_draw_resampled(ax, self.resampled, low, high))
@@ -228,12 +229,9 @@ def _title(run: Run, stage: str, table: pd.DataFrame) -> str:
 
 
 def _draw_resampled(ax: Axes, resampled: np.ndarray, low: float, high: float) -> Patch:
-    """Draw the resampled thresholds as a histogram below 0, and a band over 95% of them; return the legend entry."""
+    """Draw the resampled thresholds as a histogram below 0; return the legend entry."""
     edges = probability(np.linspace(log_odds(low), log_odds(high), 101))
     counts, _ = np.histogram(np.clip(resampled, low, high), bins=edges)
     heights = 0.11 * counts / max(counts.max(), 1)
     ax.bar(edges[:-1], heights, np.diff(edges), bottom=-0.145, align="edge", color="0.35", linewidth=0)
-    interval = np.quantile(resampled, [0.025, 0.975])
-    ax.axvspan(*np.clip(interval, low, high), color="0.93", zorder=0)
-    label = f"chosen on {len(resampled)} resamples; 95% from {interval[0]:.3g} to {interval[1]:.3g}"
-    return Patch(color="0.35", label=label)
+    return Patch(color="0.35", label=f"chosen on each of {len(resampled)} resamples")

@@ -1,22 +1,24 @@
 """Counts the outcomes at every combination of thresholds, from kept logits and without a replay for each.
 
-A text leaves the cascade at the first stage whose threshold its confidence does not reach. Its outcome there, and its
-outcome if it reaches every threshold, do not depend on the thresholds. So the outcomes at all pairs of two thresholds
-are cumulative sums of a histogram.
+A text leaves the cascade at the first stage whose threshold its confidence does not reach; at a deferral stage, whose
+threshold it reaches. Its outcome there, and its outcome if it goes on at every stage, do not depend on the thresholds.
+So the outcomes at all pairs of two thresholds are cumulative sums of a histogram.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import ROUND_FLOOR, Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.outcomes import OUTCOMES, outcome_codes
-from cascade_lab.decisions import require_scored, route
+from cascade_lab.decisions import RoutingResult, StageDecision, require_scored, route
 from cascade_lab.exceptions import RunError
 from cascade_lab.spec import CascadeSpec
 
@@ -27,16 +29,17 @@ if TYPE_CHECKING:
 class GridCounts(NamedTuple):
     """The number of texts of each outcome, in the order of `OUTCOMES`, at `n_first` × `n_second` thresholds.
 
-    With one stage, `n_second` is 1.
+    With one stage, `n_second` is 1. *Below* is said of a gate and of the last stage: the texts that leave there. At a
+    deferral stage the texts above leave, and its thresholds fall from one index to the next.
 
     Attributes
     ----------
     below_first : ndarray of int, shape (n_first, 6)
-        Texts below the first threshold. They become more as the threshold rises.
+        Texts below the first threshold. They become more from one index to the next.
     below_second : ndarray of int, shape (n_first, n_second, 6)
         Texts that reach the first threshold and not the second.
     above_both : ndarray of int, shape (n_first, n_second, 6)
-        Texts that reach both. They become fewer as either threshold rises.
+        Texts that reach both. They become fewer from one index to the next.
     n_held : ndarray of int, shape (n_first, 2)
         Texts in scope, and texts out of scope, that do not go beyond the first stage of the cascade.
     """
@@ -65,24 +68,28 @@ class ThresholdGrid:
     stages : tuple of str
         The stages whose thresholds move, in the order of the cascade.
     thresholds : tuple of ndarray, one per stage
-        Every threshold that makes a difference, ascending: each confidence that occurs, and 1. A threshold between two
-        of them does what the higher one does.
+        Every threshold that makes a difference: each confidence that occurs, and 1; ascending, but descending for a
+        deferral stage. A threshold between two of them does what the higher one does (see `index`).
     ranks : ndarray of int, shape (n_stages, n)
-        How many of a stage's thresholds a text's confidence reaches: it reaches `thresholds[k][i]` if
-        `ranks[k] > i`. 0 for a text that does not arrive at the stage. A text whose label has a minimum of its own
-        (`min_probabilities`) does not move with the threshold: it reaches all of them, or none.
+        At how many of a stage's thresholds a text goes on, to a later stage or to the last stage's label: it does at
+        `thresholds[k][i]` if `ranks[k] > i`. 0 for a text that does not arrive at the stage. A text whose label has a
+        minimum of its own (`min_probabilities`) does not move with the threshold: it reaches all of them, or none.
     outcomes : ndarray of int, shape (n_stages + 1, n)
-        Row k: the outcome (an index into `OUTCOMES`) of a text that reaches the thresholds before stage k and not that
-        of stage k. Last row: its outcome if it reaches all.
+        Row k: the outcome (an index into `OUTCOMES`) of a text that goes on at the stages before stage k, and leaves
+        at stage k. Last row: its outcome if it goes on at all.
     predicted : ndarray of str, shape (n_stages + 1, n)
         The cascade's answer in each case.
     y_true : ndarray of str, shape (n,)
         True labels.
     in_scope : ndarray of bool, shape (n,)
         The true label is a class of the last stage.
+    groups : ndarray of int, shape (n,)
+        The same number for equal texts (`text_groups`).
     is_held : ndarray of bool, shape (n,), optional
         The texts that do not go beyond the first stage of the cascade, where its threshold is fixed. None where that
         stage is the first of `stages`, whose threshold decides it.
+    defers : tuple of bool, one per stage
+        Whether it is a deferral stage.
     """
 
     name: str
@@ -93,7 +100,9 @@ class ThresholdGrid:
     predicted: np.ndarray
     y_true: np.ndarray
     in_scope: np.ndarray
+    groups: np.ndarray
     is_held: np.ndarray | None = None
+    defers: tuple[bool, ...] = ()
 
     @classmethod
     def from_run(
@@ -120,10 +129,7 @@ class ThresholdGrid:
         stages = _checked_stages(run, stages)
         spec = run.spec.with_thresholds({k: v for k, v in (thresholds or {}).items() if k not in stages})
         decisions = {stage.name: run.decision(stage.name).with_threshold(stage) for stage in spec.stages}
-        # Case k: at or above the thresholds of the stages before k, below that of k. The last case: above all.
-        cases = [{**dict.fromkeys(stages[:k], True), stage: False} for k, stage in enumerate(stages)]
-        cases.append(dict.fromkeys(stages, True))
-        routes = [require_scored(route(spec, decisions, force=case), run.name) for case in cases]
+        routes = [require_scored(result, run.name) for result in route_cases(spec, decisions, stages)]
         y_true = run.examples["label"].to_numpy(dtype=object)
         values, ranks = [], []
         for stage in stages:
@@ -132,6 +138,8 @@ class ThresholdGrid:
             is_fixed = np.asarray(pd.Index(decision.label_above).isin(own_minimums))
             values.append(np.unique(np.append(decision.confidence[arrived & ~is_fixed], 1.0)))
             rank = np.searchsorted(values[-1], decision.confidence, side="right")
+            if decision.role == "deferral":
+                rank, values[-1] = len(values[-1]) - rank, values[-1][::-1]
             rank[is_fixed] = np.where(decision.above[is_fixed], len(values[-1]), 0)
             ranks.append(np.where(arrived, rank, 0))
         first, *later = spec.stages
@@ -146,7 +154,9 @@ class ThresholdGrid:
             predicted=np.array([case.predicted for case in routes]),
             y_true=y_true,
             in_scope=np.asarray(pd.Index(y_true).isin(spec.in_scope_labels)),
+            groups=text_groups(run.examples),
             is_held=None if later and stages[0] == first.name else ~goes_on,
+            defers=tuple(spec.stage(stage).is_deferral for stage in stages),
         )
 
     def __repr__(self) -> str:
@@ -157,19 +167,30 @@ class ThresholdGrid:
 
     def indices(self, thresholds: Mapping[str, float]) -> tuple[int, ...]:
         """Return the index in `self.thresholds` that does what a threshold does, for each stage."""
-        return tuple(
-            int(np.searchsorted(values, thresholds[stage]))
-            for stage, values in zip(self.stages, self.thresholds, strict=True)
-        )
+        return tuple(int(self.index(stage, thresholds[stage])) for stage in self.stages)
+
+    def index(self, stage: str, thresholds: float | np.ndarray) -> np.ndarray:
+        """Return the indices in a stage's thresholds that do what the given thresholds do."""
+        k = self.stages.index(stage)
+        values = self.thresholds[k]
+        if not self._defers(k):
+            return np.asarray(np.searchsorted(values, thresholds))
+        return len(values) - 1 - np.asarray(np.searchsorted(values[::-1], thresholds))
+
+    def _defers(self, k: int) -> bool:
+        return bool(self.defers) and self.defers[k]
 
     def thresholds_at(self, indices: Sequence[int]) -> dict[str, float]:
-        """Return the thresholds at some indices, one per stage.
+        """Return the thresholds at some indices, one per stage: of those that do the same, one with the fewest digits.
 
-        Index 0 gives the threshold 0: where every confidence of this run reaches the threshold, every confidence of
-        another run is to reach it too.
+        The index of the lowest threshold gives the threshold 0: where every confidence of this run reaches the
+        threshold, every confidence of another run is to reach it too.
         """
-        at = zip(self.stages, self.thresholds, indices, strict=True)
-        return {stage: float(values[i]) if i else 0.0 for stage, values, i in at}
+        found = {}
+        for k, (stage, values, i) in enumerate(zip(self.stages, self.thresholds, indices, strict=True)):
+            lower = i + 1 if self._defers(k) else i - 1
+            found[stage] = shortest_decimal(values[lower], values[i]) if 0 <= lower < len(values) else 0.0
+        return found
 
     def subsample(self, n: int) -> list[np.ndarray]:
         """Return at most `n` indices of each stage's thresholds, evenly spaced, with the first and the last."""
@@ -197,6 +218,7 @@ class ThresholdGrid:
             predicted=self.predicted[:, rows],
             y_true=self.y_true[rows],
             in_scope=self.in_scope[rows],
+            groups=self.groups[rows],
             is_held=None if self.is_held is None else self.is_held[rows],
         )
 
@@ -217,6 +239,7 @@ class ThresholdGrid:
             self,
             stages=tuple(self.stages[k] for k in moving),
             thresholds=tuple(self.thresholds[k] for k in moving),
+            defers=tuple(self._defers(k) for k in moving),
             ranks=self.ranks[moving],
             outcomes=self.outcomes[cases, columns],
             predicted=self.predicted[cases, columns],
@@ -225,9 +248,13 @@ class ThresholdGrid:
 
     def outcomes_at(self, indices: Sequence[int]) -> np.ndarray:
         """Return each text's outcome, an index into `OUTCOMES`, at one threshold per stage: shape (n,)."""
-        is_below = self.ranks <= np.asarray(indices)[:, None]
-        case = np.where(is_below.any(axis=0), is_below.argmax(axis=0), len(self.stages))
+        case = self.cases_at(indices)
         return self.outcomes[case, np.arange(len(case))]
+
+    def cases_at(self, indices: Sequence[int]) -> np.ndarray:
+        """Return at which of `stages` each text leaves, `len(stages)` if at none, at one threshold per stage."""
+        leaves = self.ranks <= np.asarray(indices)[:, None]
+        return np.where(leaves.any(axis=0), leaves.argmax(axis=0), len(self.stages))
 
     def count(self, indices: Sequence[np.ndarray], *, weights: np.ndarray | None = None) -> GridCounts:
         """Count the outcomes at all combinations of some thresholds of one or two stages.
@@ -268,7 +295,7 @@ class ThresholdGrid:
 
     def counts_at(self, *thresholds: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         """Count the outcomes at any thresholds, ascending, of one or two stages: shape (n_first[, n_second], 6)."""
-        at = [np.searchsorted(values, given) for values, given in zip(self.thresholds, thresholds, strict=True)]
+        at = [self.index(stage, given) for stage, given in zip(self.stages, thresholds, strict=True)]
         # Several thresholds may have one index: count it once.
         unique = [np.unique(index) for index in at]
         counts = self.count(unique, weights=weights).counts
@@ -286,9 +313,38 @@ class ThresholdGrid:
         return [*sizes, 1], np.vstack([self.ranks, np.ones_like(self.ranks)]), self.outcomes[[0, 1, 1]]
 
 
+def shortest_decimal(low: float, high: float) -> float:
+    """Return the number with the fewest decimals above `low` and up to `high`, in [0, 1]; of several the largest.
+
+    >>> shortest_decimal(0.41237, 0.41291), shortest_decimal(0.2, 0.9), shortest_decimal(0.9999871, 0.9999874)
+    (0.4129, 0.9, 0.9999874)
+    """
+    for n_decimals in range(28):  # the precision of Decimal
+        rounded = float(Decimal(float(high)).quantize(Decimal(1).scaleb(-n_decimals), rounding=ROUND_FLOOR))
+        if rounded > low:
+            return rounded
+    return float(high)
+
+
+def route_cases(
+    spec: CascadeSpec, decisions: Mapping[str, StageDecision], stages: Sequence[str]
+) -> list[RoutingResult]:
+    """Return the ways of all texts if they leave at one of `stages`, case by case, or go on at all of them.
+
+    Case k: every text goes on at the stages before stage k, and leaves at k. The last case: it goes on at all.
+    """
+    # Whether a text that goes on at a stage is above its threshold.
+    goes_on = {stage: not spec.stage(stage).is_deferral for stage in stages}
+    cases = [
+        {**{earlier: goes_on[earlier] for earlier in stages[:k]}, stage: not goes_on[stage]}
+        for k, stage in enumerate(stages)
+    ]
+    return [route(spec, decisions, force=case) for case in [*cases, goes_on]]
+
+
 def swept_stages(spec: CascadeSpec) -> tuple[str, ...]:
-    """Return the stages of a cascade that can reject, and so have a threshold to choose."""
-    return tuple(stage.name for stage in spec.stages if stage.reject_labels)
+    """Return the stages of a cascade that have a threshold to choose: those that can reject, and those that defer."""
+    return tuple(stage.name for stage in spec.stages if stage.reject_labels or stage.is_deferral)
 
 
 def _checked_stages(run: Run, stages: Sequence[str] | None) -> tuple[str, ...]:
@@ -297,7 +353,7 @@ def _checked_stages(run: Run, stages: Sequence[str] | None) -> tuple[str, ...]:
     if not stages:
         raise RunError(f"{run.name}: no stage can reject, so no threshold can move; give the last a reject_label")
     for stage in stages:
-        if not run.spec.stage(stage).reject_labels:
+        if not (run.spec.stage(stage).reject_labels or run.spec.stage(stage).is_deferral):
             raise RunError(f"{run.name}: stage '{stage}' has no reject_label, so no threshold; name another stage")
     if list(stages) != sorted(set(stages), key=order.index):
         raise RunError(f"{run.name}: stages {', '.join(stages)}: name each once, in order: {', '.join(order)}")

@@ -1,85 +1,170 @@
-"""Chooses thresholds that keep a bound on new texts, with a given probability."""
+"""Chooses thresholds that keep one or more bounds together on new texts, with a given probability."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import betainc
 
-from cascade_lab.analysis.outcomes import FRACTIONS, is_outcome
+from cascade_lab.analysis.outcomes import FRACTIONS, IN_SCOPE, OUT_OF_SCOPE, OUTCOMES, is_outcome
 from cascade_lab.exceptions import GoalError, InfeasibleError
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.objective import LATENCIES, Goal
-from cascade_lab.thresholds.search import Choice
+from cascade_lab.thresholds.search import BOTH_KINDS, Choice
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
 
-GUARANTEED = ("in_scope_accuracy", "reject_recall")
+_IN_SEQUENCE = {"in_scope_accuracy": 1, "coverage": 1, "reject_recall": -1}
+"""Metrics that a gate's threshold moves in one direction: 1 where a lower bound is safest at the lowest threshold."""
+_STEP = 10  # of the first stage's candidates, every tenth is tested for the other metrics
 
 
-class Guarantee(NamedTuple):
-    """A bound that holds on new texts with probability 1 - `delta`; see `choose_with_guarantee`."""
+@dataclass(frozen=True)
+class Guarantee:
+    """Bounds that hold together on new texts with probability 1 - `delta`; see `choose_with_guarantee`.
 
-    metric: str
-    at_least: float
+    Attributes
+    ----------
+    at_least, at_most : mapping of str to float
+        Bounds on metrics of `FRACTIONS`.
+    delta : float
+        The probability that at least one of them is broken.
+
+    Raises
+    ------
+    GoalError
+        No bound, a metric that cannot be guaranteed, or a `delta` that is not between 0 and 1.
+
+    Examples
+    --------
+    >>> print(Guarantee({"in_scope_accuracy": 0.95, "reject_recall": 0.6}))
+    in_scope_accuracy at least 0.95 and reject_recall at least 0.6, together with probability 0.9
+    """
+
+    at_least: Mapping[str, float]
+    at_most: Mapping[str, float] = field(default_factory=dict)
     delta: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not self.bounds:
+            raise GoalError("a guarantee needs a bound; give --guarantee METRIC=VALUE, or --at-least with --confidence")
+        for bound in self.bounds:
+            if bound.metric not in FRACTIONS:
+                raise GoalError(f"'{bound.metric}' cannot be guaranteed; {', '.join(FRACTIONS)} can")
+        if not 0 < self.delta < 1:
+            raise GoalError(f"the probability that a guarantee fails is {self.delta!r}; it must lie between 0 and 1")
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """Every bound."""
+        return bounds_of(self.at_least, self.at_most)
+
     def __str__(self) -> str:
-        return f"{self.metric} at least {self.at_least:g} with probability {1 - self.delta:g}"
+        together = ", together" if len(self.bounds) > 1 else ""
+        return f"{' and '.join(map(str, self.bounds))}{together} with probability {1 - self.delta:g}"
+
+
+class Bound(NamedTuple):
+    """A metric that is to be at least `value` (`sign` is 1), or at most (-1).
+
+    >>> print(Bound("risk", 0.05, -1), Bound("risk", 0.05, -1).holds(0.04))
+    risk at most 0.05 True
+    """
+
+    metric: str
+    value: float
+    sign: int
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'at least' if self.sign > 0 else 'at most'} {self.value:g}"
+
+    def holds(self, metric: float) -> bool:
+        """Return whether a value of the metric keeps the bound; an undefined one does not."""
+        return bool(self.sign * metric >= self.sign * self.value)
+
+
+def bounds_of(at_least: Mapping[str, float], at_most: Mapping[str, float]) -> list[Bound]:
+    """Return the bounds on metrics of the cascade; those on latencies are left out."""
+    kept = [Bound(name, value, 1) for name, value in at_least.items()]
+    return kept + [Bound(name, value, -1) for name, value in at_most.items() if name not in LATENCIES]
 
 
 def choose_with_guarantee(
     run: Run,
     goal: Goal,
-    metric: str,
-    at_least: float,
+    at_least: Mapping[str, float],
     *,
+    at_most: Mapping[str, float] | None = None,
     delta: float = 0.1,
     stages: Sequence[str] | None = None,
     grid: ThresholdGrid | None = None,
 ) -> Choice:
-    """Choose thresholds so that `metric` is at least `at_least` on new texts, with probability 1 - `delta`.
+    """Choose thresholds so that bounds on metrics hold together on new texts, with probability 1 - `delta`.
 
-    Learn then Test (Angelopoulos et al. 2021): the candidates are fixed before the texts are looked at. For each
-    combination of the later stages' thresholds, those of the first stage are tested in order, from the safest on, by
-    exact binomial tests, as long as they pass. The combinations share `delta` equally (Bonferroni). Of the candidates
-    that pass, the best for `goal` is chosen; the goal's own bounds hold on these texts, without a guarantee.
+    Learn then Test (Angelopoulos et al. 2021): the candidates are fixed before the texts are looked at, and each bound
+    of each candidate is tested by an exact binomial test. Of the candidates whose bounds all pass, the best for `goal`
+    is chosen; the goal's own bounds hold on these texts, without a guarantee. However the candidate is chosen, a bound
+    is broken with probability `delta` at most, because the tests share `delta`:
+
+    - Several bounds share it equally (Bonferroni), and so do the combinations of the later stages' thresholds.
+    - In-scope accuracy, coverage and reject recall: the first stage's thresholds are tested in order, from the safest
+      on, as long as they pass; each test has the whole share.
+    - Other metrics, and cascades with a deferral stage, where no direction is known to be safe: of 49 thresholds of
+      the first stage each has an equal share.
+
+    A text that repeats is no new evidence. With repeated texts, each test is of the effective number of texts (Kish
+    1965), as in the confidence limits of Korn and Graubard (1998); it is then no longer exact, but simulations in the
+    tests hold `delta`.
 
     Parameters
     ----------
     run, goal, stages, grid
         As in `choose`.
-    metric : {"in_scope_accuracy", "reject_recall"}
-        What is guaranteed.
-    at_least : float
-        Its least value.
+    at_least, at_most : mapping of str to float
+        What is guaranteed: bounds on metrics of `FRACTIONS`.
     delta : float
-        The probability that the guarantee fails, over draws of the tuning set.
+        The probability that a bound is broken, over draws of the tuning set.
 
     Raises
     ------
     GoalError
-        Another metric, or a goal with a bound on a latency.
+        A metric that cannot be guaranteed, or a goal with a bound on a latency.
     InfeasibleError
-        No candidate passes the test and satisfies the goal's bounds.
+        No candidate passes the tests and satisfies the goal's bounds.
     RunError
         As `ThresholdGrid.from_run`.
+
+    Examples
+    --------
+    >>> from cascade_lab import Run
+    >>> both = {"in_scope_accuracy": 0.9, "reject_recall": 0.6}
+    >>> choose_with_guarantee(Run.read("runs/val"), Goal("accuracy"), both).thresholds  # doctest: +SKIP
     """
-    guarantee = Guarantee(metric, at_least, delta)
+    guarantee = Guarantee(at_least, at_most or {}, delta)
     check_guarantee(goal, guarantee)
     return choose_with_guarantee_on_grid(grid or ThresholdGrid.from_run(run, stages), goal, guarantee)
 
 
 def check_guarantee(goal: Goal, guarantee: Guarantee) -> None:
-    """Raise GoalError if the metric cannot be guaranteed, or not with this goal."""
-    if guarantee.metric not in GUARANTEED:
-        raise GoalError(f"'{guarantee.metric}' cannot be guaranteed; {' and '.join(GUARANTEED)} can")
+    """Raise GoalError if bounds cannot be guaranteed with this goal."""
     if any(name in LATENCIES for name in goal.at_most):
         raise GoalError("a guarantee cannot be combined with a bound on a latency; leave out one of the two")
+    for bound in guarantee.bounds:
+        if goal.prevalence is not None and not is_of_one_kind(bound.metric):
+            raise GoalError(
+                f"{bound.metric} cannot be guaranteed for another fraction of out-of-scope texts; leave out the "
+                "prevalence, or guarantee in_scope_accuracy or reject_recall"
+            )
+
+
+def is_of_one_kind(metric: str) -> bool:
+    """Return whether a metric is of the texts in scope alone, or of those out of scope: no prevalence changes it."""
+    return metric in FRACTIONS and FRACTIONS[metric][1] in (IN_SCOPE, OUT_OF_SCOPE)
 
 
 def choose_with_guarantee_on_grid(
@@ -87,26 +172,30 @@ def choose_with_guarantee_on_grid(
 ) -> Choice:
     """Choose as `choose_with_guarantee`, on the texts of a grid; `weights` says how often each text counts.
 
-    Weights other than 0 and 1 repeat texts, and the guarantee then holds no longer.
+    Texts that count twice are taken for two texts that were drawn independently, as on a resample.
 
     Raises
     ------
     InfeasibleError
-        No candidate passes the test and satisfies the goal's bounds.
+        No candidate passes the tests and satisfies the goal's bounds.
     """
-    metric, at_least, delta = guarantee
     first_stage, *later_stages = grid.stages
-    first = np.concatenate([[0.0], 1 / (1 + np.exp(-np.linspace(-12, 12, 481))), [1.0]])
+    first = _first_candidates()
     combinations = product(np.arange(10) / 10, repeat=len(later_stages))
     later = [dict(zip(later_stages, values, strict=True)) for values in combinations]
     grids = [_at_later_thresholds(grid, thresholds) for thresholds in later]
     counts = np.stack([fixed.counts_at(first, weights=weights) for fixed in grids], axis=1)
-    hits, n = (counts @ is_outcome(names) for names in FRACTIONS[metric])
-    p_value = binom.cdf(n - hits, n, 1 - at_least)
-    # In-scope accuracy is safest at the lowest threshold, reject recall at the highest. (With several gates that have
-    # reject labels of their own it need not be; the guarantee holds in any order, but fewer candidates may pass.)
-    order = slice(None, None, -1) if metric == "reject_recall" else slice(None)
-    passed = np.logical_and.accumulate(p_value[order] <= delta / len(later), axis=0)[order] & (n > 0)
+    passed = np.ones(counts.shape[:2], dtype=bool)
+    delta = guarantee.delta / len(guarantee.bounds) / len(later)
+    for bound in guarantee.bounds:
+        p_value = _p_values(grid, bound, counts, weights)
+        direction = 0 if any(grid.defers) else _IN_SEQUENCE.get(bound.metric, 0) * bound.sign
+        if direction:
+            order = slice(None, None, direction)
+            passed &= np.logical_and.accumulate(p_value[order] <= delta, axis=0)[order]
+        else:
+            tested = (np.arange(len(first)) % _STEP == 0)[:, None]
+            passed &= tested & (p_value <= delta / tested.sum())
     for name, least in goal.at_least.items():
         passed &= goal.value(name, counts) >= least
     for name, most in goal.at_most.items():
@@ -115,15 +204,73 @@ def choose_with_guarantee_on_grid(
     value = np.where(passed & ~np.isnan(value), value, -np.inf)
     if value.max() == -np.inf:
         raise InfeasibleError(
-            f"{grid.name}: no thresholds have {metric} of at least {at_least:g} with probability {1 - delta:g} and "
-            f"satisfy: {goal}; ask for less, or tune on more texts"
+            f"{grid.name}: no thresholds have {guarantee} and satisfy: {goal}; ask for less, or tune on more texts"
         )
     i, j = np.unravel_index(int(value.argmax()), value.shape)
     thresholds = {first_stage: float(first[i]), **{stage: float(value) for stage, value in later[j].items()}}
     return Choice(thresholds, counts[i, j], {name: float(goal.value(name, counts[i, j])) for name in goal.metrics})
 
 
+def keeps_guarantee(grid: ThresholdGrid, outcomes: np.ndarray, guarantee: Guarantee) -> bool:
+    """Return whether thresholds that were not chosen on these texts pass the tests of a guarantee.
+
+    `outcomes`, int of shape (n,), are those of the grid's texts at these thresholds.
+    """
+    counts = np.bincount(outcomes, minlength=len(OUTCOMES))
+    delta = guarantee.delta / len(guarantee.bounds)
+    return all(float(_p_values(grid, bound, counts, None)) <= delta for bound in guarantee.bounds)
+
+
+def effective_size(groups: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Return the effective number of texts where groups of them are equal (Kish 1965); 0 for no text.
+
+    It is the square of the sum of the groups' sizes, over the sum of their squares. `weights` says how often each text
+    counts; a group that counts twice is two groups.
+
+    >>> effective_size(np.array([0, 0, 0, 1, 1, 1])), effective_size(np.array([0, 1, 2, 3, 3]))
+    (2.0, 3.5714285714285716)
+    """
+    _, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    weights = np.ones(len(groups)) if weights is None else weights
+    total = float((weights * sizes[codes]).sum())
+    return float(weights.sum() ** 2 / total) if total else 0.0
+
+
+def _first_candidates() -> np.ndarray:
+    """Return 483 thresholds from 0 to 1, evenly spaced in log-odds, that have few digits."""
+    rarer = [float(f"{1 / (1 + np.exp(x)):.3g}") for x in np.linspace(0, 12, 241)]
+    return np.array([0.0, *rarer[::-1], *(round(1 - value, 12) for value in rarer[1:]), 1.0])
+
+
+def _p_values(grid: ThresholdGrid, bound: Bound, counts: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Return the p-value of the hypothesis that a bound is broken, for counts of outcomes: shape (..., 6) to (...).
+
+    Raises InfeasibleError where no text counts for the metric, whatever the thresholds.
+    """
+    hits, n = (counts @ is_outcome(names) for names in FRACTIONS[bound.metric])
+    if not np.any(n):
+        raise InfeasibleError(f"{grid.name}: {bound.metric} is undefined, no text counts for it; {BOTH_KINDS}")
+    of_scope = {IN_SCOPE: grid.in_scope, OUT_OF_SCOPE: ~grid.in_scope}
+    whole = FRACTIONS[bound.metric][1]
+    # Which texts are answered or rejected depends on the thresholds: the kind of text that repeats the most decides.
+    kinds = [of_scope[whole]] if whole in of_scope else [*of_scope.values(), np.ones_like(grid.in_scope)]
+    shares = []
+    for is_counted in kinds:
+        counted = None if weights is None else weights[is_counted]
+        n_counted = is_counted.sum() if counted is None else counted.sum()
+        if n_counted:
+            shares.append(effective_size(grid.groups[is_counted], counted) / n_counted)
+    share = min(shares)
+    misses, at_least = (n - hits, bound.value) if bound.sign > 0 else (hits, 1 - bound.value)
+    return _binomial_cdf(misses * share, n * share, 1 - at_least)
+
+
+def _binomial_cdf(k: np.ndarray, n: np.ndarray, p: float) -> np.ndarray:
+    """Return the probability of at most `k` of `n`, which need not be whole numbers (the incomplete beta function)."""
+    with np.errstate(invalid="ignore"):
+        return np.where(k >= n, 1.0, betainc(n - k, k + 1, 1 - p))
+
+
 def _at_later_thresholds(grid: ThresholdGrid, thresholds: Mapping[str, float]) -> ThresholdGrid:
     """Return the grid of the first stage, with the later stages' thresholds fixed."""
-    values = dict(zip(grid.stages, grid.thresholds, strict=True))
-    return grid.fix({stage: int(np.searchsorted(values[stage], value)) for stage, value in thresholds.items()})
+    return grid.fix({stage: int(grid.index(stage, value)) for stage, value in thresholds.items()})

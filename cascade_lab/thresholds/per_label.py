@@ -14,8 +14,8 @@ from cascade_lab.analysis.outcomes import FRACTIONS, IN_SCOPE, OUT_OF_SCOPE, OUT
 from cascade_lab.exceptions import GoalError, InfeasibleError
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.objective import Goal
+from cascade_lab.thresholds.resampling import N_FOLDS, Chosen, Procedure, choose_thresholds, folds, pooled
 from cascade_lab.thresholds.search import choose_on_grid
-from cascade_lab.thresholds.validation import Procedure, corrected_standard_error, folds
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
@@ -33,10 +33,10 @@ class PerLabelThresholds(NamedTuple):
         As in `StageSpec.min_probabilities`. A label that is not named is never rejected.
     gain : Interval
         How much they improve the goal's metric on texts left out, compared with one `min_probability` for all labels
-        (but for those to which the run's cascade gives a minimum of their own): the mean over the folds of a repeated
-        cross-validation, and its 95% interval. Above 0 is better; NaN where no fold allows a choice.
+        (but for those to which the run's cascade gives a minimum of their own): from the outcomes of all folds of a
+        repeated cross-validation, and its 95% interval. Above 0 is better; NaN where no fold allows a choice.
     held_out : dict of str to tuple of two floats
-        The mean of each bounded metric on texts left out: with one minimum for all labels, and with one per label.
+        Each bounded metric on texts left out: with one minimum for all labels, and with one per label.
     improves : bool
         The interval lies above 0, and each bounded metric keeps its bound or is no worse than with one for all.
     """
@@ -58,7 +58,7 @@ def per_label_thresholds(
     thresholds: Mapping[str, float],
     *,
     n_repeats: int = 5,
-    n_folds: int = 5,
+    n_folds: int = N_FOLDS,
     seed: int = 0,
 ) -> PerLabelThresholds:
     """Choose a minimum probability for each label of the last stage, with the gates at given thresholds.
@@ -93,28 +93,24 @@ def per_label_thresholds(
     # The run's own minimums per label are part of the choice that these are compared with, and not of these.
     grid, free_grid = (ThresholdGrid.from_run(r, [last], gates) for r in (run, _without_minimums(run)))
     indices = _choose(free_grid, goal, np.ones(len(grid.in_scope), dtype=int))
-    gains, on_left_out = [], []
+    counts = []
     for train, test in folds(grid, n_repeats, n_folds, seed):
         try:
             outcomes_per_label = _outcomes_at(free_grid, _choose(free_grid, goal, train))
             common = choose_on_grid(grid, goal, weights=train).thresholds
         except InfeasibleError:
             continue
-        both = [
-            np.bincount(outcomes, test, len(OUTCOMES))
-            for outcomes in (grid.outcomes_at(grid.indices(common)), outcomes_per_label)
-        ]
-        values = [float(goal.value(goal.metric, counts)) for counts in both]
-        gains.append(goal.sign * (values[1] - values[0]))
-        on_left_out.append({name: [float(goal.value(name, counts)) for counts in both] for name, _ in bounds})
+        both = (grid.outcomes_at(grid.indices(common)), outcomes_per_label)
+        counts.append([np.bincount(outcomes, test, len(OUTCOMES)) for outcomes in both])
     thresholds_of_last = free_grid.thresholds[0]
     chosen = {label: float(thresholds_of_last[index]) for label, index in indices.items() if index}
-    if not gains:
+    if not counts:
         undefined = Interval(np.nan, np.nan, np.nan)
         return PerLabelThresholds(chosen, undefined, {name: (np.nan, np.nan) for name, _ in bounds}, False)
-    mean, error = float(np.mean(gains)), corrected_standard_error(np.array(gains), n_folds)
-    half = error * float(student_t.ppf(0.975, max(len(gains) - 1, 1)))
-    held_out = {name: tuple(np.mean([row[name] for row in on_left_out], axis=0).tolist()) for name, _ in bounds}
+    by_fold = np.array(counts)
+    mean, error = pooled(lambda c: goal.sign * np.diff(goal.value(goal.metric, c))[..., 0], by_fold, n_folds)
+    half = error * float(student_t.ppf(0.975, max(len(counts) - 1, 1)))
+    held_out = {name: tuple(goal.value(name, by_fold.sum(axis=0)).tolist()) for name, _ in bounds}
     improves = mean - half > 0
     for name, bound in bounds:
         for_all, per_label = held_out[name]
@@ -132,25 +128,27 @@ def check_per_label(goal: Goal) -> None:
         raise GoalError("thresholds per label need a goal with at most one bound; drop the others")
 
 
-def per_label_procedure(run: Run, goal: Goal, grid: ThresholdGrid) -> Procedure:
-    """Return the procedure that chooses the thresholds of a run's grid, and then a minimum for each label."""
+def per_label_procedure(
+    run: Run, goal: Goal, grid: ThresholdGrid, *, near: Mapping[str, float] | None = None
+) -> Procedure:
+    """Return the procedure that chooses the thresholds of a run's grid, and then a minimum for each label.
+
+    The threshold of the last stage is NaN in its result. `near` is as for `choose_thresholds`.
+    """
     last = run.spec.last.name
     gates = [stage for stage in grid.stages if stage != last]
     free_grid = ThresholdGrid.from_run(_without_minimums(run), [*gates, last])
 
-    def outcomes(weights: np.ndarray) -> np.ndarray:
-        thresholds = choose_on_grid(grid, goal, weights=weights).thresholds
+    def choose_again(weights: np.ndarray) -> Chosen:
+        thresholds = choose_thresholds(grid, goal, weights=weights, near=near).thresholds
         # The gates' confidences are those of `grid`, so each threshold is found again.
         fixed = free_grid.fix(
-            {
-                stage: int(np.searchsorted(values, thresholds[stage]))
-                for stage, values in zip(free_grid.stages, free_grid.thresholds, strict=True)
-                if stage != last
-            }
+            {stage: int(free_grid.index(stage, thresholds[stage])) for stage in free_grid.stages if stage != last}
         )
-        return _outcomes_at(fixed, _choose(fixed, goal, weights))
+        chosen = {stage: np.nan if stage == last else value for stage, value in thresholds.items()}
+        return Chosen(chosen, _outcomes_at(fixed, _choose(fixed, goal, weights)))
 
-    return outcomes
+    return choose_again
 
 
 def _bounds(goal: Goal) -> list[tuple[str, float]]:

@@ -16,6 +16,7 @@ import numpy as np
 from cascade_lab.analysis.latency import reach_within
 from cascade_lab.analysis.outcomes import OUTCOMES, Totals, extreme_metric
 from cascade_lab.exceptions import InfeasibleError, RunError
+from cascade_lab.text import exact
 from cascade_lab.thresholds.grid import GridCounts, ThresholdGrid
 from cascade_lab.thresholds.objective import LATENCIES, Goal
 
@@ -26,6 +27,7 @@ N_STARTS = 8
 _LINES = 512  # thresholds per stage between which the exact search of one or two looks
 _LINES_BY_TURNS = 64  # thresholds per stage in the first search, where two of several move
 _LINES_BETWEEN = 128  # thresholds per stage between which the exact search of two of several looks
+BOTH_KINDS = "take an eval set with texts in scope and out of scope"
 _N_REFINED = 3  # starts whose result is searched exactly
 
 
@@ -329,14 +331,16 @@ def _describe_nearest(grid: ThresholdGrid, nearest: _Candidate, task: _Task) -> 
     """Return the message of an infeasible goal, after "infeasible: "."""
     goal, totals = task.goal, task.totals
     bounds = str(replace(goal, maximize="accuracy", minimize=None)).partition(", ")[2] or goal.metric
+    names = [name for name in (*goal.at_least, *goal.at_most) if name not in LATENCIES]
     if nearest.room >= 0 or nearest.room == -np.inf:
         # The bounds hold somewhere, but the metric has no value there; or a bounded metric has no value anywhere.
-        return f"{bounds} is undefined on these texts; take an eval set with texts in scope and out of scope"
-    names = [name for name in (*goal.at_least, *goal.at_most) if name not in LATENCIES]
+        undefined = [name for name in (goal.metric, *names) if np.isnan(goal.value(name, nearest.counts))]
+        what = " and ".join(dict.fromkeys(undefined or [goal.metric]))
+        weighted = "" if goal.prevalence is None else f", weighted to {goal.prevalence:g} out of scope,"
+        return f"{what}{weighted} is undefined on these texts; {BOTH_KINDS}"
     reached = [f"{name} {float(goal.value(name, nearest.counts)):.4f}" for name in names]
     if len(names) < len(goal.at_least) + len(goal.at_most):
         beyond = 1 - float(nearest.n_held @ totals.weights / totals.n)
         reached.append(f"{beyond:.1%} of the texts beyond the first stage")
-    at = zip(grid.stages, grid.thresholds, nearest.indices, strict=True)
-    thresholds = ", ".join(f"{stage} {values[i]:.4f}" for stage, values, i in at)
+    thresholds = ", ".join(f"{stage} {exact(value)}" for stage, value in grid.thresholds_at(nearest.indices).items())
     return f"no thresholds give {bounds}; the nearest, {thresholds}, give {', '.join(reached)}; ask for less"

@@ -82,7 +82,13 @@ def surface(
     indices = grid.subsample(max_lines)
     first, second = (*(values[i] for values, i in zip(grid.thresholds, indices, strict=True)), np.zeros(1))[:2]
     exact = all(len(i) == len(values) for values, i in zip(grid.thresholds, indices, strict=True))
-    return Surface(grid.stages, first, second, grid.count(indices).counts, exact)
+    counts = grid.count(indices).counts
+    # The grid's thresholds of a deferral stage are in descending order.
+    if len(first) > 1 and first[0] > first[-1]:
+        first, counts = first[::-1], counts[::-1]
+    if len(second) > 1 and second[0] > second[-1]:
+        second, counts = second[::-1], counts[:, ::-1]
+    return Surface(grid.stages, first, second, counts, exact)
 
 
 def sweep(
@@ -105,7 +111,7 @@ def sweep(
     DataFrame
         One row per threshold, ascending: `threshold`; the number of texts of each outcome; `reach`, the fraction of
         texts that get beyond the stage; the metrics of `FRACTIONS`; `mean_cost` where the goal has costs; and
-        `macro_f1` over the labels that occur as true or predicted label.
+        `macro_f1` over the labels that occur as true label.
 
     Raises
     ------
@@ -121,7 +127,7 @@ def sweep(
     for name in goal.metrics if goal else FRACTIONS:
         table[name] = goal.value(name, counts) if goal else metric_from_counts(name, counts)
     table["macro_f1"] = _macro_f1(grid)
-    return table
+    return table.sort_values("threshold", ignore_index=True)
 
 
 def _macro_f1(grid: ThresholdGrid) -> np.ndarray:
@@ -133,7 +139,7 @@ def _macro_f1(grid: ThresholdGrid) -> np.ndarray:
     n_steps, ranks = len(grid.thresholds[0]), grid.ranks[0]
     labels, codes = np.unique([*grid.y_true, *grid.predicted[0], *grid.predicted[-1]], return_inverse=True)
     y_true, below, above = codes.reshape(3, -1)
-    # A text has its answer above the threshold at the steps before its rank, and its answer below from there on.
+    # A text has the answer that it gets further on at the steps before its rank, and this stage's from there on.
     events = [(np.zeros_like(ranks), above, 1), (ranks, above, -1), (ranks, below, 1)]
     step = np.concatenate([steps for steps, _, _ in events])
     label = np.concatenate([answers for _, answers, _ in events])
@@ -150,12 +156,9 @@ def _macro_f1(grid: ThresholdGrid) -> np.ndarray:
     )
     step, label = step[is_last], label[is_last]
     support = np.bincount(y_true, minlength=len(labels))
-    f1 = macro_f1(n_hits[:, None], support[label][:, None], n_predicted[:, None])
-    occurs, f1 = ~np.isnan(f1), np.nan_to_num(f1)
-    # What each step changes in the sum of F1 and in the number of labels that occur.
+    # 0 for a label that is only predicted, which the mean leaves out.
+    f1 = np.nan_to_num(macro_f1(n_hits[:, None], support[label][:, None], n_predicted[:, None]))
+    # What each step changes in the sum of F1 over the labels.
     is_first = np.append(True, label[1:] != label[:-1])
-    sums = np.bincount(step, f1 - np.where(is_first, 0, np.roll(f1, 1)), n_steps + 1)[:n_steps].cumsum()
-    occurred = np.where(is_first, support[label] > 0, np.roll(occurs, 1))
-    changed = occurs.astype(int) - occurred
-    n_labels = (support > 0).sum() + np.bincount(step, changed, n_steps + 1)[:n_steps].cumsum()
-    return sums / n_labels
+    change = f1 - np.where(is_first, 0, np.roll(f1, 1))
+    return np.bincount(step, change, n_steps + 1)[:n_steps].cumsum() / (support > 0).sum()

@@ -12,11 +12,14 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.bootstrap import Interval
+from cascade_lab.analysis.outcomes import outcome_codes
 from cascade_lab.atomic import refuse_existing
 from cascade_lab.exceptions import GoalError, InfeasibleError
 from cascade_lab.spec import CascadeSpec
+from cascade_lab.text import exact
+from cascade_lab.thresholds.gain import Verdict, compare_with_own, judge
 from cascade_lab.thresholds.grid import ThresholdGrid
-from cascade_lab.thresholds.guarantee import Guarantee, check_guarantee
+from cascade_lab.thresholds.guarantee import Guarantee, check_guarantee, is_of_one_kind
 from cascade_lab.thresholds.objective import Goal
 from cascade_lab.thresholds.per_label import (
     PerLabelThresholds,
@@ -24,19 +27,22 @@ from cascade_lab.thresholds.per_label import (
     per_label_procedure,
     per_label_thresholds,
 )
-from cascade_lab.thresholds.search import Choice, min_held_fraction
-from cascade_lab.thresholds.summary import sentences
-from cascade_lab.thresholds.validation import (
+from cascade_lab.thresholds.rejector import fitted_on_itself, out_of_fold_run
+from cascade_lab.thresholds.resampling import (
     ThresholdBootstrap,
     bootstrap_thresholds,
+    choose_thresholds,
+    cross_validate,
+    threshold_procedure,
+)
+from cascade_lab.thresholds.search import Choice, min_held_fraction
+from cascade_lab.thresholds.summary import notes, sentences, why_not_compared
+from cascade_lab.thresholds.validation import (
     check_separate,
     choose_by_prevalence,
-    choose_thresholds,
     compare_without_gate,
-    cross_validate,
+    difference_on,
     held_out,
-    metrics_at,
-    threshold_procedure,
 )
 
 if TYPE_CHECKING:
@@ -59,21 +65,23 @@ class Tuning:
     choice : Choice
         One threshold per stage, and every metric with them on the run's texts. Where a threshold per label is used
         (`uses_per_label`), the tuned cascade has it in place of the last stage's, and other metrics: see `metrics`.
-    intervals : dict of str to Interval
-        Every metric of the tuned cascade on the run's texts, with its 95% interval over texts.
+    bootstrap : ThresholdBootstrap
+        Of the whole choice, with the guarantee or the thresholds per label of the tuned cascade: see
+        `bootstrap_thresholds`.
     cross_validation : DataFrame
-        Of the whole choice: with a guarantee or thresholds per label, where the tuned cascade has them. See
-        `cross_validate`.
-    bootstrap : ThresholdBootstrap or None
-        Of one threshold per stage: see `bootstrap_thresholds`; None with a guarantee.
+        Of the whole choice too: see `cross_validate`.
     per_label : PerLabelThresholds or None
         Where a threshold per label was tried.
+    own, outcomes : ndarray of int, shape (n,)
+        The outcome of each text with the run's own thresholds, and with the chosen ones.
     guarantee : Guarantee or None
         What is guaranteed; `str` of it is a sentence.
     test : Run or None
         Another run: its labelled texts.
     held_out : DataFrame or None
         The tuned cascade on the texts of `test`: see `validation.held_out`.
+    difference_on_test : DataFrame or None
+        The run's own thresholds (`a`) and the chosen ones (`b`) on the texts of `test`: see `outcome_differences`.
     prevalences : tuple of float
         For `by_prevalence`.
     """
@@ -82,13 +90,15 @@ class Tuning:
     goal: Goal
     grid: ThresholdGrid
     choice: Choice
-    intervals: dict[str, Interval]
+    bootstrap: ThresholdBootstrap
     cross_validation: pd.DataFrame
-    bootstrap: ThresholdBootstrap | None = None
+    own: np.ndarray
+    outcomes: np.ndarray
     per_label: PerLabelThresholds | None = None
     guarantee: Guarantee | None = None
     test: Run | None = None
     held_out: pd.DataFrame | None = None
+    difference_on_test: pd.DataFrame | None = None
     prevalences: tuple[float, ...] = PREVALENCES
 
     @property
@@ -101,47 +111,55 @@ class Tuning:
         """The stages whose thresholds are chosen."""
         return self.grid.stages
 
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """Every metric of the tuned cascade on the run's texts, with the 95% interval of its value on new texts."""
+        return self.bootstrap.metrics
+
     @cached_property
     def thresholds(self) -> pd.DataFrame:
-        """One row per tuned stage: `own`, the run's threshold; `chosen`; and on resamples `low`, `median`, `high`.
+        """One row per tuned stage: `own`, the run's threshold, and `chosen`.
 
-        `low` and `high` enclose 95% of the thresholds chosen on resamples; NaN with a guarantee. Where a threshold per
-        label is used, the last stage has no other: its row is NaN but for `own`.
+        Where a threshold per label is used, the last stage has no other: `chosen` is NaN there. No interval is given:
+        with few texts of a kind, the bootstrap's interval of a threshold contains the best one less often than it says.
         """
-        table = pd.DataFrame(
+        last_chosen = np.nan if self.uses_per_label else self.choice.thresholds.get(self.run.spec.last.name)
+        chosen = {**self.choice.thresholds, self.run.spec.last.name: last_chosen}
+        return pd.DataFrame(
             {
                 "own": [np.nan if value is None else value for value in map(self.run.spec.thresholds.get, self.stages)],
-                "chosen": [self.choice.thresholds[stage] for stage in self.stages],
+                "chosen": [chosen[stage] for stage in self.stages],
             },
             index=pd.Index(self.stages, name="stage"),
         )
-        chosen_again = self.bootstrap.thresholds if self.bootstrap else pd.DataFrame(columns=list(self.stages))
-        quantiles = chosen_again.astype(float).quantile([0.025, 0.5, 0.975])
-        table = table.join(quantiles.set_axis(["low", "median", "high"]).T)
-        if self.uses_per_label:
-            table.loc[table.index == self.run.spec.last.name, ["chosen", "low", "median", "high"]] = np.nan
-        return table
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """One row per metric, of the tuned cascade.
 
-        `value`, `low`, `high`: on the tuning texts, with the 95% interval over texts. `chosen_again_low`,
-        `chosen_again_high`: the interval where thresholds are chosen again on each resample (not with a guarantee, nor
-        with thresholds per label). `cross_validated`: on texts left out of the choice; `optimism`: how much better the
-        tuning texts look; and its `standard_error`. With a test run also `test`, `test_low` and `test_high`.
+        `value`: on the tuning texts, where it is too good. `low`, `high`: the 95% interval of its value on new texts,
+        which allows for the choice. `cross_validated`: on texts left out of the choice; `optimism`: how much better the
+        texts of the choice look; and its `standard_error`. With a test run also `test`, `test_low` and `test_high`.
         """
         table = pd.DataFrame.from_dict(self.intervals, orient="index", columns=Interval._fields).rename_axis("metric")
-        if self.bootstrap is not None and not self.uses_per_label:
-            again = self.bootstrap.metrics
-            table["chosen_again_low"] = [again[name].low for name in table.index]
-            table["chosen_again_high"] = [again[name].high for name in table.index]
         columns = {"held_out": "cross_validated", "optimism": "optimism", "standard_error": "standard_error"}
         table = table.join(self.cross_validation[list(columns)].rename(columns=columns))
         if self.held_out is not None:
             columns = {"held_out": "test", "low": "test_low", "high": "test_high"}
             table = table.join(self.held_out[list(columns)].rename(columns=columns))
         return table
+
+    @cached_property
+    def comparison(self) -> pd.DataFrame:
+        """Every metric with the run's own thresholds and with the chosen ones: see `gain.compare_with_own`."""
+        parts = self.bootstrap, self.cross_validation, self.difference_on_test
+        return compare_with_own(self.goal, self.own, self.outcomes, *parts)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Whether the chosen thresholds are to replace the run's own, and why: see `gain.judge`."""
+        parts = self.own, self.outcomes, self.comparison, self.guarantee
+        return judge(self.run, self.goal, self.grid, *parts)
 
     @property
     def prevalence_goal(self) -> Goal:
@@ -154,7 +172,12 @@ class Tuning:
 
     @cached_property
     def by_prevalence(self) -> pd.DataFrame:
-        """One threshold per stage at other prevalences, computed when needed: see `choose_by_prevalence`."""
+        """One threshold per stage at other prevalences, computed when needed: see `choose_by_prevalence`.
+
+        Empty where the guarantee is of a metric that depends on the prevalence.
+        """
+        if self.guarantee is not None and not all(is_of_one_kind(bound.metric) for bound in self.guarantee.bounds):
+            return pd.DataFrame(columns=[*self.stages, *self.prevalence_goal.metrics]).rename_axis("prevalence")
         options: dict[str, Any] = {"grid": self.grid, "guarantee": self.guarantee}
         return choose_by_prevalence(self.run, self.prevalence_goal, self.prevalences, **options)
 
@@ -175,6 +198,11 @@ class Tuning:
             return None
 
     @property
+    def not_compared(self) -> str:
+        """Why `without_gate` is None, and what to do about it, as a sentence; empty where it is not None."""
+        return why_not_compared(self)
+
+    @property
     def tuned_on(self) -> dict[str, Any]:
         """The content of `[tuned_on]` in the tuned cascade's file; undefined metrics are left out."""
         details: dict[str, Any] = {}
@@ -186,7 +214,10 @@ class Tuning:
         details["intervals"] = {
             name: [found.low, found.high] for name, found in self.intervals.items() if not np.isnan(found.low)
         }
+        details["gain"] = self.verdict.sentence
         details["optimism"] = self.cross_validation["optimism"].dropna().to_dict()
+        if self.notes:
+            details["notes"] = self.notes
         return tuned_on(self.run, {name: found.value for name, found in self.intervals.items()}, self.goal, details)
 
     @property
@@ -200,6 +231,8 @@ class Tuning:
     def write(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the tuned cascade as a `cascade.toml`; paths in it are relative to its folder.
 
+        It is written whether or not it is better than the run's own (`verdict`).
+
         Raises
         ------
         CascadeLabError
@@ -210,19 +243,24 @@ class Tuning:
         refuse_existing(path, overwrite=overwrite)
         self.spec.write(path)
 
+    @cached_property
+    def notes(self) -> list[str]:
+        """What limits how far the metrics can be trusted, one sentence each, such as repeated or too few texts."""
+        return notes(self)
+
     def summary(self) -> list[str]:
         """Return the result in a few sentences, with advice where something went wrong."""
         return sentences(self)
 
     def __repr__(self) -> str:
-        chosen = {k: "per label" if np.isnan(v) else f"{v:.4f}" for k, v in self.thresholds["chosen"].items()}
+        chosen = {k: "per label" if np.isnan(v) else exact(v) for k, v in self.thresholds["chosen"].items()}
         thresholds = ", ".join(f"{stage} {value}" for stage, value in chosen.items())
         metric = f"{self.goal.metric} {self.intervals[self.goal.metric].value:.4f}"
         return f"<Tuning {self.run.name}: {self.goal}: {thresholds}; {metric}>"
 
     def _repr_html_(self) -> str:
-        tables = (self.thresholds, self.metrics)
-        return "".join(table.to_html(na_rep="–", float_format="{:.4f}".format) for table in tables)
+        thresholds = self.thresholds.map(exact).to_html()
+        return thresholds + self.comparison.to_html(na_rep="–", float_format="{:.4f}".format)
 
 
 def tune(
@@ -231,8 +269,9 @@ def tune(
     *,
     stages: Sequence[str] | None = None,
     test: Run | None = None,
-    guarantee: tuple[str, float] | None = None,
+    guarantee: Mapping[str, float] | None = None,
     delta: float = 0.1,
+    confidence: float | None = None,
     by_label: bool = False,
     n_resamples: int = 500,
     n_repeats: int = 4,
@@ -251,14 +290,18 @@ def tune(
         The stages whose thresholds are chosen; by default all that can reject.
     test : Run, optional
         A run of other texts, with shadow scores, to report metrics on.
-    guarantee : tuple of str and float, optional
-        `in_scope_accuracy` or `reject_recall`, and its least value (see `choose_with_guarantee`).
+    guarantee : mapping of str to float, optional
+        The least values of metrics, which all hold on new texts with probability 1 - `delta` (see
+        `choose_with_guarantee`).
     delta : float
         The probability that the guarantee fails, over draws of the tuning set.
+    confidence : float, optional
+        All bounds of the goal hold on new texts with this probability: they are guaranteed too. Not with `guarantee`.
+        Without it, `cross_validation["kept"]` says how often a bound holds on texts left out of the choice.
     by_label : bool
         Try a threshold for each label of the last stage too; they are used if they improve. Not with a guarantee.
     n_resamples : int
-        Of the bootstrap of the thresholds.
+        Of the bootstrap.
     n_repeats : int
         Of the five-fold cross-validation.
     prevalences : sequence of float
@@ -282,7 +325,7 @@ def tune(
     >>> tuning = tune(Run.read("runs/val"), Goal("accuracy"), test=Run.read("runs/test"))  # doctest: +SKIP
     >>> tuning.write("tuned.toml")  # doctest: +SKIP
     """
-    guaranteed = None if guarantee is None else Guarantee(*guarantee, delta)
+    guaranteed = _guarantee(goal, guarantee, delta, confidence)
     if guaranteed is not None:
         check_guarantee(goal, guaranteed)
         if by_label:
@@ -295,30 +338,59 @@ def tune(
     run, test = run.labelled, None if test is None else test.labelled
     if test is not None:
         check_separate(run, test)
+    if fitted_on_itself(run):
+        run = out_of_fold_run(run, seed=seed)
     grid = ThresholdGrid.from_run(run, stages)
     choice = choose_thresholds(grid, goal, guaranteed, min_held=min_held_fraction(run, goal))
     per_label = per_label_thresholds(run, goal, choice.thresholds, seed=seed) if by_label else None
     tuned_run = run.with_spec(tuned_spec(run.spec, choice, per_label))
-    options: dict[str, Any] = {"grid": grid, "seed": seed, "progress": progress}
-    procedure = (
-        per_label_procedure(run, goal, grid)
+    procedure, fast_procedure = (
+        per_label_procedure(run, goal, grid, near=near)
         if per_label is not None and per_label.improves
-        else threshold_procedure(run, goal, grid, guaranteed)
+        else threshold_procedure(run, goal, grid, guaranteed, near=near)
+        for near in (None, choice.thresholds)
     )
+    own, outcomes = (_outcomes(each) for each in (run, tuned_run))
+    options: dict[str, Any] = {"grid": grid, "own": own, "seed": seed, "progress": progress}
     return Tuning(
         run=run,
         goal=goal,
         grid=grid,
         choice=choice,
         per_label=per_label,
-        bootstrap=None if guarantee else bootstrap_thresholds(run, goal, n_resamples=n_resamples, **options),
+        bootstrap=bootstrap_thresholds(
+            run, goal, procedure=fast_procedure, outcomes=outcomes, n_resamples=n_resamples, **options
+        ),
         cross_validation=cross_validate(run, goal, procedure=procedure, n_repeats=n_repeats, **options),
-        intervals=metrics_at(tuned_run, {}, goal, seed=seed),
+        own=own,
+        outcomes=outcomes,
         guarantee=guaranteed,
         test=test,
         held_out=None if test is None else held_out(tuned_run, test, {}, goal),
+        difference_on_test=None if test is None else difference_on(test, run.spec, tuned_run.spec, goal),
         prevalences=tuple(prevalences),
     )
+
+
+def _guarantee(
+    goal: Goal, at_least: Mapping[str, float] | None, delta: float, confidence: float | None
+) -> Guarantee | None:
+    """Return what is to be guaranteed: some bounds, or with a confidence those of the goal."""
+    if confidence is None:
+        return None if not at_least else Guarantee(at_least, delta=delta)
+    if at_least:
+        raise GoalError(
+            "with a confidence, the goal's own bounds are guaranteed; leave out confidence (--confidence) or guarantee "
+            "(--guarantee)"
+        )
+    if not 0 < confidence < 1:
+        raise GoalError(f"confidence is {confidence!r}; it must lie between 0 and 1")
+    return Guarantee(goal.at_least, goal.at_most, round(1 - confidence, 12))
+
+
+def _outcomes(run: Run) -> np.ndarray:
+    """Return the outcome of each text of a run."""
+    return outcome_codes(run.spec, run.examples["label"], run.predictions["predicted"])
 
 
 def tuned_spec(spec: CascadeSpec, choice: Choice, per_label: PerLabelThresholds | None = None) -> CascadeSpec:

@@ -1,210 +1,31 @@
-"""Says how far chosen thresholds can be trusted: bootstrap, cross-validation, other texts, other prevalences."""
+"""Compares chosen thresholds: on other texts, at other fractions of texts out of scope, and without the gates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import RepeatedStratifiedKFold
-from tqdm.auto import tqdm
 
-from cascade_lab.analysis.bootstrap import Interval, interval, resample_counts
+from cascade_lab.analysis.bootstrap import Interval
+from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.latency import stage_latencies
-from cascade_lab.analysis.metrics import outcome_intervals
-from cascade_lab.analysis.outcomes import OUTCOMES, outcome_counts
-from cascade_lab.analysis.paired import mcnemar
+from cascade_lab.analysis.outcomes import outcome_codes
+from cascade_lab.analysis.paired import mcnemar, outcome_differences
 from cascade_lab.exceptions import GoalError, InfeasibleError, RunError
 from cascade_lab.thresholds.grid import ThresholdGrid
-from cascade_lab.thresholds.guarantee import Guarantee, choose_with_guarantee_on_grid
+from cascade_lab.thresholds.guarantee import Guarantee
 from cascade_lab.thresholds.objective import LATENCIES, Goal
-from cascade_lab.thresholds.search import Choice, choose_on_grid, min_held_fraction
+from cascade_lab.thresholds.resampling import choose_thresholds
+from cascade_lab.thresholds.search import min_held_fraction
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
     from cascade_lab.spec import CascadeSpec
-
-Procedure = Callable[[np.ndarray], np.ndarray]
-"""Takes how often each text counts, shape (n,), and returns each text's outcome in the cascade chosen on these texts.
-
-It raises InfeasibleError where nothing can be chosen.
-"""
-
-_MAX_LINES = 160  # thresholds per stage on a resample
-_N_STARTS = 1  # random starts on a resample, with three or more stages
-
-
-class ThresholdBootstrap(NamedTuple):
-    """Thresholds chosen again on resampled texts.
-
-    Attributes
-    ----------
-    thresholds : DataFrame
-        One row per resample, one column per stage; without the resamples on which the goal is infeasible.
-    metrics : dict of str to Interval
-        Each metric of the choice on the texts themselves, with the interval of what the choice on each resample
-        reaches on that resample.
-    infeasible : float
-        The fraction of resamples on which no thresholds satisfy the goal.
-    """
-
-    thresholds: pd.DataFrame
-    metrics: dict[str, Interval]
-    infeasible: float
-
-
-def bootstrap_thresholds(
-    run: Run,
-    goal: Goal,
-    stages: Sequence[str] | None = None,
-    *,
-    grid: ThresholdGrid | None = None,
-    n_resamples: int = 500,
-    level: float = 0.95,
-    seed: int = 0,
-    progress: bool = False,
-) -> ThresholdBootstrap:
-    """Choose thresholds again on resampled texts (bootstrap; Efron 1979), out of about 160 per stage.
-
-    Half of the 160 are spread evenly over the texts in scope, and half over the others. With three or more stages, each
-    search starts from the choice on all texts and from one random start.
-
-    Parameters
-    ----------
-    run, goal, stages, grid
-        As in `choose`.
-    n_resamples, seed : int
-    level : float
-        Of the intervals.
-    progress : bool
-        Show a progress bar.
-
-    Raises
-    ------
-    InfeasibleError
-        No thresholds satisfy the goal on the texts themselves.
-    RunError
-        As `ThresholdGrid.from_run`.
-    """
-    grid = grid or ThresholdGrid.from_run(run, stages)
-    min_held = min_held_fraction(run, goal)
-    chosen = choose_on_grid(grid, goal, min_held=min_held)
-    draws = resample_counts(len(grid.in_scope), n_resamples=n_resamples, seed=seed)
-    thresholds, metrics = [], []
-    for weights in tqdm(draws, "resamples", disable=not progress, leave=False):
-        try:
-            again = choose_on_grid(
-                grid,
-                goal,
-                min_held=min_held,
-                weights=weights,
-                max_lines=_MAX_LINES,
-                start=chosen.thresholds,
-                n_starts=_N_STARTS,
-            )
-        except InfeasibleError:
-            continue
-        thresholds.append(again.thresholds)
-        metrics.append(again.metrics)
-    table = pd.DataFrame(metrics, columns=list(goal.metrics))
-    return ThresholdBootstrap(
-        pd.DataFrame(thresholds, columns=list(grid.stages)),
-        {name: interval(value, table[name].to_numpy(), level=level) for name, value in chosen.metrics.items()},
-        1 - len(thresholds) / n_resamples,
-    )
-
-
-def cross_validate(
-    run: Run,
-    goal: Goal,
-    stages: Sequence[str] | None = None,
-    *,
-    grid: ThresholdGrid | None = None,
-    procedure: Procedure | None = None,
-    n_repeats: int = 10,
-    n_folds: int = 5,
-    seed: int = 0,
-    progress: bool = False,
-) -> pd.DataFrame:
-    """Return how much better metrics are on the texts that thresholds are chosen on than on other texts.
-
-    Repeated cross-validation, stratified by whether a text is in scope: thresholds are chosen on all folds but one, and
-    their metrics there are compared with those on the fold left out.
-
-    Parameters
-    ----------
-    run, goal, stages, grid
-        As in `choose`.
-    procedure : function, optional
-        How the cascade is chosen, and what its texts' outcomes are then (see `Procedure`); by default the thresholds
-        that are best for `goal`.
-    n_repeats, n_folds, seed : int
-    progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    DataFrame
-        One row per metric: `tuned` and `held_out`, means over folds; `optimism`, the first minus the second; and its
-        `standard_error` (see `corrected_standard_error`). `attrs["infeasible"]` is the fraction of folds on which no
-        thresholds satisfy the goal.
-
-    Raises
-    ------
-    RunError
-        As `ThresholdGrid.from_run`.
-    """
-    grid = grid or ThresholdGrid.from_run(run, stages)
-    procedure = procedure or threshold_procedure(run, goal, grid)
-    rows, splits = [], list(folds(grid, n_repeats, n_folds, seed))
-    for train, test in tqdm(splits, "folds", disable=not progress, leave=False):
-        try:
-            outcomes = procedure(train)
-        except InfeasibleError:
-            continue
-        parts = {"tuned": train, "held_out": test}
-        counts = {part: np.bincount(outcomes, weights, len(OUTCOMES)) for part, weights in parts.items()}
-        rows.append({(name, part): float(goal.value(name, counts[part])) for name in goal.metrics for part in parts})
-    columns = pd.MultiIndex.from_product([goal.metrics, ["tuned", "held_out"]])
-    table = pd.DataFrame(rows, columns=columns, dtype=np.float64)
-    result = {}
-    for name in goal.metrics:
-        tuned, left_out = table[name, "tuned"], table[name, "held_out"]
-        optimism = tuned - left_out
-        error = corrected_standard_error(optimism.to_numpy(), n_folds)
-        result[name] = [tuned.mean(), left_out.mean(), optimism.mean(), error]
-    columns = ["tuned", "held_out", "optimism", "standard_error"]
-    result = pd.DataFrame.from_dict(result, orient="index", columns=columns).rename_axis("metric")
-    result.attrs["infeasible"] = 1 - len(rows) / len(splits)
-    return result
-
-
-def threshold_procedure(run: Run, goal: Goal, grid: ThresholdGrid, guarantee: Guarantee | None = None) -> Procedure:
-    """Return the procedure that chooses the thresholds of a grid, with a guarantee or without."""
-    min_held = min_held_fraction(run, goal)
-
-    def outcomes(weights: np.ndarray) -> np.ndarray:
-        chosen = choose_thresholds(grid, goal, guarantee, min_held=min_held, weights=weights)
-        return grid.outcomes_at(grid.indices(chosen.thresholds))
-
-    return outcomes
-
-
-def choose_thresholds(
-    grid: ThresholdGrid,
-    goal: Goal,
-    guarantee: Guarantee | None = None,
-    *,
-    min_held: float = 0.0,
-    weights: np.ndarray | None = None,
-) -> Choice:
-    """Choose thresholds on a grid, with a guarantee or without; `min_held` and `weights` as in `choose_on_grid`."""
-    if guarantee is not None:
-        return choose_with_guarantee_on_grid(grid, goal, guarantee, weights=weights)
-    return choose_on_grid(grid, goal, min_held=min_held, weights=weights)
 
 
 def held_out(tuned: Run, test: Run, thresholds: Mapping[str, float], goal: Goal) -> pd.DataFrame:
@@ -217,7 +38,7 @@ def held_out(tuned: Run, test: Run, thresholds: Mapping[str, float], goal: Goal)
     -------
     DataFrame
         One row per metric: `tuned`, on the texts that the thresholds were chosen on; `held_out`, on the texts of
-        `test`; `low` and `high`, the 95% interval of the latter (bootstrap).
+        `test`; `low` and `high`, the 95% interval of the latter (see `metrics_at`).
 
     Raises
     ------
@@ -232,6 +53,22 @@ def held_out(tuned: Run, test: Run, thresholds: Mapping[str, float], goal: Goal)
     rows = {name: [on_tuned[name].value, *on_test[name]] for name in goal.metrics}
     columns = ["tuned", "held_out", "low", "high"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("metric")
+
+
+def difference_on(test: Run, own: CascadeSpec, chosen: CascadeSpec, goal: Goal) -> pd.DataFrame:
+    """Compare two cascades on the texts of another run, with paired intervals: see `outcome_differences`.
+
+    Raises
+    ------
+    RunError
+        `test` has other stages than they.
+    """
+    outcome_a, outcome_b = (
+        outcome_codes(run.spec, run.examples["label"], run.predictions["predicted"])
+        for run in (_as_cascade(test, spec) for spec in (own, chosen))
+    )
+    options: dict[str, Any] = {"costs": goal.costs, "prevalence": goal.prevalence}
+    return outcome_differences(outcome_a, outcome_b, goal.metrics, groups=text_groups(test.examples), **options)
 
 
 def choose_by_prevalence(
@@ -252,7 +89,7 @@ def choose_by_prevalence(
     prevalences : sequence of float
         Fractions of texts out of scope, between 0 and 1.
     guarantee : Guarantee, optional
-        What the chosen thresholds guarantee, at any prevalence.
+        What the chosen thresholds guarantee: bounds on metrics that no prevalence changes.
 
     Returns
     -------
@@ -313,8 +150,10 @@ def compare_without_gate(
         The cascade has no gate, or its last stage cannot reject.
     """
     check_separate(tuned, test)
-    last, gates = tuned.spec.last, {stage.name: 0.0 for stage in tuned.spec.stages if stage.is_gate}
-    if not gates or not last.reject_labels:
+    last = tuned.spec.last
+    # A gate passes every text at 0, and a deferral stage defers every text at 1 (but one of which it is entirely sure).
+    gates = {stage.name: 0.0 if stage.is_gate else 1.0 for stage in tuned.spec.stages[:-1]}
+    if not any(stage.is_gate for stage in tuned.spec.stages) or not last.reject_labels:
         raise RunError(f"{tuned.name}: this comparison needs a gate, and a reject_label of the last stage; add them")
     # A bound on the latency of a cascade says nothing of its last stage alone.
     alone_goal = replace(goal, at_most={name: value for name, value in goal.at_most.items() if name not in LATENCIES})
@@ -386,7 +225,9 @@ def metrics_at(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Return every metric of the goal at given thresholds, with its bootstrap interval over texts.
+    """Return every metric of the goal at given thresholds, with its interval over texts (see `outcome_intervals`).
+
+    The interval is for thresholds that were not chosen on this run's texts.
 
     Parameters
     ----------
@@ -400,34 +241,14 @@ def metrics_at(
     n_resamples, seed : int
     """
     run = run.labelled
-    counts = outcome_counts(run.spec, run.replay(thresholds)).to_numpy()
+    predictions = run.replay(thresholds)
     return outcome_intervals(
-        counts,
+        outcome_codes(run.spec, predictions["label"], predictions["predicted"]),
         goal.metrics,
+        groups=text_groups(run.examples),
         costs=goal.costs,
         prevalence=goal.prevalence,
         level=level,
         n_resamples=n_resamples,
         seed=seed,
     )
-
-
-def folds(grid: ThresholdGrid, n_repeats: int, n_folds: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the weights, 0 or 1, of the texts in each training part and in the fold left out: shapes (n,)."""
-    n = len(grid.in_scope)
-    split = RepeatedStratifiedKFold(n_splits=n_folds, n_repeats=n_repeats, random_state=seed)
-    for train, test in split.split(np.zeros(n), grid.in_scope):
-        yield np.bincount(train, minlength=n), np.bincount(test, minlength=n)
-
-
-def corrected_standard_error(differences: np.ndarray, n_folds: int) -> float:
-    """Return the standard error of a mean over folds whose training parts share texts (Nadeau and Bengio 2003).
-
-    The variance of `differences` is multiplied by 1 / n + 1 / (n_folds - 1) instead of 1 / n. NaN where fewer than two
-    of them are defined.
-
-    >>> round(corrected_standard_error(np.array([0.1, 0.3, 0.2, 0.4]), 5), 4)
-    0.0913
-    """
-    n = int((~np.isnan(differences)).sum())
-    return float(np.sqrt((1 / n + 1 / (n_folds - 1)) * np.nanvar(differences, ddof=1))) if n > 1 else np.nan

@@ -1,0 +1,111 @@
+"""What a live cascade scores, chunk by chunk, and how the chunks become the tables of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from cascade_lab.decisions import RoutingResult
+from cascade_lab.run import StageScores
+from cascade_lab.run_tables import TIMING_COLUMNS
+from cascade_lab.stage_output import ScoredRows, StageOutput
+
+
+class ChunkResult(NamedTuple):
+    """What the serial path computed for one chunk of texts. Rows count from the first text of the chunk.
+
+    Attributes
+    ----------
+    routed : RoutingResult
+    scored : dict of str to ScoredRows
+        Stage name to what it scored.
+    probability : dict of str to ndarray of float64
+        Stage name to the probability of the rows that it scored: a gate's of its pass label, another stage's highest.
+    evidence : dict of str to ndarray of float64
+        The rejector's scores of features, of the rows that the last stage scored.
+    timings : list of tuple
+        One row of `timings.parquet` per batch, without the batch's number.
+    """
+
+    routed: RoutingResult
+    scored: dict[str, ScoredRows]
+    probability: dict[str, np.ndarray]
+    evidence: dict[str, np.ndarray]
+    timings: list[tuple[Any, ...]]
+
+
+class JoinedChunks(NamedTuple):
+    """The chunks of a run put together: rows count from the first text of the run.
+
+    Attributes
+    ----------
+    routed : DataFrame
+        What `RoutingResult.frame` returns.
+    scored : dict of str to ScoredRows
+    evidence : dict of str to ndarray
+        As in `ChunkResult`.
+    timings : DataFrame
+        The rows of `timings.parquet`, with each stage's batches numbered.
+    """
+
+    routed: pd.DataFrame
+    scored: dict[str, ScoredRows]
+    evidence: dict[str, np.ndarray]
+    timings: pd.DataFrame
+
+
+def join_chunks(results: Sequence[ChunkResult]) -> JoinedChunks:
+    """Put the chunks of a run together."""
+    sizes = [len(result.routed.predicted) for result in results]
+    starts = np.cumsum(sizes) - sizes
+    scored = {
+        name: ScoredRows(
+            np.concatenate([part.scored[name].rows + start for part, start in zip(results, starts, strict=True)]),
+            _concatenate([part.scored[name].output for part in results]),
+        )
+        for name in results[0].scored
+    }
+    names = {name: None for result in results for name in result.evidence}
+    evidence = {name: np.concatenate([r.evidence[name] for r in results if name in r.evidence]) for name in names}
+    routed = pd.concat([result.routed.frame() for result in results], ignore_index=True)
+    columns = [name for name in TIMING_COLUMNS if name != "batch"]
+    timings = pd.DataFrame([row for result in results for row in result.timings], columns=columns)
+    timings.insert(1, "batch", timings.groupby("stage").cumcount())
+    return JoinedChunks(routed, scored, evidence, timings)
+
+
+def dense_scores(
+    scored: Mapping[str, ScoredRows], shadowed: Mapping[str, ScoredRows], n: int
+) -> dict[str, StageScores]:
+    """Put each stage's live and shadow scores into the rows of the examples."""
+    dense = {}
+    for name, live in scored.items():
+        shadow = shadowed[name]
+        logits = np.full((n, live.output.logits.shape[1]), np.nan, dtype=np.float32)
+        is_scored, is_shadow = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+        logits[live.rows], logits[shadow.rows] = live.output.logits, shadow.output.logits
+        is_scored[live.rows] = is_scored[shadow.rows] = is_shadow[shadow.rows] = True
+        dense[name] = StageScores(logits, is_scored, is_shadow)
+    return dense
+
+
+def dense_features(
+    scored: Mapping[str, ScoredRows], shadowed: Mapping[str, ScoredRows], n: int
+) -> dict[str, np.ndarray]:
+    """Put each stage's features into the rows of the examples: float16, shape (n, hidden); NaN where not scored."""
+    dense = {}
+    for name, live in scored.items():
+        if live.output.features is None:
+            continue
+        dense[name] = np.full((n, live.output.features.shape[1]), np.nan, dtype=np.float16)
+        for part in (live, shadowed[name]):
+            dense[name][part.rows] = part.output.features
+    return dense
+
+
+def _concatenate(outputs: Sequence[StageOutput]) -> StageOutput:
+    logits, features = zip(*outputs, strict=True)
+    return StageOutput(np.concatenate(logits), None if features[0] is None else np.concatenate(features))

@@ -1,0 +1,202 @@
+"""A rejector: a logistic regression over scores of the stages, whose output replaces the highest probability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from cascade_lab.evidence import SCORES, log_odds
+from cascade_lab.exceptions import SpecError, did_you_mean
+from cascade_lab.provenance import sha256
+
+
+@dataclass(frozen=True)
+class Rejector:
+    """The rule of the last stage or of a deferral stage: `confidence = sigmoid(bias + sum of weight * evidence)`.
+
+    Attributes
+    ----------
+    evidence : tuple of str
+        The scores, each as `<stage>.<score>`, such as `gate.log_odds` or `intent.energy`; see `evidence.SCORES`.
+    weights : tuple of float
+        One weight per score.
+    bias : float
+    arrays : path, optional
+        An .npz file with the means, covariances and neighbours that scores of features need.
+    arrays_sha256 : str, optional
+        The SHA-256 of that file.
+    fitted_on : mapping
+        What the weights were fitted on, for the reader.
+    """
+
+    evidence: tuple[str, ...]
+    weights: tuple[float, ...]
+    bias: float
+    arrays: Path | None = None
+    arrays_sha256: str | None = None
+    fitted_on: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def feature_evidence(self) -> tuple[str, ...]:
+        """The scores that are computed from features."""
+        return tuple(name for name in self.evidence if score_of(name).of_features)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages whose outputs are needed."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.evidence))
+
+    @property
+    def feature_stages(self) -> tuple[str, ...]:
+        """The stages whose features are needed."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.feature_evidence))
+
+    def confidence(self, evidence: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the confidence, shape (n,), from each score's values, shape (n,).
+
+        >>> Rejector(("intent.energy",), (2.0,), -1.0).confidence({"intent.energy": np.array([0.5])}).tolist()
+        [0.5]
+        """
+        total = np.full(len(evidence[self.evidence[0]]), self.bias)
+        for name, weight in zip(self.evidence, self.weights, strict=True):
+            total = total + weight * np.asarray(evidence[name], dtype=np.float64)
+        return np.asarray(expit(total))
+
+    @classmethod
+    def from_dict(cls, content: Any, *, where: str, folder: Path = Path()) -> Rejector:
+        """Take the table `[stage.rejector]` of a `cascade.toml`; `folder` anchors the path in it.
+
+        Raises
+        ------
+        SpecError
+            Naming the key at fault.
+        """
+        if not isinstance(content, Mapping):
+            raise SpecError(f"{where}: rejector must be a table, not {content!r}")
+        known = list(cls.__dataclass_fields__)
+        for key in content:
+            if key not in known:
+                raise SpecError(f"{where}: unknown key 'rejector.{key}'{did_you_mean(key, known)}")
+        names, weights, bias = (content.get(key) for key in ("evidence", "weights", "bias"))
+        if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+            raise SpecError(f"{where}: rejector.evidence must be a list of scores such as 'gate.log_odds'")
+        if len(set(names)) != len(names):
+            raise SpecError(f"{where}: rejector.evidence names a score twice; name each once")
+        for name in names:
+            if name.rpartition(".")[2] not in SCORES or not name.rpartition(".")[0]:
+                near = did_you_mean(name.rpartition(".")[2], list(SCORES))
+                raise SpecError(f"{where}: rejector.evidence has '{name}', which is no <stage>.<score>{near}")
+        if not isinstance(weights, list | tuple) or len(weights) != len(names) or not all(map(_is_number, weights)):
+            raise SpecError(f"{where}: rejector.weights must be {len(names)} numbers, one for each score")
+        if bias is None or not _is_number(bias):
+            raise SpecError(f"{where}: rejector.bias must be a number, not {bias!r}")
+        arrays, digest, fitted_on = (content.get(key) for key in ("arrays", "arrays_sha256", "fitted_on"))
+        for key, value in (("arrays", arrays), ("arrays_sha256", digest)):
+            if not isinstance(value, str | None):
+                raise SpecError(f"{where}: rejector.{key} must be a string, not {value!r}")
+        if not isinstance(fitted_on, Mapping | None):
+            raise SpecError(f"{where}: rejector.fitted_on must be a table, not {fitted_on!r}")
+        path = None if arrays is None else folder / arrays
+        rejector = cls(tuple(names), tuple(map(float, weights)), float(bias), path, digest, fitted_on or {})
+        if rejector.feature_evidence and (path is None or digest is None):
+            raise SpecError(
+                f"{where}: rejector.arrays and rejector.arrays_sha256 are missing, and {rejector.feature_evidence[0]} "
+                "needs them; write the file with `cascade-lab fit-rejector`"
+            )
+        return rejector
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data with an absolute path, as `from_dict` takes."""
+        content = {"evidence": list(self.evidence), "weights": list(self.weights), "bias": self.bias}
+        if self.arrays is not None:
+            content |= {"arrays": str(self.arrays.resolve()), "arrays_sha256": self.arrays_sha256}
+        return content | ({"fitted_on": dict(self.fitted_on)} if self.fitted_on else {})
+
+    def read_arrays(self) -> dict[str, np.ndarray]:
+        """Read the .npz file, after a check of its SHA-256; an empty dict where no score needs it.
+
+        Raises
+        ------
+        SpecError
+            The file is missing, is another file, or lacks an array.
+        """
+        if not self.feature_evidence or self.arrays is None:
+            return {}
+        needed = {name for score in self.feature_evidence for name in array_names(score)}
+        try:
+            if sha256(self.arrays) != self.arrays_sha256:
+                raise SpecError(
+                    f"{self.arrays}: is not the file that the rejector was fitted with (another SHA-256); "
+                    "put that file there, or fit again"
+                )
+            with np.load(self.arrays, allow_pickle=False) as file:
+                return {name: file[name] for name in sorted(needed)}
+        except (OSError, ValueError, KeyError) as error:
+            raise SpecError(f"{self.arrays}: cannot be read ({error}); fit the rejector again") from error
+
+
+def score_of(name: str) -> Any:
+    """Return the `Score` of `<stage>.<score>`."""
+    return SCORES[name.rpartition(".")[2]]
+
+
+def array_names(name: str) -> list[str]:
+    """Return the names in the .npz file of the arrays that `<stage>.<score>` needs: `<stage>.<array>`."""
+    return [f"{name.rpartition('.')[0]}.{array}" for array in score_of(name).arrays]
+
+
+def logit_evidence(stages: Sequence[Any], names: Sequence[str], logits: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the scores `names` that need logits only: score name to values, shape (n,).
+
+    Parameters
+    ----------
+    stages : sequence of StageSpec
+    names : sequence of str
+        `<stage>.<score>`.
+    logits : mapping of str to ndarray, shape (n, n_labels)
+        Stage name to its logits, rows of the same texts. They are divided by the stage's temperature here. A stage's
+        calibrator does not change them: it is for probabilities, and the rejector's weights fit these logits.
+    """
+    values = {}
+    for name in names:
+        stage = next(stage for stage in stages if stage.name == name.rpartition(".")[0])
+        z = np.asarray(logits[stage.name], dtype=np.float64) / stage.temperature
+        if score_of(name).function is log_odds and stage.is_gate:
+            values[name] = log_odds(z, stage.labels.index(stage.pass_label))
+        elif score_of(name).function is log_odds and stage.reject_label in stage.labels:
+            values[name] = -log_odds(z, stage.labels.index(stage.reject_label))
+        else:
+            values[name] = score_of(name).function(z)
+    return values
+
+
+def feature_evidence(
+    names: Sequence[str], features: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the scores `names` of features: score name to values, shape (n,).
+
+    Parameters
+    ----------
+    names : sequence of str
+        `<stage>.<score>`.
+    features : mapping of str to ndarray of float16, shape (n, hidden)
+        Stage name to the last layer's [CLS] vectors.
+    arrays : mapping of str to ndarray
+        As `Rejector.read_arrays` returns them.
+    """
+    values = {}
+    for name in names:
+        stage = name.rpartition(".")[0]
+        own = {array: arrays[f"{stage}.{array}"] for array in score_of(name).arrays}
+        values[name] = score_of(name).function(features[stage], own)
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

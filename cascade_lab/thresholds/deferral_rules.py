@@ -1,0 +1,206 @@
+"""Is confidence enough to decide what to defer? A cross-validated comparison with a learned rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from cascade_lab.analysis.bootstrap import mean_difference_interval
+from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.analysis.sentences import Summary
+from cascade_lab.decisions import require_scored, route
+from cascade_lab.evidence import SCORES
+from cascade_lab.exceptions import RunError
+from cascade_lab.rejector import Rejector, logit_evidence
+from cascade_lab.spec import CascadeSpec
+from cascade_lab.thresholds.rejector import fit_logistic, out_of_fold_confidence, stratified_folds
+
+if TYPE_CHECKING:
+    from cascade_lab.run import Run
+
+CONFIDENCE, LEARNED, WITH_NEXT = "confidence", "learned rule", "with the next stage's logits"
+RULES = (CONFIDENCE, LEARNED, WITH_NEXT)
+EVIDENCE = ("max_logit", "energy", "margin", "entropy")
+MIN_TEXTS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class DeferralRules:
+    """Rules for what a deferral stage defers, compared at equal fractions of deferred texts.
+
+    Attributes
+    ----------
+    name, stage : str
+        The run's name, and the deferral stage.
+    deferred : float
+        The fraction of the texts that reach the stage and that it defers at the run's own threshold.
+    table : DataFrame
+        One row per rule of `RULES`. `accuracy`: of the cascade on the texts that reach the stage, if the rule defers
+        the fraction `deferred` of them. `mean_accuracy`: the mean over all fractions from 0 to 1. Each with
+        `<metric>_difference`, `_low` and `_high`: the paired difference to the rule *confidence* and its interval.
+    spec : CascadeSpec
+        The run's cascade with the learned rule as the stage's rejector, fitted on all texts, at a threshold that defers
+        the same fraction of them.
+    """
+
+    name: str
+    stage: str
+    deferred: float
+    table: pd.DataFrame
+    spec: CascadeSpec
+
+    @property
+    def learned_is_better(self) -> bool:
+        """Whether the interval of the learned rule's gain in accuracy, at the same fraction, lies above 0."""
+        return bool(self.table.loc[LEARNED, "accuracy_low"] > 0)
+
+    def summary(self) -> list[str]:
+        """Return the answer in a few sentences."""
+        row, ahead = self.table.loc[LEARNED], self.table.loc[WITH_NEXT]
+        sentences = [
+            f"Of the texts that reach it, {self.stage} defers {self.deferred:.1%}. Then "
+            f"{self.table.loc[CONFIDENCE, 'accuracy']:.1%} are answered correctly by its confidence, and "
+            f"{row['accuracy']:.1%} by a learned rule (difference {row['accuracy_difference']:+.1%}, 95% interval "
+            f"{row['accuracy_low']:+.1%} to {row['accuracy_high']:+.1%})."
+        ]
+        if self.learned_is_better:
+            sentences.append("Confidence is not enough here: use the learned rule.")
+        else:
+            sentences.append("No gain is shown: keep the confidence.")
+        sentences.append(
+            f"A rule that also saw the next stage's logits, which are not known when a text is deferred, gives "
+            f"{ahead['accuracy']:.1%}."
+        )
+        return sentences
+
+
+def compare_deferral_rules(
+    run: Run, stage: str | None = None, *, evidence: Sequence[str] = EVIDENCE, seed: int = 0
+) -> DeferralRules:
+    """Compare, by cross-validation, deferral by confidence with a learned deferral rule.
+
+    A text should be deferred where the stages after this one answer rightly and this one does not; a threshold on the
+    confidence is not the best rule for that where the later stages are wrong on the same texts, or are specialists
+    (Jitkrittum et al. 2023, "When does confidence-based cascade deferral suffice?"). The learned rule is a logistic
+    regression on scores of this stage's logits. It predicts whether the answer of this stage is at least as good as
+    that of the stages after it, which shadow scores know of every text.
+
+    Parameters
+    ----------
+    run : Run
+        With shadow scores and labels.
+    stage : str, optional
+        A deferral stage; by default the first.
+    evidence : sequence of str
+        Scores of logits: see `evidence.SCORES`.
+    seed : int
+        Of the folds.
+
+    Raises
+    ------
+    RunError
+        No such deferral stage, no shadow scores, or too few texts on which one answer is better than the other.
+    """
+    run = run.labelled
+    own = _deferral_stage(run, stage)
+    y_true = run.examples["label"].to_numpy(dtype=object)
+    decisions = {s.name: run.decision(s.name) for s in run.spec.stages}
+    rows = np.flatnonzero(route(run.spec, decisions).reached[own])
+    taken = {name: decision.take(rows) for name, decision in decisions.items()}
+    later = require_scored(route(run.spec, taken, force={own: False}), run.name)
+    own_right, later_right = taken[own].label_above == y_true[rows], later.predicted == y_true[rows]
+    keep, groups = own_right >= later_right, text_groups(run.examples)[rows]
+    _check_both(run, own, keep, groups)
+    logits = {name: run.scores(name).logits[rows] for name in decisions}
+    following = [s.name for s in run.spec.stages][[s.name for s in run.spec.stages].index(own) + 1]
+    names = [f"{own}.{score}" for score in evidence]
+    values = _evidence(run, names, logits)
+    ahead = _evidence(run, [f"{following}.{score}" for score in evidence], logits)
+    confidence = {
+        CONFIDENCE: taken[own].confidence,
+        LEARNED: out_of_fold_confidence(values, keep, groups, seed),
+        WITH_NEXT: out_of_fold_confidence(np.column_stack([values, ahead]), keep, groups, seed),
+    }
+    deferred = float((~taken[own].ends).mean())
+    kept_share = {name: _rank_in_fold(value, keep, groups, seed) for name, value in confidence.items()}
+    # A text is answered here if a fraction of at most its rank is deferred.
+    right = {name: np.where(rank >= deferred, own_right, later_right) for name, rank in kept_share.items()}
+    mean_right = {name: own_right * rank + later_right * (1 - rank) for name, rank in kept_share.items()}
+    table = pd.DataFrame(index=pd.Index(RULES, name="rule"))
+    for metric, per_text in (("accuracy", right), ("mean_accuracy", mean_right)):
+        for name in RULES:
+            difference = per_text[name].astype(float) - per_text[CONFIDENCE]
+            found = mean_difference_interval(difference, groups=groups)
+            table.loc[name, metric] = per_text[name].mean()
+            table.loc[name, [f"{metric}_difference", f"{metric}_low", f"{metric}_high"]] = list(found)
+        table.loc[CONFIDENCE, [f"{metric}_low", f"{metric}_high"]] = 0.0
+    return DeferralRules(run.name, own, deferred, table, _learned_spec(run, own, names, values, keep, deferred))
+
+
+def deferral_summary(run: Run, *, seed: int = 0) -> Summary:
+    """Return, for each deferral stage of a run, whether confidence is enough to decide what it defers, for people."""
+    sentences = []
+    for stage in run.spec.stages:
+        if stage.is_deferral:
+            try:
+                sentences += compare_deferral_rules(run, stage.name, seed=seed).summary()
+            except RunError as error:
+                sentences.append(f"Whether confidence is enough at stage {stage.name} is not known: {error}")
+    return Summary(sentences or ["No stage of this cascade defers."])
+
+
+def _deferral_stage(run: Run, stage: str | None) -> str:
+    names = [s.name for s in run.spec.stages if s.is_deferral]
+    if stage is not None:
+        run.spec.stage(stage)  # names the nearest stage
+    if not names or (stage is not None and stage not in names):
+        which = f"stage '{stage}' does not defer" if stage else "no stage defers"
+        raise RunError(f'{run.name}: {which}; name a stage with the role "deferral"')
+    return stage or names[0]
+
+
+def _check_both(run: Run, stage: str, keep: np.ndarray, groups: np.ndarray) -> None:
+    n_better = len(np.unique(groups[~keep]))
+    if min(n_better, len(np.unique(groups[keep]))) < MIN_TEXTS:
+        raise RunError(
+            f"{run.name}: of the texts that reach {stage}, the later stages are right and it is wrong on {n_better:,}; "
+            f"a rule needs at least {MIN_TEXTS} such texts, and {MIN_TEXTS} others"
+        )
+
+
+def _evidence(run: Run, names: Sequence[str], logits: dict[str, np.ndarray]) -> np.ndarray:
+    for name in names:
+        if name.rpartition(".")[2] not in SCORES or SCORES[name.rpartition(".")[2]].of_features:
+            known = ", ".join(score for score, found in SCORES.items() if not found.of_features)
+            raise RunError(f"{run.name}: '{name}' is no score of logits; take some of: {known}")
+    values = logit_evidence(run.spec.stages, names, logits)
+    return np.column_stack([values[name] for name in names])
+
+
+def _rank_in_fold(confidence: np.ndarray, keep: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Return each text's rank by confidence among the texts of its fold, as a fraction: the lowest is deferred first.
+
+    Within a fold, all confidences come from one regression.
+    """
+    rank = np.empty(len(confidence))
+    for _, test in stratified_folds(keep, groups, seed=seed):
+        order = np.argsort(np.argsort(confidence[test], kind="stable"), kind="stable")
+        rank[test] = (order + 0.5) / len(test)
+    return rank
+
+
+def _learned_spec(
+    run: Run, stage: str, names: Sequence[str], values: np.ndarray, keep: np.ndarray, deferred: float
+) -> CascadeSpec:
+    """Return the run's cascade with the learned rule, fitted on all texts, that defers the same fraction."""
+    weights, bias = fit_logistic(values, keep)
+    origin = {"run_id": run.manifest["run_id"], "n_keep": int(keep.sum()), "n_defer": int((~keep).sum())}
+    rejector = Rejector(tuple(names), tuple(map(float, weights)), float(bias), fitted_on=origin)
+    evidence = {name: values[:, k] for k, name in enumerate(names)}
+    threshold = float(np.quantile(rejector.confidence(evidence), deferred, method="higher"))
+    stages = [replace(s, rejector=rejector, threshold=threshold) if s.name == stage else s for s in run.spec.stages]
+    return replace(run.spec, stages=tuple(stages), tuned_on=None)
