@@ -315,12 +315,18 @@ def _score(
     gates = [stage_of(_folder(output, name, seed), name, pass_label="in", threshold=0.5) for name in names[:-1]]
     last = stage_of(_folder(output, names[-1], seed), names[-1], reject_label=recipe["out_of_scope"])
     spec = CascadeSpec("-".join(names), (*gates, last))
-    evidence = evidence_names(spec, scheme["evidence"]) if "evidence" in scheme else []
-    of_features = feature_stages(evidence)
+    evidence = {
+        other["name"]: evidence_names(spec, other["evidence"])
+        for other in recipe["scheme"]
+        if other["stages"] == names and "evidence" in other
+    }
+    # The runs serve all schemes of these stages; one of them may need features.
+    keep_features = any(feature_stages(scores) for scores in evidence.values())
+    of_features = feature_stages(evidence.get(scheme["name"], []))
 
     def run_of(spec: CascadeSpec, evalset: EvalSet, split: str) -> Run:
         path = output / "runs" / f"{spec.name}-seed{seed}-{split}"
-        return score(spec, evalset, path, keep_features=bool(of_features), progress=progress)
+        return score(spec, evalset, path, keep_features=keep_features, progress=progress)
 
     runs = {
         split: run_of(spec, EvalSet.read(data / recipe["evaluate"], split=split), split) for split in ("val", "test")
@@ -331,13 +337,13 @@ def _score(
             goal = Goal(maximize=scheme["maximize"], at_least=scheme.get("at_least", {}))
             chosen = spec.with_thresholds(choose(runs["val"], goal).thresholds)
             validation = runs["val"].with_spec(chosen).predictions
-        elif evidence:
+        elif "evidence" in scheme:
             # Distances are usually those of the last stage alone; then the training texts need no gate.
             training_spec = CascadeSpec(last.name, (last,)) if set(of_features) == {last.name} else spec
             training_set = _training_set(models[names[-1]], data, "train")
             train_run = run_of(training_spec, training_set, "train") if of_features else None
             fitted = fit_rejector(
-                runs["val"], evidence, train_run=train_run, at_least=float(scheme["in_scope_accuracy"])
+                runs["val"], scheme["evidence"], train_run=train_run, at_least=float(scheme["in_scope_accuracy"])
             )
             name = "-".join([spec.name, f"seed{seed}", *scheme["evidence"], f"{scheme['in_scope_accuracy']:g}"])
             fitted.write(output / "cascades" / f"{name}.toml")

@@ -15,7 +15,6 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from test_calibration import FEW, simulated, spec_of
-from test_saved_model import loaded_elsewhere
 from typer.testing import CliRunner
 
 from cascade_lab import Cascade, CascadeCalibrationDisplay, CascadeSpec, EvalSet, Run
@@ -69,7 +68,7 @@ def biased(spec: CascadeSpec, *, n: int, seed: int) -> Run:
     moved = np.array(logits["gate"])
     moved[:, spec.stages[0].labels.index("in")] += 1.5
     examples = run.examples[["example_id", "text", "text_b", "label"]]
-    return memory_run(spec, examples, {**logits, "gate": moved})
+    return memory_run(spec, examples, {**logits, "gate": moved}, seed=seed)
 
 
 def test_platt_is_scikit_learns_logistic_regression():
@@ -133,7 +132,7 @@ def test_vector_is_a_logistic_regression_and_the_least_penalized_log_loss():
     def loss(x):
         w, b = x[:5], x[5:]
         log_p = log_softmax(w * z + b, axis=1)[np.arange(120), y]
-        return -log_p.sum() + 0.5 * (((temperature * w - 1) ** 2).sum() + (b**2).sum())
+        return -log_p.sum() + 10 / 2 * (((temperature * w - 1) ** 2).sum() + (b**2).sum())
 
     best = minimize(loss, np.ones(10), method="BFGS", options={"gtol": 1e-6})
     fitted = fit_vector(y, z).parameters
@@ -245,7 +244,7 @@ def test_a_gate_keeps_every_decision_at_any_threshold(labels):
     temperature = fit_temperatures(run, ["gate"], **FEW)
     for name, comparison in comparisons.items():
         p = np.sort(run.decision("gate").confidence)
-        for threshold in (0.0, 1.0, 0.3, *p[20::70]):
+        for threshold in (0.0, 1.0, 0.3, *p[20::120]):
             before = run.with_thresholds({"gate": float(threshold)})
             result = calibrated(before, NO_TEMPERATURE, comparison)
             after = before.with_spec(result.spec)
@@ -301,26 +300,26 @@ def test_equal_texts_are_in_one_fold_and_count_once_in_the_standard_error():
 
 
 def test_auto_takes_platt_for_a_biased_gate_and_mostly_a_temperature_where_that_is_the_truth():
-    comparison = compare_calibrators(biased(spec_of(), n=2000, seed=6))
+    comparison = compare_calibrators(biased(spec_of(), n=1000, seed=6))
     assert comparison.chosen["gate"].calibrator.method in ("platt", "beta")
     assert comparison.table["chosen"].groupby(level="stage").sum().tolist() == [1, 1]
     assert "last" not in comparison.chosen
     n_other = 0
-    for seed in range(20):
-        n_other += len(compare_calibrators(simulated(spec_of(), n=400, seed=seed, temperature=1.6), ["gate"]).chosen)
-    assert n_other <= 6  # a gain above one standard error by chance
+    for seed in range(12):
+        n_other += len(compare_calibrators(simulated(spec_of(), n=250, seed=seed, temperature=1.6), ["gate"]).chosen)
+    assert n_other <= 4  # a gain above one standard error by chance
 
 
 def test_vector_is_chosen_for_biased_classes_and_lowers_the_loss_on_other_texts():
     spec = spec_of(6)
-    rng = np.random.default_rng(0)
-    bias = rng.normal(0, 1.5, 6)
+    bias = np.array([2.0, -2.0, 1.0, 0.0, -1.0, 0.0])
 
     def moved(n, seed):
         run = simulated(spec, n=n, seed=seed)
         logits = logits_of(run)
         examples = run.examples[["example_id", "text", "text_b", "label"]]
-        return memory_run(spec, examples, {**logits, "last": (logits["last"] + bias).astype(np.float32)})
+        last = (logits["last"] + bias).astype(np.float32)
+        return memory_run(spec, examples, {**logits, "last": last}, seed=seed)
 
     val, test = moved(800, 1), moved(2000, 2)
     comparison = compare_calibrators(val)
@@ -404,13 +403,9 @@ def test_live_predictions_replay_timing_and_exports_are_by_the_calibrator(tiny, 
         assert answers["predicted"].tolist() == run.predictions["predicted"].tolist()
         np.testing.assert_allclose(answers["confidence"], run.predictions["confidence"], atol=1e-5)
     np.testing.assert_allclose(one["confidence"], table["confidence"][:1], atol=1e-5)
-    export_cascade(spec, tmp_path / "served", format="saved_model")
-    described = json.loads((tmp_path / "served" / "export.json").read_text())["stages"]
+    export_cascade(spec, tmp_path / "exported", format="hf")
+    described = json.loads((tmp_path / "exported" / "export.json").read_text())["stages"]
     assert [stage["calibrator"] for stage in described] == [platt.to_dict(), last.to_dict()]
-    with Cascade.load(tiny) as cascade:
-        encodings = cascade.stages[1].encode(evalset.texts[:20])
-    _, outputs = loaded_elsewhere(tmp_path / "served" / "intent" / "1", encodings, tmp_path)
-    np.testing.assert_allclose(outputs["probabilities"], probabilities(spec.last, outputs["logits"]), atol=1e-6)
     features = replace(spec.last, rejector=Rejector(("intent.knn",), (1.0,), 0.0))
     with pytest.raises(CascadeLabError, match=r"its rejector needs intent\.knn"):
         export_cascade(replace(spec, stages=(spec.stages[0], features)), tmp_path / "no", format="saved_model")
@@ -431,7 +426,7 @@ def test_the_graph_of_an_export_computes_the_same_probabilities(labels):
 
 
 def test_the_command_compares_chooses_and_writes(tmp_path):
-    val = biased(spec_of(4), n=600, seed=8).write(tmp_path / "val")
+    val = biased(spec_of(4), n=400, seed=8).write(tmp_path / "val")
     output = tmp_path / "auto.toml"
     result = CliRunner().invoke(app, ["calibrate", str(val.directory), "--method", "auto", "--output", str(output)])
     assert result.exit_code == 0, result.output

@@ -31,7 +31,7 @@ from cascade_lab.analysis.metrics import in_scope_predictions, stage_metrics
 from cascade_lab.cli import app
 from cascade_lab.displays import CostFrontDisplay
 from cascade_lab.exceptions import GoalError, RunError, SpecError
-from cascade_lab.thresholds import ThresholdGrid, compare_deferral_rules, cost_front, sweep
+from cascade_lab.thresholds import Goal, ThresholdGrid, choose, compare_deferral_rules, cost_front, sweep
 
 STAGES = [
     {"name": "small", "labels": ["pay", "play"], "role": "deferral", "threshold": 0.8},
@@ -244,6 +244,29 @@ def test_the_front_is_that_of_replays(n_small: int):
         mean_ms, accuracy = at(dict(zip(names, thresholds, strict=True)))
         assert ((front["mean_ms"] <= mean_ms + 1e-9) & (front["accuracy"] >= accuracy - 1e-9)).any()
     assert front.attrs["own"]["accuracy"] == pytest.approx(at({})[1])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_best_thresholds_of_a_deferral_stage_and_a_gate(seed: int):
+    """The search finds the best of all pairs of thresholds, with a bound or without, as replays count them."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(["pay", "play", "lost", "oos"], 16)
+    sizes = {"small": 2, "gate": 2, "large": 3}
+    stages = STAGES if seed % 2 else [STAGES[1], STAGES[0], STAGES[2]]
+    run = run_of_probabilities(
+        stages, list(labels), {name: rng.dirichlet(np.full(size, 0.8), 16) + 1e-6 for name, size in sizes.items()}
+    )
+    pairs = product(*(np.unique(np.append(run.decision(s).confidence, [0, 1])) for s in ("small", "gate")))
+    found = []
+    for small, gate in pairs:
+        replayed = run.replay({"small": small, "gate": gate})
+        right, out = replayed["predicted"] == replayed["label"], replayed["label"] == "oos"
+        found.append((right.mean(), right[out].mean()))
+    for least in (0.0, 0.5):
+        choice = choose(run, Goal("accuracy", at_least={"reject_recall": least}))
+        assert choice.metrics["accuracy"] == pytest.approx(max(a for a, recall in found if recall >= least))
+        replayed = run.replay(choice.thresholds)
+        assert (replayed["predicted"] == replayed["label"]).mean() == pytest.approx(choice.metrics["accuracy"])
 
 
 def test_a_front_with_a_test_run_is_drawn():

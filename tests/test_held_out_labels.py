@@ -86,12 +86,8 @@ def ground(tmp_path_factory) -> Path:
     parts = []
     for split in ("train", "dev", "test"):
         frame = pd.read_csv(DEMO / f"{split}.tsv", sep="\t", quoting=3)
-        frame = frame[frame["label"].isin([*LABELS, "oos"])]
-        parts.append(
-            frame.groupby("label")
-            .head(60 if split == "train" else 30)[["example_id", "text", "label"]]
-            .assign(split=split)
-        )
+        frame = frame.loc[frame["label"].isin([*LABELS, "oos"]), ["example_id", "text", "label"]]
+        parts.append(frame.groupby("label").head(60 if split == "train" else 30).assign(split=split))
     pd.concat(parts).to_csv(folder / "texts.csv", index=False)
     (folder / "study.toml").write_text(RECIPE)
     return folder

@@ -15,6 +15,7 @@ from cascade_lab.analysis.outcomes import outcome_counts
 from cascade_lab.exceptions import CascadeLabError, GoalError, InfeasibleError
 from cascade_lab.run import Run
 from cascade_lab.spec import CascadeSpec
+from cascade_lab.text import exact
 from cascade_lab.thresholds import (
     Choice,
     Goal,
@@ -372,7 +373,7 @@ def test_the_summary_tells_of_broken_bounds_and_of_prevalences(runs):
     # Reject recall and in-scope accuracy do not depend on the prevalence, so accuracy is maximized there.
     assert tuning.prevalence_goal == ACCURACY
     assert "the thresholds to maximize accuracy are: " in text
-    assert f"{tuning.by_prevalence.loc[0.5, 'gate0']:.4f}" in text
+    assert f"gate0 {exact(tuning.by_prevalence.loc[0.5, 'gate0'])}" in text
 
 
 def test_without_a_test_run_the_parts_that_need_one_are_absent(runs):

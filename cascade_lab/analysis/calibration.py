@@ -171,7 +171,9 @@ def check_unfitted(run: Run, stage: str | None = None) -> None:
 
     def is_fitted_here(source: Mapping[str, Any]) -> bool:
         fitted_on = source.get("evalset", {})
-        return all(evalset.get(key) == fitted_on.get(key) for key in ("sha256", "split"))
+        same_file = evalset.get("sha256") is not None and evalset["sha256"] == fitted_on.get("sha256")
+        same_run = source.get("run_id") == run.manifest["run_id"]
+        return same_run or (same_file and evalset.get("split") == fitted_on.get("split"))
 
     sources = run.spec.calibrated_on or {}
     fitted = [name for name, source in sources.items() if stage in (None, name) and is_fitted_here(source)]

@@ -94,7 +94,7 @@ def fit_isotonic(y_true: Any, log_odds: Any) -> Calibrator:
     )
 
 
-def fit_vector(y_true: Any, logits: Any, *, penalty: float = 1.0) -> Calibrator:
+def fit_vector(y_true: Any, logits: Any, *, penalty: float = 10.0) -> Calibrator:
     """Return a weight and a bias for each label's logit, with the lowest penalized log loss (Guo et al. 2017).
 
     The penalty draws all weights to 1 / T, where T is the best temperature, and all biases to 0: labels with few texts
@@ -107,7 +107,7 @@ def fit_vector(y_true: Any, logits: Any, *, penalty: float = 1.0) -> Calibrator:
         The column of the true class.
     logits : array-like of float, shape (n, n_classes)
     penalty : float
-        At 0 a label that some texts have, and that is separated from the others, has no best weight.
+        With 20 texts for each of 150 labels, a penalty of 1 fits them far too closely. At 0 a label that some texts have, and that is separated from the others, has no best weight.
 
     Raises
     ------

@@ -1,5 +1,4 @@
-"""What each deferral stage did with the texts that reached it: right and overconfident answers, useful and needless
-deferrals."""
+"""Counts what each deferral stage did: right and overconfident answers, useful and needless deferrals."""
 
 from __future__ import annotations
 

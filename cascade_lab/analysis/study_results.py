@@ -146,6 +146,10 @@ class HeldOutResults:
             check_keys(row, {"known_ratio": float | int, "seed": int, "rule": str, "test": dict}, where, **options)
             kinds = dict.fromkeys((*OPEN_SET_METRICS, "known_accepted"), float | int)
             check_keys(row["test"], kinds, f"{where}: test", **options)
+            fractions = {"known_ratio": row["known_ratio"], **{f"test: {name}": row["test"][name] for name in kinds}}
+            for name, value in {"accept": content["accept"], **fractions}.items():
+                if not 0 <= value <= 1:
+                    raise RunError(f"{where}: {name} is {value:g}; it must be from 0 to 1: {_WAY_OUT}")
         return cls(content)
 
     @cached_property

@@ -96,6 +96,10 @@ def _print_comparison(comparison: CalibratorComparison) -> None:
     line("held out: log loss by cross-validation; gain: how much lower it is than the temperature's")
     for name, stage in comparison.chosen.items():
         line(f"{name}: {stage.calibrator}")
+        if stage.is_gate:
+            row = comparison.table.loc[name].iloc[0]
+            share = row["n_out_of_scope"] / row["n_examples"]
+            line(f"{name}: fits the {share:.1%} of texts out of scope in this run; where that share differs, fit again")
 
 
 def _print_out_of_scope(n_out_of_scope: pd.Series) -> None:

@@ -1,4 +1,4 @@
-"""Fits a rejector on a run, and compares rejectors by cross-validation: which evidence tells what is out of scope."""
+"""Fits a rejector on a run: a logistic regression over scores of the stages that tells what is out of scope."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def notes(tuning: Tuning) -> list[str]:
         )
     if bootstrap.infeasible:
         lacks = "" if bootstrap.infeasible <= MAX_UNDEFINED else ", so the metrics have no interval"
-        result.append(f"On {bootstrap.infeasible:.0%} of the resamples no thresholds satisfy the goal{lacks}.")
+        result.append(f"On {bootstrap.infeasible:.1%} of the resamples no thresholds satisfy the goal{lacks}.")
     few = [name for name, found in bootstrap.metrics.items() if not np.isnan(found.value) and np.isnan(found.low)]
     if few and bootstrap.infeasible <= MAX_UNDEFINED:
         result.append(
