@@ -11,6 +11,7 @@ from scipy.special import log_expit, logit
 
 from cascade_lab.evidence import energy, log_odds
 from cascade_lab.exceptions import SpecError, did_you_mean
+from cascade_lab.text import shorten
 
 
 class Method(NamedTuple):
@@ -69,11 +70,11 @@ class Calibrator:
             Naming the key at fault.
         """
         if not isinstance(content, Mapping):
-            raise SpecError(f"{where}: calibrator must be a table, not {content!r}")
+            raise SpecError(f"{where}: calibrator must be a table, not {_short(content)}")
         name = content.get("method")
         if not isinstance(name, str) or name not in METHODS:
             near = did_you_mean(str(name), METHODS)
-            raise SpecError(f"{where}: calibrator.method is {name!r}, which is no method{near}")
+            raise SpecError(f"{where}: calibrator.method is {_short(name)}, which is no method{near}")
         method = METHODS[name]
         for key in content:
             if key not in ("method", *method.parameters):
@@ -85,7 +86,7 @@ class Calibrator:
             numbers = value if method.are_lists else [value]
             if not isinstance(numbers, list | tuple) or not numbers or not all(map(_is_number, numbers)):
                 kind = "a list of numbers" if method.are_lists else "a number"
-                raise SpecError(f"{where}: calibrator.{key} must be {kind} (at most {_LARGEST:g}), not {value!r}")
+                raise SpecError(f"{where}: calibrator.{key} must be {kind} (at most {_LARGEST:g}), not {_short(value)}")
             parameters[key] = tuple(map(float, numbers)) if method.are_lists else float(numbers[0])
         if method.are_lists and len({len(numbers) for numbers in parameters.values()}) > 1:
             raise SpecError(f"{where}: calibrator.{' and calibrator.'.join(parameters)} must have the same length")
@@ -101,7 +102,8 @@ class Calibrator:
 
     def __str__(self) -> str:
         if METHODS[self.method].are_lists:
-            return f"{self.method} ({len(self.parameters[METHODS[self.method].parameters[0]])} points or labels)"
+            n = len(self.parameters[METHODS[self.method].parameters[0]])
+            return f"{self.method} ({n} {'labels' if self.method == 'vector' else 'points'})"
         return f"{self.method} ({', '.join(f'{key} {value:.4g}' for key, value in self.parameters.items())})"
 
     def log_odds(self, s: np.ndarray) -> np.ndarray:
@@ -186,6 +188,10 @@ def _not_rising(name: str, values: Mapping[str, Any]) -> str:
         if (np.diff(p) < 0).any() or p[0] <= 0 or p[-1] >= 1:
             return "probabilities must be between 0 and 1, each at least the one before"
     return ""
+
+
+def _short(value: Any) -> str:
+    return shorten(repr(value), 80)
 
 
 def _is_number(value: Any) -> bool:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from cascade_lab.bert.tokenization import Encoding
 from cascade_lab.chunks import ChunkResult, JoinedChunks, dense_features, dense_scores, join_chunks
-from cascade_lab.decisions import StageDecision, check_labels, decide_in_cascade, route
+from cascade_lab.decisions import StageDecision, check_labels, route
 from cascade_lab.evalset import EvalSet
 from cascade_lab.evalset_files import check_columns
 from cascade_lab.exceptions import EvalSetError
@@ -27,7 +27,7 @@ from cascade_lab.run_schema import SCHEMA_VERSION
 from cascade_lab.run_tables import predictions_frame
 from cascade_lab.spec import CascadeSpec, StageSpec
 from cascade_lab.stage import Batch, Stage
-from cascade_lab.stage_output import ScoredRows, StageOutput
+from cascade_lab.stage_output import ScoredRows, StageOutput, decide_from_outputs
 from cascade_lab.text import shorten
 
 CHUNK = 8192  # texts whose token ids are held at the same time; the next chunk is tokenized meanwhile
@@ -160,11 +160,7 @@ class Cascade:
         spec : CascadeSpec, optional
             The cascade at other thresholds; by default this one.
         """
-        names = stage.rejector.feature_evidence if stage.rejector else ()
-        features = {name: output.features for name, output in outputs.items() if output.features is not None}
-        evidence = feature_evidence(names, features, self._arrays)
-        logits = {name: output.logits for name, output in outputs.items()}
-        return decide_in_cascade(spec or self.spec, stage, logits, evidence), evidence
+        return decide_from_outputs(spec or self.spec, stage, outputs, self._arrays)
 
     def run(
         self,

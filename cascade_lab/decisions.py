@@ -222,6 +222,8 @@ def decide(stage: StageSpec, logits: np.ndarray, *, confidence: np.ndarray | Non
     >>> decision.label.tolist(), decision.confidence.round(3).tolist()
     (['in', 'oos'], [0.881, 0.119])
     """
+    if stage.rejector is not None and confidence is None:
+        raise TypeError("the stage has a rejector, which decide_in_cascade computes")
     p = probabilities(stage, logits)
     labels = np.array(stage.labels, dtype=object)
     rows = np.arange(len(p))

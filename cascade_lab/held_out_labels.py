@@ -134,7 +134,7 @@ def known_labels(labels: Iterable[str], ratio: float, seed: int) -> list[str]:
     """Return the labels that are known: `round(ratio * n_labels)` of them, drawn at random, sorted.
 
     >>> known_labels(["pay", "play", "stop", "call"], 0.5, seed=0)
-    ['play', 'stop']
+    ['call', 'play']
     """
     names = sorted(labels)
     drawn = np.random.default_rng(seed).permutation(len(names))[: round(ratio * len(names))]

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from cascade_lab.decisions import decide, route
+from cascade_lab.decisions import route
 from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import RunError
 from cascade_lab.spec import CascadeSpec
 from cascade_lab.stage import Stage
+from cascade_lab.stage_output import StageOutput, decide_from_outputs
 
 
 class PrecisionCheck(NamedTuple):
@@ -67,29 +68,32 @@ def verify_precision(
             raise RunError(f"stage '{stage.name}': the reference engine has float32 only; set engine = \"fast\"")
     in_float32 = all(stage.precision == "float32" for stage in spec.stages)
     lower = {s.name: replace(s, precision="bfloat16") if in_float32 else s for s in spec.stages}
+    arrays = spec.rejector.read_arrays() if spec.rejector else {}
+    with_features = spec.rejector.feature_stages if spec.rejector else ()
     n, rows = len(evalset), []
-    exact: dict[str, np.ndarray] = {}
-    other: dict[str, np.ndarray] = {}
+    exact: dict[str, StageOutput] = {}
+    other: dict[str, StageOutput] = {}
     with tqdm(total=2 * n * len(spec.stages), unit="score", disable=not progress) as bar:
         for stage in spec.stages:
             in_both = ((other, lower[stage.name]), (exact, replace(stage, precision="float32")))
-            for logits, stage_spec in in_both:
+            for outputs, stage_spec in in_both:
                 bar.set_description(f"{stage_spec.name} in {stage_spec.precision}")
                 with quiet(f"loading {stage_spec.name}"):
-                    loaded = Stage(stage_spec)
+                    loaded = Stage(stage_spec, features=stage.name in with_features)
                 with loaded:
                     encodings = loaded.encode(evalset.texts, evalset.texts_b)
-                    logits[stage.name] = loaded.score(encodings, done=bar.update)[0].logits
-            difference = np.abs(other[stage.name] - exact[stage.name])
-            changed = int((decide(stage, exact[stage.name]).label != decide(stage, other[stage.name]).label).sum())
+                    outputs[stage.name] = loaded.score(encodings, done=bar.update)[0]
+            difference = np.abs(other[stage.name].logits - exact[stage.name].logits)
             rms, p99 = np.sqrt(np.mean(difference**2)), np.quantile(difference, 0.99)
-            rows.append((stage.name, lower[stage.name].precision, rms, p99, difference.max(), changed))
-    columns = ["stage", "precision", "rms", "p99", "max", "n_changed"]
-    predicted = [
-        route(spec, {stage.name: decide(stage, logits[stage.name]) for stage in spec.stages}).predicted
-        for logits in (exact, other)
+            rows.append((stage.name, lower[stage.name].precision, rms, p99, difference.max()))
+    table = pd.DataFrame(rows, columns=["stage", "precision", "rms", "p99", "max"]).set_index("stage")
+    decisions = [
+        {stage.name: decide_from_outputs(spec, stage, outputs, arrays)[0] for stage in spec.stages}
+        for outputs in (exact, other)
     ]
+    table["n_changed"] = [int((decisions[0][name].label != decisions[1][name].label).sum()) for name in table.index]
+    predicted = [route(spec, decided).predicted for decided in decisions]
     differs = np.flatnonzero(predicted[0] != predicted[1])
     texts = evalset.examples.iloc[differs][["text", "label"]].reset_index(drop=True)
     texts["float32"], texts["lower"] = (labels[differs] for labels in predicted)
-    return PrecisionCheck(pd.DataFrame(rows, columns=columns).set_index("stage"), texts, n)
+    return PrecisionCheck(table, texts, n)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from cascade_lab.decisions import StageDecision, decide_in_cascade
+from cascade_lab.rejector import feature_evidence
+from cascade_lab.spec import CascadeSpec, StageSpec
 
 
 class StageOutput(NamedTuple):
@@ -34,3 +39,25 @@ class ScoredRows(NamedTuple):
     def at(self, rows: np.ndarray) -> StageOutput:
         """Return the output for some of the rows."""
         return self.output.take(np.searchsorted(self.rows, rows))
+
+
+def decide_from_outputs(
+    spec: CascadeSpec, stage: StageSpec, outputs: Mapping[str, StageOutput], arrays: Mapping[str, np.ndarray]
+) -> tuple[StageDecision, dict[str, np.ndarray]]:
+    """Return what `stage` decides, and its rejector's scores of features.
+
+    Parameters
+    ----------
+    spec : CascadeSpec
+    stage : StageSpec
+        One of its stages.
+    outputs : mapping of str to StageOutput
+        Stage name to its output, rows of the same texts: of this stage and of those before it.
+    arrays : mapping of str to ndarray
+        What `Rejector.read_arrays` returns.
+    """
+    names = stage.rejector.feature_evidence if stage.rejector else ()
+    features = {name: output.features for name, output in outputs.items() if output.features is not None}
+    evidence = feature_evidence(names, features, arrays)
+    logits = {name: output.logits for name, output in outputs.items()}
+    return decide_in_cascade(spec, stage, logits, evidence), evidence

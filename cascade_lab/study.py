@@ -349,7 +349,7 @@ def _score(
             fitted.write(output / "cascades" / f"{name}.toml")
             chosen, validation = CascadeSpec.read(output / "cascades" / f"{name}.toml"), fitted.run.predictions
     except InfeasibleError as error:
-        infeasible = str(error).split(": ", 1)[1]
+        infeasible = str(error).partition(": ")[2] or str(error)
     rejector = chosen.rejector
     return {
         "scheme": scheme["name"],

@@ -132,7 +132,7 @@ def test_vector_is_a_logistic_regression_and_the_least_penalized_log_loss():
     def loss(x):
         w, b = x[:5], x[5:]
         log_p = log_softmax(w * z + b, axis=1)[np.arange(120), y]
-        return -log_p.sum() + 10 / 2 * (((temperature * w - 1) ** 2).sum() + (b**2).sum())
+        return -log_p.sum() + 100 / 2 * (((temperature * w - 1) ** 2).sum() + (b**2).sum())
 
     best = minimize(loss, np.ones(10), method="BFGS", options={"gtol": 1e-6})
     fitted = fit_vector(y, z).parameters
@@ -343,6 +343,27 @@ def test_a_rejectors_evidence_is_of_the_logits_and_its_stage_is_kept_only_at_the
     confidence = own.with_spec(platt.spec).decision("last").confidence
     np.testing.assert_array_equal(confidence, own.decision("last").confidence)
     assert calibrated(own, fit_temperatures(own, ["gate"], **FEW)).kept == ("gate",)
+
+
+def test_a_deferral_stage_has_vector_scaling_and_answers_by_its_probabilities():
+    labels = ["label0", "label1", "label2"]
+    small = {"name": "small", "labels": labels, "role": "deferral", "threshold": 0.7}
+    spec = CascadeSpec.from_dict({"name": "deferral", "stage": [small, {"name": "last", "labels": labels}]})
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 400)
+    logits = {name: (rng.normal(size=(400, 3)) + 2 * np.eye(3)[y]).astype(np.float32) for name in ("small", "last")}
+    logits["small"] += np.array([1.5, 0, -1.5], dtype=np.float32)
+    examples = pd.DataFrame({"example_id": [f"{i}" for i in range(400)], "text": [f"text {i}" for i in range(400)]})
+    run = memory_run(spec, examples.assign(text_b=None, label=np.array(labels)[y]), logits)
+    comparison = compare_calibrators(run, ["small"])
+    assert list(comparison.chosen) == ["small"]
+    result = calibrated(run, NO_TEMPERATURE, comparison)
+    assert result.kept == ("last",)
+    assert result.spec.thresholds == spec.thresholds
+    vector = result.spec.stages[0].calibrator.parameters
+    p = np.exp(log_softmax(logits["small"] * np.array(vector["weights"]) + vector["biases"], axis=1))
+    answer = np.where(p.max(axis=1) >= 0.7, p.argmax(axis=1), logits["last"].argmax(axis=1))
+    assert run.with_spec(result.spec).predictions["predicted"].tolist() == np.array(labels)[answer].tolist()
 
 
 def of_gate(**calibrator) -> dict:

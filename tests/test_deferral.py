@@ -1,20 +1,16 @@
-"""Deferral stages: a cascade worked by hand, the file, a live run of tiny checkpoints, and what a threshold costs."""
+"""Deferral stages: a cascade worked by hand, the file, what a threshold costs, and whether confidence is enough."""
 
 from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from textwrap import dedent
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import memory_run, run_of_probabilities, texts, write_checkpoint
-from typer.testing import CliRunner
+from helpers import memory_run, run_of_probabilities
 
-from cascade_lab import CascadeSpec, EvalSet, Run, StageSpec
+from cascade_lab import CascadeSpec, Run, StageSpec
 from cascade_lab.analysis import (
     blame,
     confusion,
@@ -28,10 +24,9 @@ from cascade_lab.analysis import (
 )
 from cascade_lab.analysis.calibration import calibration_metrics
 from cascade_lab.analysis.metrics import in_scope_predictions, stage_metrics
-from cascade_lab.cli import app
 from cascade_lab.displays import CostFrontDisplay
 from cascade_lab.exceptions import GoalError, RunError, SpecError
-from cascade_lab.thresholds import Goal, ThresholdGrid, choose, compare_deferral_rules, cost_front, sweep
+from cascade_lab.thresholds import Goal, ThresholdGrid, choose, compare_deferral_rules, cost_front, cost_summary, sweep
 
 STAGES = [
     {"name": "small", "labels": ["pay", "play"], "role": "deferral", "threshold": 0.8},
@@ -269,6 +264,18 @@ def test_the_best_thresholds_of_a_deferral_stage_and_a_gate(seed: int):
         assert (replayed["predicted"] == replayed["label"]).mean() == pytest.approx(choice.metrics["accuracy"])
 
 
+def test_a_bound_on_the_time_bounds_what_is_deferred():
+    run = random_deferral_run(200)
+    n_first, n_second = run.timings["n_examples"]
+    limit = 11 / n_first + 0.4 * 11 / n_second  # a batch of each stage takes 11 ms; at most 40% may go on
+    chosen = choose(run, Goal("accuracy", at_most={"mean_ms": limit})).thresholds
+    table = sweep(run, "stage0")
+    allowed = table[table["reach"] <= 0.4 + 1e-9]
+    replayed = run.replay(chosen)
+    assert (replayed["decided_by"] == "stage1").mean() <= 0.4 + 1e-9
+    assert (replayed["predicted"] == replayed["label"]).mean() == pytest.approx(allowed["accuracy"].max())
+
+
 def test_a_front_with_a_test_run_is_drawn():
     run, other = random_deferral_run(seed=0), random_deferral_run(seed=1)
     other.examples["text"] = [f"other {i}" for i in range(len(other.examples))]
@@ -276,6 +283,7 @@ def test_a_front_with_a_test_run_is_drawn():
     row = front.iloc[len(front) // 2]
     replayed = other.replay({"stage0": row["stage0"]})
     assert row["test_accuracy"] == pytest.approx((replayed["predicted"] == replayed["label"]).mean())
+    assert "less time than now and no less accurate" in cost_summary(front)[1]
     display = CostFrontDisplay(front).plot()
     assert display.frame() is front
     assert display.ax_.get_xlabel().startswith("predicted milliseconds")
@@ -304,159 +312,3 @@ def test_is_confidence_enough():
         compare_deferral_rules(random_deferral_run(40))
     with pytest.raises(RunError, match="stage 'stage1' does not defer"):
         compare_deferral_rules(random_deferral_run(), "stage1")
-
-
-CASCADE = """
-    name = "deferral"
-    max_seq_length = 24
-
-    [[stage]]
-    name = "small"
-    role = "deferral"
-    init_checkpoint = "small"
-    bert_config_file = "small/bert_config.json"
-    vocab_file = "small/vocab.txt"
-    labels = ["a", "b", "c", "d"]
-    threshold = 0.7
-
-    [[stage]]
-    name = "large"
-    init_checkpoint = "large"
-    bert_config_file = "large/bert_config.json"
-    vocab_file = "large/vocab.txt"
-    labels = ["a", "b", "c", "d"]
-"""
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
-    """A two-stage deferral cascade of tiny checkpoints, and a run of it: the file, the run and the texts."""
-    from cascade_lab import Cascade
-
-    folder = tmp_path_factory.mktemp("deferral")
-    for seed, name in enumerate(("small", "large")):
-        write_checkpoint(folder / name, 4, seed=seed)
-    (folder / "cascade.toml").write_text(dedent(CASCADE))
-    lines = texts(80, seed=3)
-    spec = CascadeSpec.read(folder / "cascade.toml")
-    with Cascade.load(spec.with_thresholds({"small": 1.0})) as cascade:
-        by_large = cascade.predict(lines)
-    spec = spec.with_thresholds({"small": float(by_large["small_probability"].median()) + 1e-4})
-    spec.write(folder / "cascade.toml")
-    rng = np.random.default_rng(0)
-    labels = np.where(rng.random(len(lines)) < 0.7, by_large["predicted"], rng.choice(list("abcd"), len(lines)))
-    evalset = EvalSet.from_frame(pd.DataFrame({"text": lines, "label": labels}))
-    other = EvalSet.from_frame(pd.DataFrame({"text": texts(80, seed=4), "label": labels}))
-    with Cascade.load(spec) as cascade:
-        cascade.run(evalset, output=folder / "run")
-        cascade.run(other, output=folder / "other")
-    return folder / "cascade.toml", folder / "run", lines
-
-
-def test_a_live_run_is_its_replay(live: tuple[Path, Path, list[str]]):
-    from cascade_lab import Cascade
-    from cascade_lab.latency_benchmark import serve_batch
-
-    path, folder, lines = live
-    run = Run.read(folder)
-    run.check()
-    pd.testing.assert_frame_equal(run.replay(), run.predictions)
-    decided = run.predictions["decided_by"]
-    assert 0.3 < (decided == "small").mean() < 0.7
-    assert run.scores("large").shadow.sum() == (decided == "small").sum()
-    assert run.timings.groupby("stage")["n_examples"].sum().to_dict() == {
-        "small": 80, "large": int((decided == "large").sum()),
-    }  # fmt: skip
-    with Cascade.load(path) as cascade:
-        assert cascade.predict(lines)["predicted"].tolist() == run.predictions["predicted"].tolist()
-        few = pd.concat([cascade.predict([text]) for text in lines[:8]], ignore_index=True)
-        assert few["decided_by"].tolist() == decided.tolist()[:8]
-        assert few["large_probability"].isna().tolist() == (decided[:8] == "small").tolist()  # nothing is run ahead
-        served, timings = serve_batch(cascade, lines, spec=cascade.spec)
-    assert served["predicted"].tolist() == run.predictions["predicted"].tolist()
-    assert [timing["n_examples"] for timing in timings] == [80, int((decided == "large").sum())]
-
-
-def cascade_lab(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.mark.parametrize("notebook", ["01_run_cascade", "03_analyse_errors", "04_tune_thresholds"])
-def test_notebooks_take_a_deferral_cascade(
-    notebook: str, live: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch
-):
-    """Every cell runs in this process, which takes a tenth of the time of a kernel's start."""
-    from IPython.core.interactiveshell import InteractiveShell
-
-    from cascade_lab.reporting.report import notebook_path
-
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    _, run, _ = live
-    given = {"run_dir": str(run)} | ({"test_dir": str(run.parent / "other")} if notebook.startswith("04") else {})
-    shell = InteractiveShell()
-    for cell in nbformat.read(notebook_path(notebook), as_version=4).cells:
-        if cell.cell_type == "code":
-            shell.run_cell(cell.source).raise_error()
-        if "parameters" in cell.metadata.get("tags", []):
-            shell.push(given)
-    shell.history_manager.end_session()
-    plt.close("all")
-
-
-@pytest.mark.slow
-def test_reports_of_a_deferral_cascade(live: tuple[Path, Path, list[str]]):
-    from cascade_lab.reporting.report import write_report
-
-    _, folder, _ = live
-    for notebook in ("01_run_cascade", "03_analyse_errors"):
-        report = write_report(Run.read(folder), folder.parent / f"{notebook}.html", notebook=notebook)
-        assert "small" in report.read_text(encoding="utf-8")
-
-
-def test_commands_take_a_deferral_cascade(live: tuple[Path, Path, list[str]], tmp_path: Path):
-    """`tune` prints what accuracy costs; `inspect` and `predict` show the rule and the probabilities."""
-    path, run, _ = live
-    shown = cascade_lab("tune", run, "--maximize", "accuracy", "--output", tmp_path / "tuned.toml", "--write-anyway")
-    assert "accuracy against time" in shown.stdout
-    assert CascadeSpec.read(tmp_path / "tuned.toml").stages[0].is_deferral
-    assert "answers at confidence ≥" in cascade_lab("inspect", path).stdout
-    refused = cascade_lab("fit-rejector", run, "--output", tmp_path / "x.toml")
-    assert refused.exit_code == 2
-    assert "has a deferral stage" in refused.stderr
-
-
-def test_other_analyses_take_a_deferral_cascade(live: tuple[Path, Path, list[str]]):
-    """Calibration, audit, comparison and the explorer; the audit's probabilities add up to 1 for every text."""
-    from cascade_lab.analysis import audit, compare, coverage_metrics, fit_temperatures
-    from cascade_lab.analysis.label_audit import _cascade_probabilities
-    from cascade_lab.explorer import Explorer
-
-    _, folder, _ = live
-    run = Run.read(folder)
-    assert _cascade_probabilities(run)[1].sum(axis=1) == pytest.approx(1)
-    assert "suggested_label" in audit(run)
-    assert coverage_metrics(run)["confidence"].unique().tolist() == ["last"]
-    assert fit_temperatures(run, ["large"], on="all", n_resamples=10).index.tolist() == ["large"]
-    moved = run.with_thresholds({"small": 0.0})
-    split = compare(run, moved).decomposition
-    accuracy = {name: run_.metrics["end_to_end"]["accuracy"] for name, run_ in (("AA", run), ("BB", moved))}
-    assert {name: split.accuracies[name] for name in accuracy} == pytest.approx(accuracy)
-    explorer = Explorer(run)
-    explorer.move({"small": 0.0})
-    assert explorer.predictions["decided_by"].eq("small").all()
-
-
-def test_the_latency_benchmark_takes_a_deferral_cascade(live: tuple[Path, Path, list[str]]):
-    """The predicted cost rises with the threshold of the deferral stage, as more texts go on."""
-    from cascade_lab.analysis.serving_latency import predicted_cost
-    from cascade_lab.analysis.serving_summary import cost_and_quality, summary
-    from cascade_lab.latency_benchmark import measure_run
-
-    _, folder, _ = live
-    run = Run.read(folder)
-    study = measure_run(run, batch_sizes=[8], repeats=2, limit=24)
-    costs = predicted_cost(study, [0.0, run.spec.thresholds["small"], 1.0])
-    assert costs["reach"].is_monotonic_increasing
-    assert costs["reach"].iloc[[0, 2]].tolist() == [0.0, 1.0]
-    assert any("if small answers (nearly) all texts" in sentence for sentence in summary(study))
-    assert len(cost_and_quality(study, run)) == len(study.settings["checked"]) + 1

@@ -124,8 +124,8 @@ def computations(run: Run) -> Iterator[tuple[str, Callable[[], Any]]]:
     plain = (
         "blame", "blame_counts", "calibration_metrics", "compare_calibrators", "confident_errors", "confused_pairs",
         "confused_texts", "confusion", "counterfactual_matrix", "coverage_metrics", "error_summary", "find_slices",
-        "fit_temperatures", "flow", "label_metrics", "metric_intervals", "oracle_ladder", "reliability", "risk_coverage", "run_summary",
-        "slices", "tuning_origin", "audit",
+        "fit_temperatures", "flow", "label_metrics", "metric_intervals", "oracle_ladder", "reliability",
+        "risk_coverage", "run_summary", "slices", "tuning_origin", "audit",
     )  # fmt: skip
     for name in plain:
         yield name, partial(getattr(analysis, name), run)

@@ -180,6 +180,13 @@ def test_few_texts_and_other_shares_out_of_scope_are_warned_of(run, test_run):
     assert not share_sentences({"in scope": 50, "out of scope": 0}, 0.2, test_share=0.21)
 
 
+def test_own_thresholds_that_were_chosen_on_the_same_texts_are_warned_of(run):
+    tuned = run.with_spec(tune(run, ACCURACY, **FEW).spec)
+    tuning = tune(tuned, ACCURACY, **FEW)
+    assert any("own thresholds were chosen on these same texts" in note for note in tuning.notes)
+    assert not tuning.verdict.improves
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_the_shortest_decimal_lies_between_and_no_shorter_one_does(a, b):
@@ -271,10 +278,10 @@ def difference_coverage(case, *, n_runs, n_resamples):
 
 
 def test_intervals_of_differences_contain_the_true_difference():
-    found, _, _ = difference_coverage("accuracy", n_runs=16, n_resamples=30)
-    # 16 cases at 95% have a standard deviation of 0.054, and the metrics are of the same cases.
-    assert found.mean() > 0.85
-    assert found.min() > 0.7
+    found, _, _ = difference_coverage("accuracy", n_runs=10, n_resamples=30)
+    # 10 cases at 95% have a standard deviation of 0.07, and the metrics are of the same cases.
+    assert found.mean() > 0.8
+    assert found.min() > 0.6
 
 
 @pytest.mark.slow

@@ -206,13 +206,12 @@ def test_results_as_tables_sentences_and_picture(studied):
 
 def test_damaged_results_are_refused_in_one_line(studied, tmp_path):
     good = json.loads((studied[0] / "results.json").read_text())
-    changes = (
-        {"rows": []},
-        {"rows": [3]},
-        {"rows": [{**good["rows"][0], "test": {"auroc": "high"}}]},
-        {"accept": None},
-    )
-    for change in (*changes, {"rows": [{**good["rows"][0], "scheme": "a"}]}, {"models": {}}):
+    row = good["rows"][0]
+    rows = (
+        [], [3], *([{**row, "test": {**row["test"], "auroc": value}}] for value in ("high", 1e308)),
+        [{**row, "scheme": "a"}], [{**row, "known_ratio": 2}],
+    )  # fmt: skip
+    for change in (*({"rows": part} for part in rows), {"accept": None}, {"models": {}}):
         (tmp_path / "results.json").write_text(json.dumps({**good, **change}))
         with pytest.raises(RunError, match=r"results\.json.*; \w"):
             HeldOutResults.read(tmp_path / "results.json")

@@ -93,7 +93,7 @@ def test_commands_on_runs(runs, tmp_path):
     a, b = (run.directory for run in runs)
     assert MARKUP in shown("inspect", a)
     for command in (
-        ["tune", a, "--maximize", "accuracy", "--by-label", "--output", tmp_path / f"{NAME}.toml"],
+        ["tune", a, "--maximize", "accuracy", "--by-label", "--write-anyway", "--output", tmp_path / f"{NAME}.toml"],
         ["calibrate", a, "--output", tmp_path / f"c{NAME}.toml"],
         ["compare", a, b, "--output", tmp_path / f"{NAME}.json", "--column", EVIL],
         ["audit", a, "--against", b, "--output", tmp_path / f"{NAME}.csv"],

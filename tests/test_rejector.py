@@ -246,3 +246,15 @@ def test_few_texts_are_refused(run):
     few = run.select(np.flatnonzero(run.examples["label"].str.startswith("oos"))[:5])
     with pytest.raises(RunError, match="a rejector needs at least"):
         fit_rejector(few, ["energy"])
+
+
+def test_bfloat16_is_checked_with_the_rejector(with_features, tiny_evalset, tmp_path):
+    from cascade_lab.bert.fast import has_bfloat16
+    from cascade_lab.precision_check import verify_precision
+
+    if not has_bfloat16():
+        pytest.skip("this processor has no bfloat16 instructions")
+    fitted = fit_rejector(with_features, ["gate", "mahalanobis"], train_run=with_features)
+    fitted.write(tmp_path / "rejector.toml")
+    check = verify_precision(CascadeSpec.read(tmp_path / "rejector.toml"), EvalSet.read(tiny_evalset))
+    assert check.stages["max"].gt(0).all()

@@ -94,7 +94,7 @@ def fit_isotonic(y_true: Any, log_odds: Any) -> Calibrator:
     )
 
 
-def fit_vector(y_true: Any, logits: Any, *, penalty: float = 10.0) -> Calibrator:
+def fit_vector(y_true: Any, logits: Any, *, penalty: float = 100.0) -> Calibrator:
     """Return a weight and a bias for each label's logit, with the lowest penalized log loss (Guo et al. 2017).
 
     The penalty draws all weights to 1 / T, where T is the best temperature, and all biases to 0: labels with few texts
@@ -107,7 +107,9 @@ def fit_vector(y_true: Any, logits: Any, *, penalty: float = 10.0) -> Calibrator
         The column of the true class.
     logits : array-like of float, shape (n, n_classes)
     penalty : float
-        With 20 texts for each of 150 labels, a penalty of 1 fits them far too closely. At 0 a label that some texts have, and that is separated from the others, has no best weight.
+        The default changes little where a label has fewer than about 100 texts. With 20 texts for each of CLINC150's
+        150 labels, lower penalties gave a higher log loss on the test texts than a temperature did. At 0 a label that
+        some texts have, and that is separated from the others, has no best weight.
 
     Raises
     ------
@@ -158,7 +160,7 @@ def _fit_logistic(y: np.ndarray, x: np.ndarray) -> list[float]:
 
 def _minimize(loss: Callable[[np.ndarray], Any], start: np.ndarray, bounds: Any = None) -> np.ndarray:
     """Return the place of the minimum of a convex function, which returns its value and its slope."""
-    options = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 2000, "maxcor": 20}
+    options = {"ftol": 1e-13, "gtol": 1e-8, "maxiter": 2000, "maxcor": 20}
     return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x)
 
 

@@ -22,6 +22,8 @@ DEFERRAL_KINDS = (RIGHT_ANSWER, RECOVERABLE_ANSWER, UNRECOVERABLE_ANSWER, USEFUL
 def deferrals(run: Run, *, thresholds: Thresholds = None) -> pd.DataFrame:
     """Count what each deferral stage did with the labelled texts that reached it, and whether that was good.
 
+    Texts that an earlier gate should have stopped are counted too; `blame` puts their errors down to the gate.
+
     Parameters
     ----------
     run : Run

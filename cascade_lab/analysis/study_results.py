@@ -149,7 +149,7 @@ class HeldOutResults:
             fractions = {"known_ratio": row["known_ratio"], **{f"test: {name}": row["test"][name] for name in kinds}}
             for name, value in {"accept": content["accept"], **fractions}.items():
                 if not 0 <= value <= 1:
-                    raise RunError(f"{where}: {name} is {value:g}; it must be from 0 to 1: {_WAY_OUT}")
+                    raise RunError(f"{where}: {name} is {value:g}; it must be from 0 to 1; {_WAY_OUT}")
         return cls(content)
 
     @cached_property

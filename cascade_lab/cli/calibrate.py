@@ -8,11 +8,13 @@ import typer
 
 from cascade_lab.cli.options import NEW_CASCADE, OVERWRITE, RUN, STAGES
 from cascade_lab.cli.printing import interval, line, number, show, table
+from cascade_lab.text import exact
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from cascade_lab.analysis.calibrators import Calibrated, CalibratorComparison
+    from cascade_lab.analysis.metrics import On
     from cascade_lab.spec import CascadeSpec
 
 
@@ -52,7 +54,8 @@ def calibrate(
     from cascade_lab.run import Run
 
     with locked_file(output, overwrite=overwrite, what="calibrated cascade"):
-        fitted_run, on = Run.read(run), "all" if everything else "reached"
+        fitted_run = Run.read(run)
+        on: On = "all" if everything else "reached"
         comparison, names = None, stage or [s.name for s in fitted_run.spec.stages]
         if method != "temperature":
             comparison = compare_calibrators(fitted_run, stage or None, method=method, on=on)
@@ -113,11 +116,11 @@ def _print_thresholds(spec: CascadeSpec, result: Calibrated, *, names: list[str]
     for stage in spec.stages:
         old, new = before[stage.name], after[stage.name]
         if stage.name not in result.kept:
-            moved = "stays as it is" if old == new else f"{old:.6g} becomes {new:.6g}"
+            moved = "stays as it is" if old == new else f"{exact(old)} becomes {exact(new)}"
             calibrator = result.spec.stage(stage.name).calibrator
             why = "its decisions can change"
             if calibrator is None or calibrator.method != "vector":
                 why = "no threshold gives exactly the same decisions"
             line(f"{stage.name}: its threshold {moved}, because {why}" if old is not None else f"{stage.name}: {why}")
         elif stage.name in names and old is not None and new != old:
-            line(f"{stage.name}: threshold {old:.6g} becomes {new:.6g}, which decides the same")
+            line(f"{stage.name}: threshold {exact(old)} becomes {exact(new)}, which decides the same")

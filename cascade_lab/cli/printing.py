@@ -166,6 +166,10 @@ def _print_metrics(run: Run) -> None:
     show(stages, whole)
     if any(stage.is_gate for stage in run.spec.stages):
         line("AUROC: of a gate's confidence, with the texts to stop as positives")
+    for name, metrics in run.metrics["stages"].items():
+        if "answered" in metrics:
+            answered = number(metrics["answered"], ".1%")
+            line(f"{name} answers {answered} of the texts that reach it, and its accuracy is of these")
     for note in timing_note(run) if latencies else ():
         line(note)
 

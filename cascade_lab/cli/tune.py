@@ -145,22 +145,22 @@ def _print_tuning(tuning: Tuning) -> None:
         line(f"guarantee: {tuning.guarantee}")
     for note in tuning.notes:
         line(f"note: {note}")
-    _print_front(tuning.run)
+    _print_front(tuning.run, tuning.test)
 
 
-def _print_front(run: Run) -> None:
+def _print_front(run: Run, test: Run | None) -> None:
     """Print a few points of the front of accuracy and time, where a stage defers and the run has times."""
     import numpy as np
 
     from cascade_lab.analysis.latency import is_timed
     from cascade_lab.exceptions import RunError
-    from cascade_lab.thresholds import cost_front
+    from cascade_lab.thresholds import cost_front, cost_summary
 
     stages = [stage.name for stage in run.spec.stages if stage.is_deferral]
     if not stages or not is_timed(run):
         return
     try:
-        front = cost_front(run)
+        front = cost_front(run, test=test)
     except RunError as error:  # no text reached a stage, so its time is not known
         line(f"note: accuracy against time: {error}")
         return
@@ -170,3 +170,5 @@ def _print_front(run: Run) -> None:
         cells = [exact(row[stage]) for stage in stages]
         shown.add_row(*cells, number(row["mean_ms"], ".2f"), number(row["accuracy"]), between)
     show("", "accuracy against time, at the thresholds that no other ones beat in both (on this set)", shown)
+    for sentence in cost_summary(front):
+        line(sentence)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cascade_lab.thresholds.guarantee import choose_with_guarantee as choose_with_guarantee
     from cascade_lab.thresholds.objective import Goal as Goal
     from cascade_lab.thresholds.pareto import cost_front as cost_front
+    from cascade_lab.thresholds.pareto import cost_summary as cost_summary
     from cascade_lab.thresholds.per_label import PerLabelThresholds as PerLabelThresholds
     from cascade_lab.thresholds.per_label import per_label_thresholds as per_label_thresholds
     from cascade_lab.thresholds.rejector import FittedRejector as FittedRejector
@@ -62,6 +63,7 @@ if not TYPE_CHECKING:
             "compare_without_gate": ".validation",
             "compare_rejectors": ".rejector_comparison",
             "cost_front": ".pareto",
+            "cost_summary": ".pareto",
             "cross_validate": ".resampling",
             "deferral_summary": ".deferral_rules",
             "fit_rejector": ".rejector",

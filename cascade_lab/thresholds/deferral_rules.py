@@ -87,7 +87,8 @@ def compare_deferral_rules(
     confidence is not the best rule for that where the later stages are wrong on the same texts, or are specialists
     (Jitkrittum et al. 2023, "When does confidence-based cascade deferral suffice?"). The learned rule is a logistic
     regression on scores of this stage's logits. It predicts whether the answer of this stage is at least as good as
-    that of the stages after it, which shadow scores know of every text.
+    that of the stages after it, which shadow scores know of every text. A cascade with the learned rule
+    (`DeferralRules.spec`) is to be tuned and reported on other texts than these.
 
     Parameters
     ----------

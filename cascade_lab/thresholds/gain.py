@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from cascade_lab.run import Run
 
 THIS_SET, CROSS_VALIDATION, TEST = "this set", "cross-validation", "test run"
+FEW_TEXTS = 50
+"""With fewer different texts of a kind, a fraction of them is known to 14 percentage points at best."""
+MAX_SHARE_DIFFERENCE = 0.25
+"""Of two fractions of texts out of scope: the relative difference above which a warning is given."""
 
 
 class Verdict(NamedTuple):
@@ -189,9 +193,3 @@ def share_sentences(
 
 def _differ(a: float, b: float) -> bool:
     return abs(a - b) > MAX_SHARE_DIFFERENCE * max(min(a, b), 0.05)
-
-
-FEW_TEXTS = 50
-"""With fewer different texts of a kind, a fraction of them is known to 14 percentage points at best."""
-MAX_SHARE_DIFFERENCE = 0.25
-"""Of two fractions of texts out of scope: the relative difference above which a warning is given."""

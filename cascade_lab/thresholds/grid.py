@@ -319,8 +319,9 @@ def shortest_decimal(low: float, high: float) -> float:
     >>> shortest_decimal(0.41237, 0.41291), shortest_decimal(0.2, 0.9), shortest_decimal(0.9999871, 0.9999874)
     (0.4129, 0.9, 0.9999874)
     """
+    exact = Decimal(repr(float(high)))
     for n_decimals in range(28):  # the precision of Decimal
-        rounded = float(Decimal(float(high)).quantize(Decimal(1).scaleb(-n_decimals), rounding=ROUND_FLOOR))
+        rounded = float(exact.quantize(Decimal(1).scaleb(-n_decimals), rounding=ROUND_FLOOR))
         if rounded > low:
             return rounded
     return float(high)

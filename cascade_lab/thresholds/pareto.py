@@ -12,7 +12,9 @@ import pandas as pd
 from cascade_lab.analysis.bootstrap import fraction_interval
 from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.latency import stage_latencies
+from cascade_lab.analysis.sentences import Summary
 from cascade_lab.exceptions import GoalError, RunError
+from cascade_lab.text import exact
 from cascade_lab.thresholds.grid import ThresholdGrid, route_cases
 from cascade_lab.thresholds.validation import check_separate
 
@@ -104,6 +106,35 @@ def cost_front(
         front = front.join(pd.DataFrame(tested).add_prefix("test_"))
     front.attrs["own"] = _at(run.with_thresholds(_other(thresholds or {}, grid)), ms, level)
     return front
+
+
+def cost_summary(front: pd.DataFrame) -> Summary:
+    """Return what the front of `cost_front` says about the run's own thresholds, for people.
+
+    Parameters
+    ----------
+    front : DataFrame
+        What `cost_front` returns.
+    """
+    own, highest = front.attrs["own"], front.iloc[-1]
+    sentences = [
+        f"The thresholds of the run give an accuracy of {own['accuracy']:.4f} in {own['mean_ms']:.2f} ms per text; the "
+        f"most accurate ones on these texts give {highest['accuracy']:.4f} in {highest['mean_ms']:.2f} ms."
+    ]
+    as_good = front[(front["accuracy"] >= own["accuracy"]) & (front["mean_ms"] < own["mean_ms"])]
+    if len(as_good):
+        first = as_good.iloc[0]
+        stages = front.columns[: list(front.columns).index("mean_ms")]
+        thresholds = ", ".join(f"{stage} {exact(first[stage])}" for stage in stages)
+        saved = 1 - first["mean_ms"] / own["mean_ms"]
+        on_test = f" (on the test run {first['test_accuracy']:.4f})" if "test_accuracy" in front else ""
+        sentences.append(
+            f"{thresholds}: an accuracy of {first['accuracy']:.4f}{on_test} in {first['mean_ms']:.2f} ms, "
+            f"{saved:.0%} less time than now and no less accurate on these texts."
+        )
+    else:
+        sentences.append("No other thresholds are as accurate and faster.")
+    return Summary(sentences)
 
 
 def _stage_ms(run: Run, stage_ms: Mapping[str, float] | None) -> dict[str, float]:

@@ -66,8 +66,9 @@ class RejectorComparison:
         """Return the result in a few sentences, with advice."""
         proposed, now = self.table.loc[self.proposed], self.table.loc[NOW]
         sentences = [
-            f"At an in-scope accuracy of {self.at_least:.4g}, the rule {self.proposed} rejects {proposed['recall']:.1%} "
-            f"of the out-of-scope texts; one threshold per stage, as now, {now['recall']:.1%}.",
+            f"At an in-scope accuracy of {self.at_least:.4g}, the rule {self.proposed} rejects "
+            f"{proposed['recall']:.1%} of the out-of-scope texts; one threshold per stage, as now, "
+            f"{now['recall']:.1%}.",
             f"The difference is {proposed['recall_difference']:+.1%} (95% interval {proposed['recall_low']:+.1%} to "
             f"{proposed['recall_high']:+.1%}), by cross-validation on {len(self.in_scope):,} texts, "
             f"{int((~self.in_scope).sum()):,} of them out of scope.",

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 from sklearn.model_selection import RepeatedStratifiedKFold
 from tqdm.auto import tqdm
 
-from cascade_lab.analysis.bootstrap import Interval, resample_counts, wilson
-from cascade_lab.analysis.outcomes import FRACTIONS, OUTCOMES, is_outcome
+from cascade_lab.analysis.bootstrap import Interval, resample_counts
+from cascade_lab.analysis.outcomes import OUTCOMES
 from cascade_lab.exceptions import InfeasibleError
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.guarantee import (
@@ -22,8 +21,8 @@ from cascade_lab.thresholds.guarantee import (
     Guarantee,
     bounds_of,
     choose_with_guarantee_on_grid,
-    effective_size,
 )
+from cascade_lab.thresholds.new_texts import difference_on_new_texts, interval_on_new_texts
 from cascade_lab.thresholds.objective import Goal
 from cascade_lab.thresholds.search import Choice, choose_on_grid, min_held_fraction
 
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
     from cascade_lab.run import Run
 
 N_FOLDS = 5
-MIN_TEXTS = 10
-"""With fewer different texts no interval of a metric is given."""
-MAX_UNDEFINED = 0.05
-"""If no thresholds satisfy the goal, or a metric is undefined, on more of the resamples, it has no interval."""
 _MAX_LINES = 160  # thresholds per stage on a resample
 _N_STARTS = 1  # random starts on a resample, with three or more stages
 
@@ -184,97 +179,13 @@ def bootstrap_thresholds(
     differences = {}
     if own is not None:
         compared = outcomes, own, *resampled, np.reshape(own_on_resample, shape)
-        differences = {name: _difference_on_new_texts(name, goal, grid, *compared, **options) for name in goal.metrics}
+        differences = {name: difference_on_new_texts(name, goal, grid, *compared, **options) for name in goal.metrics}
     return ThresholdBootstrap(
         pd.DataFrame(thresholds, columns=list(grid.stages)),
-        {name: _interval_on_new_texts(name, goal, grid, outcomes, *resampled, **options) for name in goal.metrics},
+        {name: interval_on_new_texts(name, goal, grid, outcomes, *resampled, **options) for name in goal.metrics},
         1 - len(thresholds) / n_resamples,
         differences,
     )
-
-
-def _difference_on_new_texts(
-    name: str,
-    goal: Goal,
-    grid: ThresholdGrid,
-    outcomes: np.ndarray,
-    own: np.ndarray,
-    on_resample: np.ndarray,
-    on_texts: np.ndarray,
-    own_on_resample: np.ndarray,
-    *,
-    n_resamples: int,
-    level: float,
-) -> Interval:
-    """Return a metric of the chosen cascade minus that of another, on its own texts, with the interval on new texts.
-
-    What the difference is on a resample, minus what the same choice gives on all texts, is the error of the difference:
-    its mean is subtracted, and its variance gives the interval. As in the interval of Bonett and Price (2012), one more
-    text differs in each direction, so that the interval is not empty where no text differs.
-    """
-    lowest, highest = cost_range(goal) if name == "mean_cost" else (0.0, 1.0)
-
-    def difference(chosen: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return goal.value(name, chosen) - goal.value(name, other)
-
-    here, there = (np.bincount(codes, minlength=len(OUTCOMES)) for codes in (outcomes, own))
-    value = float(difference(here, there))
-    errors = difference(on_resample, own_on_resample) - difference(on_texts, there)
-    defined = ~np.isnan(errors)
-    n = effective_size(grid.groups[is_outcome(FRACTIONS.get(name, ((), OUTCOMES))[1])[outcomes]])
-    if np.isnan(value) or n < MIN_TEXTS or defined.sum() < (1 - MAX_UNDEFINED) * n_resamples:
-        return Interval(value, np.nan, np.nan)
-    width = highest - lowest
-    middle = value - float(errors[defined].mean())
-    half = float(norm.ppf((1 + level) / 2)) * float(np.sqrt(errors[defined].var() + 2 * (width / (n + 2)) ** 2))
-    return Interval(value, max(middle - half, -width), min(middle + half, width))
-
-
-def cost_range(goal: Goal) -> tuple[float, float]:
-    """Return the lowest and the highest cost of a text."""
-    costs = [0.0, *goal.costs.values()]
-    return min(costs), max(costs)
-
-
-def _interval_on_new_texts(
-    name: str,
-    goal: Goal,
-    grid: ThresholdGrid,
-    outcomes: np.ndarray,
-    on_resample: np.ndarray,
-    on_texts: np.ndarray,
-    *,
-    n_resamples: int,
-    level: float,
-) -> Interval:
-    """Return a metric of the chosen cascade on its own texts, with the interval of its value on new texts.
-
-    `on_resample` and `on_texts`, shape (n_feasible, 6), are the outcomes of the cascade that was chosen on a resample:
-    of the resample's texts, and of all texts. There is no row for a resample that allows no choice.
-    """
-    value = float(goal.value(name, np.bincount(outcomes, minlength=len(OUTCOMES))))
-    lowest, highest = cost_range(goal) if name == "mean_cost" else (0.0, 1.0)
-    is_counted = is_outcome(FRACTIONS.get(name, ((), OUTCOMES))[1])
-    counted = is_counted[outcomes]
-    n = effective_size(grid.groups[counted])
-    share = n / max(counted.sum(), 1)
-
-    def scaled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the metric between 0 and 1, and its angle, whose variance is 1 / 4n for a fraction (Anscombe 1948)."""
-        n_counted = share * (counts @ is_counted)
-        fraction = (goal.value(name, counts) - lowest) / (highest - lowest)
-        return fraction, np.arcsin(np.sqrt((fraction * n_counted + 3 / 8) / (n_counted + 3 / 4)))
-
-    (there, angle_there), (here, angle_here) = scaled(on_resample), scaled(on_texts)
-    differences, angles = there - here, angle_there - angle_here
-    defined = ~np.isnan(differences)
-    if np.isnan(value) or n < MIN_TEXTS or defined.sum() < (1 - MAX_UNDEFINED) * n_resamples:
-        return Interval(value, np.nan, np.nan)
-    middle = float(np.clip((value - lowest) / (highest - lowest) - differences[defined].mean(), 0, 1))
-    variance = float(angles[defined].var())
-    n = min(n, 1 / (4 * variance)) if variance > 0 else n
-    low, high = (lowest + (highest - lowest) * end for end in wilson(middle * n, n, level=level)[1:])
-    return Interval(value, min(low, value), max(high, value))
 
 
 def cross_validate(

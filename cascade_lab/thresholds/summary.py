@@ -12,9 +12,10 @@ from cascade_lab.analysis.tuned_on import is_tuning_set
 from cascade_lab.text import exact
 from cascade_lab.thresholds.gain import share_sentences
 from cascade_lab.thresholds.guarantee import bounds_of
+from cascade_lab.thresholds.new_texts import MAX_UNDEFINED, MIN_TEXTS
 from cascade_lab.thresholds.objective import LATENCIES
 from cascade_lab.thresholds.rejector import fitted_on_itself
-from cascade_lab.thresholds.resampling import MAX_UNDEFINED, MIN_TEXTS, N_FOLDS
+from cascade_lab.thresholds.resampling import N_FOLDS
 from cascade_lab.thresholds.search import BOTH_KINDS
 
 if TYPE_CHECKING:

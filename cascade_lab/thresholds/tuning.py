@@ -330,8 +330,8 @@ def tune(
         check_guarantee(goal, guaranteed)
         if by_label:
             raise GoalError(
-                "a guarantee is of one threshold per stage, and does not hold with a threshold per label; leave out "
-                "guarantee (--guarantee) or by_label (--by-label)"
+                "a guarantee or a confidence is of one threshold per stage, and does not hold with a threshold per "
+                "label; leave out guarantee (--guarantee) or by_label (--by-label)"
             )
     if by_label:
         check_per_label(goal)
