@@ -22,7 +22,8 @@ from cascade_lab.evalset_files import check_columns
 from cascade_lab.exceptions import EvalSetError
 from cascade_lab.provenance import environment, sha256
 from cascade_lab.rejector import feature_evidence
-from cascade_lab.run import Run, new_run_id, unfinished_run
+from cascade_lab.run import Run
+from cascade_lab.run_directory import new_run_id, unfinished_run
 from cascade_lab.run_schema import SCHEMA_VERSION
 from cascade_lab.run_tables import predictions_frame
 from cascade_lab.spec import CascadeSpec, StageSpec

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import pandas as pd
 
-from cascade_lab.atomic import UNFINISHED, check_directory, whole_directory, write_json
+from cascade_lab.atomic import UNFINISHED, write_json
 from cascade_lab.decisions import (
     FEATURES_ADVICE,
     StageDecision,
@@ -29,6 +27,7 @@ from cascade_lab.exceptions import RunError, did_you_mean
 from cascade_lab.logits import check_logits
 from cascade_lab.provenance import environment
 from cascade_lab.rejector import Rejector, feature_evidence
+from cascade_lab.run_directory import new_run_id, unfinished_run
 from cascade_lab.run_schema import SCHEMA_VERSION, check_digest, read_manifest
 from cascade_lab.run_tables import (
     TIMING_COLUMNS,
@@ -502,24 +501,6 @@ class Run:
         for name, digest in read.manifest["contents"].items():
             if name not in known:
                 check_digest(self.directory, name, digest)
-
-
-_DIRECTORY: Any = {"marker": "manifest.json", "what": "run", "error": RunError}
-
-
-def check_run_output(output: str | Path, *, overwrite: bool) -> None:
-    """Raise RunError if a run cannot be written to `output`: something is there that may not be replaced."""
-    check_directory(output, overwrite=overwrite, **_DIRECTORY)
-
-
-def unfinished_run(output: str | Path, *, overwrite: bool = False) -> AbstractContextManager[Path]:
-    """Give a directory to fill, which becomes the run `output` whole or not at all: see `whole_directory`."""
-    return whole_directory(output, overwrite=overwrite, **_DIRECTORY)
-
-
-def new_run_id(started: datetime) -> str:
-    """Return a new run id: the time, and some random letters."""
-    return f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
 def _before_threshold(spec: CascadeSpec, name: str) -> tuple[Any, ...]:

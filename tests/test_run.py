@@ -18,7 +18,7 @@ from helpers import memory_run, random_run, random_spec, rewrite_table
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Run, StageSpec
 from cascade_lab.exceptions import CheckpointError, RunError
-from cascade_lab.run import unfinished_run
+from cascade_lab.run_directory import unfinished_run
 
 
 def sha256(path):
@@ -119,7 +119,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
 def test_a_crash_leaves_a_directory_that_says_it_is_unfinished(tmp_path):
     code = f"""
 import os
-from cascade_lab.run import unfinished_run
+from cascade_lab.run_directory import unfinished_run
 with unfinished_run({str(tmp_path / "run")!r}) as folder:
     (folder / "examples.parquet").write_text("half")
     os._exit(9)

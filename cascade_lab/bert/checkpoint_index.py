@@ -186,7 +186,7 @@ def _has_fixed_size(dtype: tf.DType) -> bool:
 
 
 def _check_slices(name: str, entry: BundleEntryProto, shape: tuple[int, ...]) -> None:
-    """Check where the parts of a partitioned variable are said to begin and end."""
+    """Check where the parts of a partitioned variable begin and end."""
     slices = set()
     for part in entry.slices:
         if len(part.extent) != len(shape):

@@ -48,7 +48,8 @@ def import_logits(
     from cascade_lab.evalset import EvalSet
     from cascade_lab.logits import read_logits
     from cascade_lab.provenance import sha256
-    from cascade_lab.run import Run, check_run_output
+    from cascade_lab.run import Run
+    from cascade_lab.run_directory import check_run_output
     from cascade_lab.spec import CascadeSpec
 
     spec = CascadeSpec.read(cascade)

@@ -42,7 +42,7 @@ def run(
 
     Example: cascade-lab run cascade.toml data_full.json --split test --output runs/clinc150
     """
-    from cascade_lab.run import check_run_output
+    from cascade_lab.run_directory import check_run_output
     from cascade_lab.spec import CascadeSpec
 
     # Everything that can be refused early is refused before TensorFlow is loaded.

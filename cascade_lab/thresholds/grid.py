@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class GridCounts(NamedTuple):
     """The number of texts of each outcome, in the order of `OUTCOMES`, at `n_first` × `n_second` thresholds.
 
-    With one stage, `n_second` is 1. *Below* is said of a gate and of the last stage: the texts that leave there. At a
+    With one stage, `n_second` is 1. *Below* is for a gate and for the last stage: the texts that leave there. At a
     deferral stage the texts above leave, and its thresholds fall from one index to the next.
 
     Attributes
