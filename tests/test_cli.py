@@ -102,7 +102,7 @@ def test_standard_input_may_have_a_byte_order_mark(tiny):
     assert json.loads(result.stdout)["text"] == "pay"
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_a_console_that_lacks_a_character_prints_a_replacement(encoding, tiny):
     code = "from cascade_lab.cli import main; main()"
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}

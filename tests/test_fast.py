@@ -86,8 +86,9 @@ def run_graph(spec, encodings, *, fused):
         return session.run(form.logits_t, dict(zip(form.inputs, arrays, strict=True)))
 
 
-def test_logits_are_within_2e_5_of_float64_arithmetic_on_200_texts_of_clinc150(clinc150):
-    batch = EvalSet.read(clinc150 / "data_full.json", split="test").limit(200).texts
+@pytest.mark.parametrize("n", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_logits_are_within_2e_5_of_float64_arithmetic_on_clinc150(clinc150, n):
+    batch = EvalSet.read(clinc150 / "data_full.json", split="test").limit(n).texts
     batch[:2] = ["", " ".join(batch[:20])]
     for spec in CascadeSpec.read(clinc150 / "cascade.toml").stages:
         checkpoint = read_checkpoint(spec)
@@ -96,7 +97,7 @@ def test_logits_are_within_2e_5_of_float64_arithmetic_on_200_texts_of_clinc150(c
             encodings = stage.encode(batch)
             got = stage.score(encodings)[0].logits
         lengths = {len(encoding.input_ids) for encoding in encodings}
-        assert len(lengths) > 15
+        assert len(lengths) > 10
         assert max(lengths) == 64
         expected = [logits_in_float64(checkpoint.config, weights, encoding) for encoding in encodings]
         np.testing.assert_allclose(got, expected, atol=2e-5, rtol=0)

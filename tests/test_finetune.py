@@ -124,7 +124,7 @@ def command(ground, output):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("step", [4, 23, 80])
+@pytest.mark.parametrize("step", [23, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 80))])
 def test_a_killed_and_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(ground, trained, tmp_path, step):
     """SIGKILL in the first epoch, at its end, and in the last epoch. An epoch has 23 steps."""
     output = tmp_path / "out"

@@ -24,7 +24,8 @@ def with_texts(run, texts):
     return memory_run(run.spec, examples.assign(text=[f"text {i}" for i in texts]), logits)
 
 
-@pytest.mark.parametrize("copies", ["none", *(pytest.param(n, marks=pytest.mark.slow) for n in ("five", "unequal"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("copies", ["none", "five", "unequal"])
 def test_the_guarantee_holds_over_draws_of_the_tuning_set(tmp_path, copies):
     """Of 150 tuning sets, at most a tenth may give thresholds that break the bound on the population.
 

@@ -21,7 +21,7 @@ def score(stage, batch):
     return stage.logits(stage.encode(batch))
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("batch_size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7)), 64])
 def test_logits_equal_pytorchs_on_clinc150_at_every_batch_size(clinc150, batch_size):
     """expected_val.npz was made by PyTorch and transformers in float32, from the same weights."""
     expected = np.load(clinc150 / "expected_val.npz")
@@ -148,6 +148,7 @@ print(sizes[-1] / sizes[0], [size >> 20 for size in sizes])
 """
 
 
+@pytest.mark.slow
 def test_opening_and_closing_ten_times_grows_the_process_by_less_than_a_tenth(clinc150):
     command = [sys.executable, "-c", MEMORY, str(clinc150 / "cascade.toml")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
