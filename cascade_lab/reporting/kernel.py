@@ -128,7 +128,9 @@ class _Client(NotebookClient):
         # These replace nbclient's own handlers, after which it would wait for ever or end with a traceback.
         with suppress(RuntimeError, NotImplementedError, ValueError):  # not in the main thread; Windows
             for number in _SIGNALS:
-                loop.add_signal_handler(number, stop, number)
+                loop.remove_signal_handler(number)
+                # Not by asyncio's own way, which needs a file descriptor that other code of the process can replace.
+                signal.signal(number, lambda received, _: loop.call_soon_threadsafe(stop, received))
         await super().async_start_new_kernel(**keys)
 
 
