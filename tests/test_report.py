@@ -512,7 +512,10 @@ def test_a_signal_ends_a_report_and_its_kernel(tiny_run, tmp_path, number, momen
     pid_file = tmp_path / "pid"
     code = f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     notebook = one_cell_notebook(tmp_path / "slow.ipynb", code)
-    command = [sys.executable, "-c", "from cascade_lab.cli import main; main()", "report", str(tiny_run.directory)]
+    # A suite that runs in the background of a shell ignores SIGINT, and a report keeps what it inherits.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "from cascade_lab.cli import main; main()"
+    command = [sys.executable, "-c", start, "report", str(tiny_run.directory)]
     command += ["--notebook", str(notebook), "--output", str(tmp_path / "out.html")]
     env = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

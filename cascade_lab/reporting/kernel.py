@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 # A kernel listens on sockets of this user, not on TCP ports that others on the machine can reach.
 _KERNEL = Config({"ConnectionFileMixin": {"transport": "ipc"}} if os.name == "posix" else {})
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_CANCEL_SECONDS = 3.0  # longer than it takes to end a kernel
 
 
 def execute(
@@ -117,20 +116,12 @@ class _Client(NotebookClient):
         def stop(number: int) -> None:
             if self.stopped_by is None and task is not None and number not in self.ignored:
                 self.stopped_by, self.shutdown_kernel = number, "immediate"
-                cancel()
-
-        def cancel() -> None:
-            """Cancel the task, and again until it ends: what waits for the kernel can miss one."""
-            if task is not None and not task.done():
                 task.cancel()
-                loop.call_later(_CANCEL_SECONDS, cancel)
 
         # These replace nbclient's own handlers, after which it would wait for ever or end with a traceback.
         with suppress(RuntimeError, NotImplementedError, ValueError):  # not in the main thread; Windows
             for number in _SIGNALS:
-                loop.remove_signal_handler(number)
-                # Not by asyncio's own way, which needs a file descriptor that other code of the process can replace.
-                signal.signal(number, lambda received, _: loop.call_soon_threadsafe(stop, received))
+                loop.add_signal_handler(number, stop, number)
         await super().async_start_new_kernel(**keys)
 
 
