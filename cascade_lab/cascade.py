@@ -135,18 +135,36 @@ class Cascade:
             label, another stage's highest probability; NaN where the text did not reach the stage.
         """
         texts, texts_b = _check_texts(texts, texts_b)
-        of_text = ("predicted", "decided_by", "probability", "confidence")
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in of_text}
-        columns |= {f"{stage.name}_probability": [] for stage in self.spec.stages}
         with _bar(len(texts) * len(self.stages), progress) as bar:
-            for result in self._chunks(texts, texts_b, batch_size, bar, shadow=False, speculate=True):
-                for name in of_text:
-                    columns[name].append(getattr(result.routed, name))
-                for stage in self.spec.stages:
-                    probability = np.full(len(result.routed.predicted), np.nan)
-                    probability[result.scored[stage.name].rows] = result.probability[stage.name]
-                    columns[f"{stage.name}_probability"].append(probability)
-        return pd.DataFrame({name: np.concatenate(parts) for name, parts in columns.items()})
+            answers = [
+                result.columns()
+                for result in self._chunks(texts, texts_b, batch_size, bar, shadow=False, speculate=True)
+            ]
+        return pd.DataFrame({name: np.concatenate([columns[name] for columns in answers]) for name in answers[0]})
+
+    def answer(self, encodings: list[Encoding], texts: list[str], texts_b: list[str | None] | None) -> ChunkResult:
+        """Answer one batch as `predict` does, and return everything that was computed. A service calls this.
+
+        Parameters
+        ----------
+        encodings : list of Encoding
+            What `stages[0].encode(texts, texts_b)` returns. One batch: all of it is held in memory.
+        texts, texts_b
+            Checked by the caller; later stages that tokenize differently read them.
+        """
+        speculated = self._speculate(encodings, None)
+        try:
+            return self._run_chunk(texts, texts_b, encodings, 0.0, speculated, None, _bar(0, False), shadow=False)
+        finally:
+            wait(speculated.values())
+
+    def with_spec(self, spec: CascadeSpec) -> Cascade:
+        """Return this cascade with another spec of the same loaded stages: other thresholds, temperatures, rejector.
+
+        Both share the sessions: close one of them. The caller checks that the files are the same.
+        """
+        arrays = spec.rejector.read_arrays() if spec.rejector else {}
+        return Cascade(spec, self.stages, self._closing, keep_features=self._keep_features, arrays=arrays)
 
     def decide(
         self, stage: StageSpec, outputs: Mapping[str, StageOutput], *, spec: CascadeSpec | None = None

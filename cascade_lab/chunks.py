@@ -36,6 +36,16 @@ class ChunkResult(NamedTuple):
     evidence: dict[str, np.ndarray]
     timings: list[tuple[Any, ...]]
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the columns of the table that `Cascade.predict` returns: shape (n,) each."""
+        of_text = ("predicted", "decided_by", "probability", "confidence")
+        columns = {name: getattr(self.routed, name) for name in of_text}
+        for name, scored in self.scored.items():
+            probability = np.full(len(self.routed.predicted), np.nan)
+            probability[scored.rows] = self.probability[name]
+            columns[f"{name}_probability"] = probability
+        return columns
+
 
 class JoinedChunks(NamedTuple):
     """The chunks of a run put together: rows count from the first text of the run.
