@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from cascade_lab.decisions import decide, route
 from cascade_lab.provenance import sha256
 from cascade_lab.run import SCHEMA_VERSION, Run, StageScores
 from cascade_lab.run_tables import examples_frame, predictions_frame
+from cascade_lab.serving.answered import Answered, SeenRows, ServedCascade
 from cascade_lab.spec import CascadeSpec
 
 WORDS = [
@@ -334,3 +336,39 @@ def hostile_pair(folder: Path) -> tuple[Run, Run]:
     examples = run.examples.assign(text=texts, text_b=texts, label=run.examples["label"].replace(names), source=texts)
     a = write_run(folder / "a$b$", spec, examples, logits_of(run))
     return a, perturbed_run(a, folder / "[bold]b")
+
+
+def served_cascade(run: Run) -> ServedCascade:
+    """Return what a service says of the cascade of a run."""
+    manifest = {key: run.manifest[key] for key in ("cascade", "thresholds", "tuned_on", "inputs", "stages")}
+    return ServedCascade(hashlib.sha256(json.dumps(manifest["cascade"]).encode()).hexdigest(), manifest)
+
+
+def answered_batches(run: Run, *, seed: int = 0, max_size: int = 16, start: float = 1.75e9) -> list[Answered]:
+    """Return what a service hands to its traffic log if it answers the texts of a run as the run does.
+
+    The texts arrive in the order of the run, one each millisecond from `start` on (seconds since 1970), and are
+    answered in batches of 1 to `max_size`.
+    """
+    rng, batches, first = np.random.default_rng(seed), [], 0
+    reached = route(run.spec, {stage.name: run.decision(stage.name) for stage in run.spec.stages}).reached
+    second = [text if isinstance(text, str) else None for text in run.examples["text_b"]]
+    cascade, n = served_cascade(run), len(run.examples)
+    while first < n:
+        rows = np.arange(first, min(n, first + int(rng.integers(1, max_size + 1))))
+        first = rows[-1] + 1
+        seen = {name: np.flatnonzero(arrived[rows]) for name, arrived in reached.items()}
+        last = rows[seen[run.spec.last.name]]
+        batches.append(
+            Answered(
+                cascade,
+                run.examples["example_id"].iloc[rows].tolist(),
+                start + rows / 1000,
+                run.examples["text"].iloc[rows].tolist(),
+                [second[row] for row in rows] if any(second[row] for row in rows) else None,
+                run.predictions.iloc[rows][["predicted", "decided_by", "probability", "confidence"]],
+                {name: SeenRows(own, run.scores(name).logits[rows[own]]) for name, own in seen.items()},
+                {name: values[last] for name, values in run.evidence(run.spec.rejector).items()},
+            )
+        )
+    return batches

@@ -1,0 +1,258 @@
+"""The traffic log of a service: what was answered and every stage's logits, written by a thread of its own."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cascade_lab.exceptions import CascadeLabError
+from cascade_lab.serving.answered import Answered, ServedCascade
+from cascade_lab.serving.log_files import PartWriter, ShadowScores, answered_batch, finish_left_parts, shadow_batch
+from cascade_lab.serving.shadow import ShadowQueue
+
+if TYPE_CHECKING:
+    from cascade_lab.cascade import Cascade
+
+_LOG = logging.getLogger(__name__)
+_FLUSH_SECONDS = 0.5  # at most one second of records may be lost to SIGKILL, the time of the writing included
+_RETRY_SECONDS = 2.0  # on a full disk
+_BATCH = 16384  # texts in one record batch
+
+
+class TrafficLog:
+    """Writes what a service answers into a folder, as parts that `cascade-lab collect` makes a run of.
+
+    `add` only puts into a queue; a thread writes twice a second. So SIGKILL loses less than a second of records, and
+    `close` none. On a full disk the records wait in the queue until there is room again; those for which the queue has
+    no room are counted as lost. Several services may write into one folder: each has parts of its own.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is missing.
+    keep_texts : bool
+        Log the texts too. They are personal data.
+    shadow : float
+        The share of the texts, from 0 to 1, that later stages score too where they ended earlier; see `score_shadow`.
+    max_bytes, max_seconds : float
+        A part is finished, and another one begun, when it is larger or older.
+    max_waiting : int
+        The most texts in the queue.
+
+    Attributes
+    ----------
+    n_written, n_lost : int
+        Answered texts that are in the files, and that are not and never will be.
+    n_shadow : int
+        Texts whose shadow scores are in the files.
+    problem : str or None
+        Why nothing can be written at present; None where all is well.
+
+    Raises
+    ------
+    CascadeLabError
+        The folder cannot be made or written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_texts: bool = False,
+        shadow: float = 0.0,
+        max_bytes: float = 64 * 2**20,
+        max_seconds: float = 3600.0,
+        max_waiting: int = 50_000,
+    ):
+        if not 0 <= shadow <= 1:
+            raise CascadeLabError(f"--shadow is {shadow}; it is a share of the texts, from 0 to 1")
+        self.folder, self.keep_texts = Path(folder), keep_texts
+        self.max_bytes, self.max_seconds, self.max_waiting = max_bytes, max_seconds, max_waiting
+        self.n_written = self.n_lost = self.n_shadow = 0
+        self.problem: str | None = None
+        self._shadow = ShadowQueue(shadow)
+        self._prepare_folder()
+        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._waiting: list[Answered | ShadowScores] = []
+        self._n_waiting = 0  # texts in the queue, also while they are written
+        self._n_unreported = 0  # lost texts that no part counts yet
+        self._part: PartWriter | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._write_until_closed, name="traffic-log", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> TrafficLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def n_waiting(self) -> int:
+        """Texts that are in the queue."""
+        return self._n_waiting
+
+    @property
+    def n_shadow_waiting(self) -> int:
+        """Texts that wait for shadow scoring."""
+        return len(self._shadow)
+
+    @property
+    def n_shadow_dropped(self) -> int:
+        """Texts that were chosen for shadow scoring and were not scored."""
+        return self._shadow.n_dropped
+
+    def add(self, answered: Answered) -> None:
+        """Log an answered batch. It never waits; without room in the queue the batch is counted as lost."""
+        self._put(answered, len(answered.ids))
+
+    def score_shadow(self, cascade: Cascade, served: ServedCascade, *, n_texts: int = 8) -> bool:
+        """Score some of the texts that wait for shadow scoring, in the calling thread; return False where none waits.
+
+        The service calls it when it is idle.
+
+        Parameters
+        ----------
+        cascade : Cascade
+        served : ServedCascade
+            What `cascade` is; texts that another one answered are dropped.
+        n_texts : int
+            The most texts.
+        """
+        if not len(self._shadow):
+            return False
+        scores = self._shadow.score(cascade, served, n_texts=n_texts)
+        if scores is not None:
+            self.add_shadow(scores)
+        return True
+
+    def add_shadow(self, scores: ShadowScores) -> None:
+        """Log shadow scores; `score_shadow` does it. Without room in the queue they are left out."""
+        self._put(scores, len(scores.ids))
+
+    def close(self) -> None:
+        """Write what waits, and finish the part. Whatever is added afterwards is counted as lost."""
+        with self._lock:
+            self._closing = True
+        self._wake.set()
+        self._thread.join()
+
+    def _prepare_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise CascadeLabError(
+                f"{self.folder}: the traffic log cannot be written ({error.strerror or error}); give another folder"
+            ) from error
+        finish_left_parts(self.folder)
+
+    def _put(self, records: Answered | ShadowScores, n: int) -> None:
+        with self._lock:
+            if not self._closing and self._n_waiting + n <= self.max_waiting:
+                self._waiting.append(records)
+                self._n_waiting += n
+                return
+        if isinstance(records, Answered):
+            self._lose(n)
+
+    def _lose(self, n: int) -> None:
+        with self._lock:
+            self.n_lost += n
+            self._n_unreported += n
+
+    def _write_until_closed(self) -> None:
+        """Write what waits, until `close`: what the thread does."""
+        pending: list[Answered | ShadowScores] = []
+        retry_at, closing = 0.0, False
+        while not closing:
+            self._wake.wait(_FLUSH_SECONDS)
+            with self._lock:
+                closing = self._closing
+                pending, self._waiting = pending + self._waiting, []
+            if closing or time.monotonic() >= retry_at:
+                try:
+                    self._write(pending)
+                    if closing or self._is_part_full():
+                        self._finish_part()
+                    self._note(None)
+                except OSError as error:
+                    self._note(error)
+                    retry_at = time.monotonic() + _RETRY_SECONDS
+        self._lose(sum(len(records.ids) for records in pending if isinstance(records, Answered)))
+        if self.n_lost:
+            _LOG.warning("%s: %d answered texts are not in the traffic log", self.folder, self.n_lost)
+
+    def _write(self, pending: list[Answered | ShadowScores]) -> None:
+        """Write records and take them out of `pending`; raises OSError, with the rest still in it."""
+        while pending:
+            kind, cascade, n_texts, n = type(pending[0]), pending[0].cascade, 0, 0
+            for records in pending:
+                is_alike = type(records) is kind and records.cascade.digest == cascade.digest
+                if not is_alike or (isinstance(records, ShadowScores) and n) or n_texts > _BATCH:
+                    break
+                n, n_texts = n + 1, n_texts + len(records.ids)
+            if self._part is not None and self._part.cascade.digest != cascade.digest:
+                self._finish_part()
+            try:
+                self._write_batch(pending[:n])
+            except OSError:
+                # The next try begins another part: this one may be too large for the system, or deleted.
+                with suppress(OSError):
+                    self._finish_part()
+                raise
+            except Exception:  # the service goes on, whatever is wrong with these records
+                _LOG.exception("%s: %d records cannot be logged", self.folder, n_texts)
+                self._lose(n_texts if kind is Answered else 0)
+            del pending[:n]
+            with self._lock:
+                self._n_waiting -= n_texts
+
+    def _write_batch(self, records: Sequence[Answered | ShadowScores]) -> None:
+        """Write records of one kind and one cascade; raises OSError, with nothing written."""
+        if self._part is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._part = PartWriter(self.folder, records[0].cascade, shadow=self._shadow.share)
+        answered = [one for one in records if isinstance(one, Answered)]
+        shadow = [one for one in records if isinstance(one, ShadowScores)]
+        n_lost = self._n_unreported
+        for one in shadow:
+            self._part.write(shadow_batch(self._part.schema, one), n_lost=0)
+            self.n_shadow += len(one.ids)
+        if answered:
+            batch = answered_batch(self._part.schema, answered, keep_texts=self.keep_texts)
+            self._part.write(batch, n_lost=n_lost)
+            self.n_written += batch.num_rows
+            with self._lock:
+                self._n_unreported -= n_lost
+            for one in answered:
+                self._shadow.add(one)
+
+    def _is_part_full(self) -> bool:
+        part = self._part
+        if part is None:
+            return False
+        return part.n_bytes >= self.max_bytes or time.monotonic() - part.started >= self.max_seconds
+
+    def _finish_part(self) -> None:
+        part, self._part = self._part, None
+        if part is not None:
+            part.finish()
+
+    def _note(self, error: OSError | None) -> None:
+        """Remember what is wrong, and say when that begins and ends."""
+        if error is not None:
+            if self.problem is None:
+                _LOG.warning("%s: the traffic log has stopped (%s); free some space", self.folder, error.strerror)
+            self.problem = error.strerror or str(error)
+        elif self.problem is not None:
+            _LOG.warning("%s: the traffic log goes on; %d texts are lost so far", self.folder, self.n_lost)
+            self.problem = None
