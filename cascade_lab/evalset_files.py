@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.exceptions import EvalSetError
+from cascade_lab.json_files import parse
 from cascade_lab.text import shorten
 
 Row = tuple[str, dict[str, Any]]
@@ -285,7 +286,7 @@ def _jsonl(text: str, path: str, required: Sequence[str] = ()) -> Iterator[Row]:
             continue
         where = f"{path} line {number}"
         try:
-            row = json.loads(line)
+            row = parse(line)
         except (ValueError, RecursionError) as error:
             _refuse_array(text, path)
             raise EvalSetError(f"{where}: not JSON ({_reason(error)}); fix the line") from error
@@ -304,7 +305,7 @@ _TEXT_READERS: Mapping[str, Callable[[str, str, Sequence[str]], Iterator[Row]]] 
 
 def _refuse_array(text: str, path: str) -> None:
     try:
-        value = json.loads(text)
+        value = parse(text)
     except (ValueError, RecursionError):
         return
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
@@ -322,7 +323,7 @@ _LINES = object()  # stands for the value of a file with several JSON values
 
 def _parse_whole(text: str, path: str) -> Any:
     try:
-        return [] if not text or text.isspace() else json.loads(text)
+        return [] if not text or text.isspace() else parse(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return _LINES

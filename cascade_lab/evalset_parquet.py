@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 
 from cascade_lab.evalset_files import Row, check_columns, of_split
 from cascade_lab.exceptions import EvalSetError
+from cascade_lab.json_files import parse
 from cascade_lab.text import shorten
 
 MAX_BYTES = 2**30  # of decoded values: a small parquet file can repeat a text a million times
@@ -85,7 +85,7 @@ def _cells(values: pa.Array, where: str) -> tuple[list[Any], int]:
 def _class_labels(schema: pa.Schema) -> dict[str, list[str]]:
     """Return the names of the classes that Hugging Face's datasets keep beside a column of their numbers."""
     try:
-        content = json.loads((schema.metadata or {})[b"huggingface"])
+        content = parse((schema.metadata or {})[b"huggingface"])
         features = content["info"]["features"].items()
         named = {name: feature["names"] for name, feature in features if feature.get("_type") == "ClassLabel"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -1,10 +1,11 @@
-"""Reads a JSON object from a file that may be damaged or come from somebody else: bounded, and one line if unusable."""
+"""Reads JSON that may be damaged or come from somebody else: bounded, no key twice, and one line if unusable."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,31 @@ from cascade_lab.text import shorten
 MAX_BYTES = 2**28
 _MAX_DEPTH = 64  # of objects and lists; what this package writes needs less than 20
 _MAX_SHOWN = 80  # characters of a value in a message
+
+
+def parse(text: str | bytes, *, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """Parse JSON in which no object has a key twice; `json.loads` would silently take the last of the two values.
+
+    Parameters
+    ----------
+    text : str or bytes
+    parse_constant : callable, optional
+        As in `json.loads`: it is called with `NaN` or `Infinity`, which are not JSON.
+
+    Raises
+    ------
+    ValueError
+        Not JSON, an integer of thousands of digits, or a key that is there twice.
+    RecursionError
+        Too deeply nested.
+
+    Examples
+    --------
+    >>> parse('{"text": "pay", "label": "a", "label": "b"}')
+    Traceback (most recent call last):
+    ValueError: the key 'label' is there twice
+    """
+    return json.loads(text, object_pairs_hook=_object, parse_constant=parse_constant)
 
 
 def read_object(path: Path, *, error: type[CascadeLabError], way_out: str) -> dict[str, Any]:
@@ -30,8 +56,8 @@ def read_object(path: Path, *, error: type[CascadeLabError], way_out: str) -> di
     Raises
     ------
     CascadeLabError
-        The file is no regular file, is larger than `MAX_BYTES`, is not UTF-8 or not JSON, or is not an object; it is
-        nested more than 64 deep, or has a number that is infinite, or an integer beyond 64 bits.
+        The file is no regular file, is larger than `MAX_BYTES`, is not UTF-8 or not JSON, or is not an object; it has a
+        key twice, is nested more than 64 deep, or has a number that is infinite, or an integer beyond 64 bits.
     """
     try:
         if not path.is_file():
@@ -41,14 +67,14 @@ def read_object(path: Path, *, error: type[CascadeLabError], way_out: str) -> di
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise error(f"{path}: is larger than {MAX_BYTES // 2**20} MiB; {way_out}")
-        value = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        value = parse(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except RecursionError as cause:
         raise error(f"{path}: is nested too deeply; {way_out}") from cause
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror or cause}); {way_out}") from cause
     except UnicodeDecodeError as cause:
         raise error(f"{path}: byte {cause.start} is not UTF-8; {way_out}") from cause
-    except ValueError as cause:  # not JSON, an integer of thousands of digits, or a NUL in the name
+    except ValueError as cause:  # not JSON, an integer of thousands of digits, a key twice, or a NUL in the name
         raise error(f"{path}: is not JSON ({str(cause).partition(';')[0]}); {way_out}") from cause
     if not isinstance(value, dict):
         raise error(f"{path}: is not a JSON object; {way_out}")
@@ -91,6 +117,15 @@ def check_keys(
 
 _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
 _NAMES |= {list: "a list", type(None): "null"}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        key = next(key for key, n in counts.items() if n > 1)
+        raise ValueError(f"the key {shorten(repr(key), _MAX_SHOWN)} is there twice")
+    return content
 
 
 def _refuse_constant(name: str) -> float:

@@ -7,7 +7,6 @@ study continues where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -236,7 +235,7 @@ def train(
 
 def stage_of(folder: Path, name: str, **role: Any) -> StageSpec:
     """Return the stage `name` with the model that was trained to `folder`; `role` are further keys of `StageSpec`."""
-    flags = json.loads((folder / "training.json").read_text(encoding="utf-8"))["flags"]
+    flags = read_object(folder / "training.json", error=SpecError, way_out="delete the folder")["flags"]
     return StageSpec(
         name=name,
         init_checkpoint=folder,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import string
+import warnings
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 
 from cascade_lab import CascadeSpec
 from cascade_lab.bert import reference
-from cascade_lab.bert.checkpoint import find_checkpoint, list_variables, read_checkpoint, variable_shapes
+from cascade_lab.bert.checkpoint import find_checkpoint, list_variables, read_checkpoint, read_config, variable_shapes
 from cascade_lab.bert.graph import classifier_graph
 from cascade_lab.bert.tokenization import Tokenizer, truncated_lengths
-from cascade_lab.exceptions import CheckpointError
+from cascade_lab.exceptions import CheckpointError, CheckpointWarning
 
 # Characters on which the two tokenizers differ, and other unusual parts of Unicode.
 TRICKY = (
@@ -291,3 +292,22 @@ def test_a_stage_that_was_scored_elsewhere_cannot_be_loaded(stage, key):
         f"^stage 'gate': has no {key}: its logits were computed elsewhere; add init_checkpoint, bert_config_file and "
         "vocab_file to run it$",
     )
+
+
+@pytest.mark.parametrize("key", [{"model_type": "bert"}, {"architectures": ["BertModel"]}])
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu"])
+def test_gelu_in_a_config_of_hugging_face_is_the_exact_one_and_a_note_says_so(key, hidden_act, tmp_path):
+    """bert-tensorflow's own config never has such a key, and its gelu is the tanh form."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, "vocab_size": 9, "hidden_act": hidden_act}))
+    assert read_config(path)["hidden_act"] == hidden_act
+    path.write_text(json.dumps({**CONFIG, "vocab_size": 9, "hidden_act": hidden_act, **key}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = read_config(path)
+    notes = [str(warning.message) for warning in caught if warning.category is CheckpointWarning]
+    assert config["hidden_act"] == ("gelu_erf" if hidden_act == "gelu" else hidden_act)
+    assert len(notes) == (hidden_act == "gelu")
+    for note in notes:
+        assert note.startswith(f"{path}: is a config of Hugging Face")
+        assert note.endswith('write "hidden_act": "gelu_new" in it')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import escape, glob
@@ -14,7 +15,8 @@ import numpy as np
 
 from cascade_lab.bert.checkpoint_reader import CheckpointReader, checkpoint_in
 from cascade_lab.bert.variable_names import bert_scope, check_kind, find_name
-from cascade_lab.exceptions import CheckpointError
+from cascade_lab.exceptions import CheckpointError, CheckpointWarning
+from cascade_lab.json_files import parse
 from cascade_lab.spec import StageSpec
 
 SIZE_KEYS = (
@@ -33,6 +35,7 @@ SIZE_KEYS = (
 ACTIVATIONS = ("gelu", "relu", "tanh", "linear", "gelu_erf", "gelu_new", "gelu_pytorch_tanh")
 # Keys of Hugging Face's configs that change the network, and the only value that means BERT's own one.
 _UNREAD = {"pruned_heads": {}, "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+_HUGGING_FACE_KEYS = ("model_type", "architectures", "transformers_version")  # which bert-tensorflow never writes
 REQUIRED_TOKENS = ("[UNK]", "[CLS]", "[SEP]")
 
 
@@ -160,7 +163,9 @@ def list_variables(prefix: str) -> dict[str, tuple[list[int], str]]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a `bert_config.json`.
+    """Read a `bert_config.json`, or a `config.json` of Hugging Face.
+
+    In Hugging Face's configs, `gelu` is the exact form, which is `gelu_erf` here; a `CheckpointWarning` says so.
 
     Raises
     ------
@@ -169,13 +174,21 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     config = read_json(path, way_out="give a bert_config_file")
     check_config(path, config)
+    if config["hidden_act"] == "gelu" and any(key in config for key in _HUGGING_FACE_KEYS):
+        warnings.warn(
+            f"{path}: is a config of Hugging Face, where gelu means the exact form, which is computed; if the model "
+            'was trained with bert-tensorflow, write "hidden_act": "gelu_new" in it',
+            CheckpointWarning,
+            stacklevel=2,
+        )
+        config["hidden_act"] = "gelu_erf"
     return config
 
 
 def read_json(path: Path, *, way_out: str = "copy it again") -> dict[str, Any]:
     """Read a JSON object, with a byte-order mark or without; raise CheckpointError if the file has none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {way_out}") from error
     except (ValueError, RecursionError) as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from cascade_lab.bert.checkpoint_reader import CheckpointReader
 from cascade_lab.bert.graph import set_weights
 from cascade_lab.bert.quiet_tensorflow import tf
 from cascade_lab.bert.writing import disk_errors, write_lines
-from cascade_lab.exceptions import TrainingError
+from cascade_lab.exceptions import CheckpointError, CheckpointWarning, TrainingError
+from cascade_lab.json_files import check_keys, read_object
 from cascade_lab.provenance import sha256
 
 tf1 = tf.compat.v1
@@ -26,6 +29,8 @@ TRAINING_DIRECTORY: Any = {"marker": "training.json", "what": "training", "error
 
 _FINISHED = "finished"
 _PARTS = {"steps", "best", "final", _FINISHED}
+_STATE = {"curve": list, "losses": list, "best_epoch": int | None, "best_step": int | None}
+_EPOCH = {"epoch": int, "step": int, "train_loss": float, "dev_loss": float, "dev_accuracy": float, "seconds": float}
 
 
 class UnfinishedTraining:
@@ -41,14 +46,17 @@ class UnfinishedTraining:
     Raises
     ------
     TrainingError
-        `folder` contains an interrupted training with another identity, or something that is no training.
+        `folder` contains an interrupted training with another identity, one that is damaged, or something that is no
+        training.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
         self.folder = folder
+        self._way_out = f"delete {folder}, and the same command trains from the start"
         path = folder / "identity.json"
-        if path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8"))
+        self._is_continued = path.exists()
+        if self._is_continued:
+            saved = read_object(path, error=TrainingError, way_out=self._way_out)
             for key in identity:
                 if saved.get(key) != identity[key]:
                     raise TrainingError(
@@ -56,7 +64,7 @@ class UnfinishedTraining:
                         "delete it"
                     )
         else:
-            _clear(folder)
+            self._clear()
             _write(path, json.dumps(identity, ensure_ascii=False))
 
     def restore(
@@ -73,20 +81,31 @@ class UnfinishedTraining:
             How many steps are done.
         state : dict
             The state that was saved at that step.
+
+        Raises
+        ------
+        TrainingError
+            A file of the interrupted training is missing or damaged.
         """
         self._step_saver = tf1.train.Saver(max_to_keep=2)
         # Two are kept: a crash before the next save of `steps` goes back to the epoch before, and to its best epoch.
         self._best_saver = tf1.train.Saver(weights, max_to_keep=2)
         session.run(tf1.global_variables_initializer())
-        latest = _latest_checkpoint(self.folder / "steps")
+        latest = self._latest_checkpoint("steps")
         if latest is not None:
-            reader = CheckpointReader(latest)
-            names = [variable.op.name for variable in tf1.global_variables()]
-            set_weights(session, {name: reader.read(name) for name in names})
+            state = self._read_state(latest)
+            if state["best_step"] is not None:
+                self._read(str(self.folder / "best" / f"model.ckpt-{state['best_step']}"), weights)
+            set_weights(session, self._read(latest, tf1.global_variables()))
             # Otherwise the Saver would not delete this checkpoint later.
             self._step_saver.recover_last_checkpoints([latest])
-            step = int(latest.rsplit("-", 1)[1])
-            return step, json.loads(Path(f"{latest}.state.json").read_text(encoding="utf-8"))
+            return _step_of(latest), state
+        if self._is_continued:
+            warnings.warn(
+                f"{self.folder}: the interrupted training had saved no checkpoint; it starts again",
+                CheckpointWarning,
+                stacklevel=2,
+            )
         if initial_weights is not None:
             set_weights(session, initial_weights)
         return 0, {"curve": [], "losses": [], "best_epoch": None, "best_step": None}
@@ -108,7 +127,7 @@ class UnfinishedTraining:
     def last_checkpoint(self) -> str | None:
         """Return the prefix of the best epoch's checkpoint, else of the newest one; None if there is none."""
         for name in ("best", "steps"):
-            prefix = _latest_checkpoint(self.folder / name)
+            prefix = self._latest_checkpoint(name)
             if prefix is not None:
                 return prefix
         return None
@@ -139,6 +158,69 @@ class UnfinishedTraining:
         put_in_place(final, output)
         _delete(self.folder)
 
+    def _latest_checkpoint(self, name: str) -> str | None:
+        """Return the prefix of the newest checkpoint in a part of this directory; None if it has none."""
+        folder = self.folder / name
+        is_empty = not any(folder.glob("*.index")) and not (folder / "checkpoint").exists()
+        if is_empty and len(list(folder.glob("*.state.json"))) < 2:
+            return None  # the training was interrupted before its first checkpoint was whole
+        try:
+            # tf.train.latest_checkpoint would take letters of the path, such as `[`, for a pattern.
+            prefix = Path(find_checkpoint(folder))
+        except CheckpointError as error:
+            raise TrainingError(f"{folder / 'checkpoint'}: is missing or damaged; {self._way_out}") from error
+        if re.fullmatch(r"model\.ckpt-\d{1,15}", prefix.name) is None or prefix.parent.resolve() != folder.resolve():
+            raise TrainingError(f"{folder / 'checkpoint'}: names no checkpoint of this training; {self._way_out}")
+        return str(folder / prefix.name)
+
+    def _read(self, prefix: str, variables: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Return the values of variables in a checkpoint, by name."""
+        try:
+            reader, values = CheckpointReader(prefix), {}
+            for variable in variables:
+                name, shape = variable.op.name, tuple(variable.shape.as_list())
+                saved = reader.variables.get(name)
+                if saved is None or saved.shape != shape:
+                    raise TrainingError(f"{prefix}: has no {name} of shape {list(shape)}; {self._way_out}")
+                values[name] = reader.read(name)
+        except CheckpointError as error:
+            raise TrainingError(f"{error}; or {self._way_out}") from error
+        return values
+
+    def _read_state(self, prefix: str) -> dict[str, Any]:
+        """Read the state that was saved with a checkpoint, and check that it belongs to it."""
+        path, options = Path(f"{prefix}.state.json"), {"error": TrainingError, "way_out": self._way_out}
+        state = read_object(path, **options)
+        check_keys(state, _STATE, str(path), **options)
+        for number, row in enumerate(state["curve"], 1):
+            where = f"{path}: curve, epoch {number}"
+            check_keys({"row": row}, {"row": dict}, where, **options)
+            check_keys(row, _EPOCH, where, **options)
+        losses = {f"losses[{i}]": loss for i, loss in enumerate(state["losses"])}
+        check_keys(losses, dict.fromkeys(losses, float), str(path), **options)
+        epochs, steps = ([row[key] for row in state["curve"]] for key in ("epoch", "step"))
+        is_whole = epochs == list(range(1, len(epochs) + 1)) and steps == sorted(steps)
+        best = dict(zip(epochs, steps, strict=True)).get(state["best_epoch"])
+        n_steps = (steps[-1] if steps else 0) + len(losses)
+        if not is_whole or n_steps != _step_of(prefix) or state["best_step"] != best or (best is None) != (not steps):
+            raise TrainingError(f"{path}: does not belong to step {_step_of(prefix)}; {self._way_out}")
+        return state
+
+    def _clear(self) -> None:
+        """Delete what is left in the directory of a finished training whose deletion was interrupted."""
+        if not self.folder.exists():
+            return
+        names = {path.name for path in self.folder.iterdir() if not path.name.startswith((".identity.", ".finished."))}
+        if names - _PARTS:
+            name = min(names - _PARTS)
+            raise TrainingError(f"{self.folder} is not an unfinished training ({name} is in it); move or delete it")
+        if names and _FINISHED not in names:
+            raise TrainingError(
+                f"{self.folder}: cannot be continued, because its identity.json is missing; put it back, or "
+                f"{self._way_out}"
+            )
+        _delete(self.folder)
+
 
 def remove_finished(output: Path) -> None:
     """Delete `<output>.unfinished` if its training is at `output` already: its process was killed before it did so."""
@@ -147,7 +229,7 @@ def remove_finished(output: Path) -> None:
     try:
         if folder.is_dir() and record.is_file():
             with locked_output(output, overwrite=True, continues=True, **TRAINING_DIRECTORY):
-                if mark.is_file() and mark.read_text(encoding="utf-8") == sha256(record):
+                if mark.is_file() and mark.read_bytes() == sha256(record).encode():
                     _delete(folder)
                 elif not any(folder.iterdir()):
                     folder.rmdir()
@@ -171,19 +253,8 @@ def _delete(folder: Path) -> None:
     folder.rmdir()
 
 
-def _clear(folder: Path) -> None:
-    """Delete what is left in the directory of a training whose deletion was interrupted."""
-    if not folder.exists():
-        return
-    for path in folder.iterdir():
-        if path.name not in _PARTS and not path.name.startswith((".identity.", ".finished.")):
-            raise TrainingError(f"{folder} is not an unfinished training ({path.name} is in it); move or delete it")
-    shutil.rmtree(folder)
-
-
-def _latest_checkpoint(folder: Path) -> str | None:
-    # tf.train.latest_checkpoint would take letters of the path, such as `[`, for a pattern.
-    return find_checkpoint(folder) if (folder / "checkpoint").is_file() else None
+def _step_of(prefix: str) -> int:
+    return int(prefix.rsplit("-", 1)[1])
 
 
 def _write(path: Path, text: str) -> None:
