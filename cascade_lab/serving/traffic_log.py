@@ -230,11 +230,11 @@ class TrafficLog:
         if answered:
             batch = answered_batch(self._part.schema, answered, keep_texts=self.keep_texts)
             self._part.write(batch, n_lost=n_lost)
+            for one in answered:
+                self._shadow.add(one)
             self.n_written += batch.num_rows
             with self._lock:
                 self._n_unreported -= n_lost
-            for one in answered:
-                self._shadow.add(one)
 
     def _is_part_full(self) -> bool:
         part = self._part
