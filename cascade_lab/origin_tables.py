@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cascade_lab.exceptions import SpecError
+from cascade_lab.analysis.costs import CostMatrix
+from cascade_lab.exceptions import GoalError, SpecError
 from cascade_lab.json_files import check_keys
 
 _EVALSET = {"n_examples": int, "source": str | None, "split": str | None, "sha256": str | None}
@@ -17,6 +18,7 @@ _TUNED_ON = {
     "optimism": dict | None,
     "intervals": dict | None,
     "costs": dict | None,
+    "cost_matrix": list | None,
     "prevalence": float | int | None,
 }
 _NUMBER = float | int
@@ -37,6 +39,13 @@ def check_tuned_on(table: Any, where: str) -> None:
     for key in ("figures", "optimism", "costs"):
         numbers = table.get(key) or {}
         check_keys(numbers, dict.fromkeys(numbers, _NUMBER), f"{where}.{key}", **options)
+    if table.get("cost_matrix"):
+        lines = {f"line {i}": line for i, line in enumerate(table["cost_matrix"], 1)}
+        check_keys(lines, dict.fromkeys(lines, str), f"{where}.cost_matrix", **options)
+        try:
+            CostMatrix.from_lines([*lines.values()], f"{where}.cost_matrix")
+        except GoalError as error:
+            raise SpecError(f"{error}, or delete the table") from error
     for name, ends in (table.get("intervals") or {}).items():
         if not (isinstance(ends, list) and len(ends) == 2):
             raise SpecError(f"{where}.intervals: {name} must be two numbers; {options['way_out']}")

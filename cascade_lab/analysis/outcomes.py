@@ -26,6 +26,8 @@ FRACTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Metric name to the outcomes that it counts, and the outcomes that it is a fraction of (which contain the first)."""
 METRICS = (*FRACTIONS, "mean_cost")
+COST_SUMS = ("cost in scope", "cost out of scope")
+"""What counts have besides the numbers of texts of each outcome, where a cost matrix says what a text costs."""
 
 
 class Scope(Protocol):
@@ -89,6 +91,21 @@ def is_outcome(names: tuple[str, ...]) -> np.ndarray:
     return np.isin(OUTCOMES, names)
 
 
+def has_outcome(codes: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+    """Return which texts have one of the named outcomes, from their codes (`costs.text_codes`): bool, shape (n,)."""
+    return is_outcome(names)[codes % len(OUTCOMES)]
+
+
+def number_of(counts: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+    """Return how many texts have one of the named outcomes, from counts of shape (..., 6) or (..., 8)."""
+    return counts[..., : len(OUTCOMES)] @ is_outcome(names)
+
+
+def price_vector(costs: Mapping[str, float], n_columns: int) -> np.ndarray:
+    """Return what one of each number in counts costs: shape (n_columns,), which is 6 or 8."""
+    return np.array([costs.get(counted, 0.0) for counted in (*OUTCOMES, *COST_SUMS)[:n_columns]])
+
+
 class Totals(NamedTuple):
     """How many texts are in scope and out of scope, which no threshold changes: arrays of shape (...), or numbers.
 
@@ -101,8 +118,8 @@ class Totals(NamedTuple):
 
     @classmethod
     def from_counts(cls, counts: np.ndarray, prevalence: float | None = None) -> Totals:
-        """Take the totals from counts of outcomes, shape (..., 6)."""
-        return cls(counts @ is_outcome(IN_SCOPE), counts @ is_outcome(OUT_OF_SCOPE), prevalence)
+        """Take the totals from counts, as `metric_from_counts` takes them."""
+        return cls(number_of(counts, IN_SCOPE), number_of(counts, OUT_OF_SCOPE), prevalence)
 
     @property
     def n(self) -> np.ndarray:
@@ -117,11 +134,12 @@ class Totals(NamedTuple):
         return (1 - self.prevalence) * self.n / in_scope, self.prevalence * self.n / out_of_scope
 
     def reweight(self, counts: np.ndarray) -> np.ndarray:
-        """Return counts of outcomes, shape (..., 6), reweighted to the prevalence."""
+        """Return counts, shape (..., 6) or (..., 8), reweighted to the prevalence."""
         if self.prevalence is None:
             return counts
         in_scope, out_of_scope = (np.asarray(w)[..., None] for w in self.weights)
-        return counts * np.where(is_outcome(IN_SCOPE), in_scope, out_of_scope)
+        is_in_scope = np.isin((*OUTCOMES, *COST_SUMS), (*IN_SCOPE, COST_SUMS[0]))[: counts.shape[-1]]
+        return counts * np.where(is_in_scope, in_scope, out_of_scope)
 
 
 def metric_from_counts(
@@ -133,10 +151,11 @@ def metric_from_counts(
     ----------
     name : str
         One of `METRICS`.
-    counts : ndarray, shape (..., 6)
-        In the order of `OUTCOMES`.
+    counts : ndarray, shape (..., 6) or (..., 8)
+        In the order of `OUTCOMES`. With a cost matrix, followed by `COST_SUMS` (see `costs.count_codes`).
     costs : mapping of str to float, optional
-        What each outcome costs, for `mean_cost`; an outcome that is not named costs nothing.
+        What each outcome costs, for `mean_cost`; an outcome that is not named costs nothing. With a cost matrix, what a
+        unit of `COST_SUMS` costs (`costs.prices`).
     prevalence : float, optional
         The fraction of texts out of scope to reweight to; by default the eval set's own.
 
@@ -173,11 +192,11 @@ def extreme_metric(
         totals.reweight(counts) for counts in ((high_counts, low_counts) if highest else (low_counts, high_counts))
     )
     if name == "mean_cost":
-        cost = np.array([costs.get(outcome, 0.0) for outcome in OUTCOMES])
+        cost = price_vector(costs, toward.shape[-1])
         with np.errstate(invalid="ignore"):  # of no text
             return (toward @ np.maximum(cost, 0) + away @ np.minimum(cost, 0)) / totals.n
     part, whole = FRACTIONS[name]
-    hits, misses = toward @ is_outcome(part), away @ (is_outcome(whole) & ~is_outcome(part))
+    hits, misses = number_of(toward, part), number_of(away, tuple(kind for kind in whole if kind not in part))
     w_in, w_out = totals.weights
     sizes = {OUTCOMES: totals.n, IN_SCOPE: w_in * totals.in_scope, OUT_OF_SCOPE: w_out * totals.out_of_scope}
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from cascade_lab.analysis.bootstrap import (
     score_interval,
 )
 from cascade_lab.analysis.classification import macro_f1, too_few_texts
+from cascade_lab.analysis.costs import Costs, counts_of_codes, n_codes, prices
 from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.outcomes import (
     FRACTIONS,
@@ -28,6 +29,7 @@ from cascade_lab.analysis.outcomes import (
     OUT_OF_SCOPE,
     OUTCOMES,
     LabelScope,
+    has_outcome,
     is_outcome,
     metric_from_counts,
     outcome_codes,
@@ -120,7 +122,7 @@ def outcome_differences(
     names: Sequence[str] = tuple(FRACTIONS),
     *,
     groups: np.ndarray | None = None,
-    costs: Mapping[str, float] | None = None,
+    costs: Costs | None = None,
     prevalence: float | None = None,
     level: float = 0.95,
     n_resamples: int = N_RESAMPLES,
@@ -134,13 +136,13 @@ def outcome_differences(
     Parameters
     ----------
     outcome_a, outcome_b : ndarray of int, shape (n,)
-        As `outcomes.outcome_codes` returns them.
+        As `outcomes.outcome_codes` returns them; with a cost matrix, as `costs.text_codes` does.
     names : sequence of str
         The metrics, of `outcomes.METRICS`.
     groups : ndarray of int, shape (n,), optional
         Equal texts have the same number (`duplicates.text_groups`), and count as one observation.
     costs, prevalence
-        As `outcomes.metric_from_counts` takes them.
+        As `intervals.outcome_intervals` takes them.
     level : float
     n_resamples, seed : int
         Of the bootstrap.
@@ -157,11 +159,9 @@ def outcome_differences(
     [0.6, 0.8, 0.2]
     """
     options: dict[str, Any] = {"costs": costs, "prevalence": prevalence}
-    n_kinds = len(OUTCOMES)
-    resampled = resample_codes(
-        outcome_a * n_kinds + outcome_b, n_kinds**2, groups=groups, n_resamples=n_resamples, seed=seed
-    ).reshape(-1, n_kinds, n_kinds)
-    counts = resampled.sum(axis=2), resampled.sum(axis=1)
+    pairs, codes = np.unique(outcome_a * n_codes(costs) + outcome_b, return_inverse=True)
+    resampled = resample_codes(codes, len(pairs), groups=groups, n_resamples=n_resamples, seed=seed)
+    counts = [resampled @ counts_of_codes(costs)[side] for side in np.divmod(pairs, n_codes(costs))]
     sides = [
         outcome_intervals(codes, names, groups=groups, level=level, n_resamples=n_resamples, seed=seed, **options)
         for codes in (outcome_a, outcome_b)
@@ -171,11 +171,11 @@ def outcome_differences(
         part, whole = FRACTIONS.get(name, ((), ()))
         side_a, side_b = (side[name] for side in sides)
         if whole in (IN_SCOPE, OUT_OF_SCOPE) or (whole == OUTCOMES and prevalence is None):
-            counted = is_outcome(whole)[outcome_a]
-            gains = is_outcome(part)[outcome_b[counted]].astype(int) - is_outcome(part)[outcome_a[counted]]
+            counted = has_outcome(outcome_a, whole)
+            gains = has_outcome(outcome_b[counted], part).astype(int) - has_outcome(outcome_a[counted], part)
             found = mean_difference_interval(gains, groups=None if groups is None else groups[counted], level=level)
         else:
-            a, b = (metric_from_counts(name, side, **options)[1:] for side in counts)
+            a, b = (metric_from_counts(name, side, costs=prices(costs), prevalence=prevalence)[1:] for side in counts)
             found = difference_interval(side_a, side_b, correlation(a, b))
         rows[name] = [side_a.value, side_b.value, *found]
     columns = ["a", "b", "difference", "low", "high"]

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from cascade_lab.analysis.costs import CostMatrix, Costs, run_codes
 from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.metrics import metric_intervals
-from cascade_lab.analysis.outcomes import FRACTIONS, METRICS, outcome_codes
+from cascade_lab.analysis.outcomes import FRACTIONS, METRICS
 from cascade_lab.analysis.sentences import Summary
 from cascade_lab.text import exact
 
@@ -83,10 +84,13 @@ def tuning_origin(run: Run) -> TuningOrigin:
     intervals = pd.DataFrame(tuned_on.get("intervals", {}), index=["low", "high"], dtype=float).T
     there = intervals.reindex(values.index).assign(value=values, optimism=optimism)
     there = there[["value", "low", "high", "optimism"]]
-    costs, prevalence = tuned_on.get("costs") or {}, tuned_on.get("prevalence")
+    costs: Costs = tuned_on.get("costs") or {}
+    if tuned_on.get("cost_matrix"):
+        costs = CostMatrix.from_lines(tuned_on["cost_matrix"], f"{run.name}: tuned_on.cost_matrix")
+    prevalence = tuned_on.get("prevalence")
     if costs or prevalence is not None:
         labelled = run.labelled
-        outcome = outcome_codes(run.spec, labelled.predictions["label"], labelled.predictions["predicted"])
+        outcome = run_codes(labelled, costs)
         names = METRICS if costs else tuple(FRACTIONS)
         groups = text_groups(labelled.examples)
         metrics = outcome_intervals(outcome, names, groups=groups, costs=costs, prevalence=prevalence)

@@ -33,6 +33,14 @@ def tune(
         list[str] | None,
         typer.Option(metavar="OUTCOME=COST", help='What an outcome costs, such as "false accept=5".'),
     ] = None,
+    cost_matrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="A csv of costs, one row per true label and one column per predicted label; a reject label's column "
+            "has the costs of rejecting. Not with --cost.",
+            show_default=False,
+        ),
+    ] = None,
     prevalence: Annotated[
         float | None,
         typer.Option(help="The fraction of out-of-scope texts to tune for [default: the fraction in the run]."),
@@ -80,6 +88,7 @@ def tune(
 
     Example: cascade-lab tune runs/val --maximize reject_recall --at-least in_scope_accuracy=0.95 --output tuned.toml
     """
+    from cascade_lab.analysis.costs import CostMatrix
     from cascade_lab.atomic import locked_file
     from cascade_lab.run import Run
     from cascade_lab.thresholds import Goal
@@ -91,6 +100,7 @@ def tune(
         at_least=read_numbers(at_least),
         at_most=read_numbers(at_most),
         costs=read_numbers(cost),
+        cost_matrix=None if cost_matrix is None else CostMatrix.read(cost_matrix),
         prevalence=prevalence,
     )
     with locked_file(output, overwrite=overwrite, what="tuned cascade"):

@@ -149,14 +149,14 @@ class ThresholdSurfaceDisplay(Display):
             low, high = axis_limits(values, choice.thresholds[stage], run.spec.thresholds[stage])
             cells = probability(np.linspace(log_odds(low), log_odds(high), N_CELLS))
             axes.append(np.unique(np.append(cells, np.clip(choice.thresholds[stage], low, high))))
-        counts = grid.counts_at(*axes)
+        counts = grid.with_costs(goal.used_costs).counts_at(*axes)
         return cls(
             Surface(grid.stages, axes[0], axes[1], counts, False),
             goal,
             choice=choice,
             resampled=bootstrap.thresholds[list(grid.stages)].dropna(),
             run_thresholds={name: run.spec.thresholds[name] for name in grid.stages},
-            title=f"{run.spec.name}, {int(counts[0, 0].sum()):,} texts",
+            title=f"{run.spec.name}, {len(grid.in_scope):,} texts",
         )
 
     def frame(self) -> pd.DataFrame:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from cascade_lab.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from cascade_lab.analysis.costs import CostMatrix as CostMatrix
+    from cascade_lab.analysis.costs import outcome_cost_matrix as outcome_cost_matrix
     from cascade_lab.thresholds.deferral_rules import compare_deferral_rules as compare_deferral_rules
     from cascade_lab.thresholds.deferral_rules import deferral_summary as deferral_summary
     from cascade_lab.thresholds.grid import ThresholdGrid as ThresholdGrid
@@ -46,6 +48,7 @@ if not TYPE_CHECKING:
         __name__,
         {
             "Choice": ".search",
+            "CostMatrix": "..analysis.costs",
             "FittedRejector": ".rejector",
             "Goal": ".objective",
             "Guarantee": ".guarantee",
@@ -69,6 +72,7 @@ if not TYPE_CHECKING:
             "fit_rejector": ".rejector",
             "held_out": ".validation",
             "metrics_at": ".validation",
+            "outcome_cost_matrix": "..analysis.costs",
             "per_label_thresholds": ".per_label",
             "surface": ".surfaces",
             "sweep": ".surfaces",

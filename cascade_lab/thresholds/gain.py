@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.outcomes import IN_SCOPE, OUTCOMES, is_outcome
+from cascade_lab.analysis.outcomes import IN_SCOPE, has_outcome
 from cascade_lab.text import exact
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.guarantee import Guarantee, bounds_of, keeps_guarantee
@@ -63,7 +63,7 @@ def compare_with_own(
         given. The interval of the cross-validated difference is that of the difference on new texts, which allows for
         the choice (see `bootstrap_thresholds`). On the test run it is a paired interval.
     """
-    counts = {key: np.bincount(codes, minlength=len(OUTCOMES)) for key, codes in (("own", own), ("chosen", chosen))}
+    counts = {key: goal.count(codes) for key, codes in (("own", own), ("chosen", chosen))}
     here = pd.DataFrame(
         {key: [float(goal.value(name, n)) for name in goal.metrics] for key, n in counts.items()},
         index=list(goal.metrics),
@@ -126,7 +126,7 @@ def _broken_bounds(
     run: Run, goal: Goal, grid: ThresholdGrid, own: np.ndarray, guarantee: Guarantee | None
 ) -> list[str]:
     """Return what the run's own thresholds break on its texts: a bound, a bound on a latency, a guarantee."""
-    counts = np.bincount(own, minlength=len(OUTCOMES))
+    counts = goal.count(own)
     values = {bound: float(goal.value(bound.metric, counts)) for bound in bounds_of(goal.at_least, goal.at_most)}
     broken = [
         f"{bound.metric} is {value:.4f}, not {str(bound).removeprefix(bound.metric).strip()}"
@@ -144,7 +144,7 @@ def _broken_bounds(
 
 def _weighted_fraction(goal: Goal, outcomes: np.ndarray, of: np.ndarray) -> float:
     """Return the fraction of texts that are `of`, at the goal's prevalence."""
-    in_scope = is_outcome(IN_SCOPE)[outcomes]
+    in_scope = has_outcome(outcomes, IN_SCOPE)
     if goal.prevalence is None or in_scope.all() or not in_scope.any():
         return float(of.mean())
     return float((1 - goal.prevalence) * of[in_scope].mean() + goal.prevalence * of[~in_scope].mean())

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
+from cascade_lab.analysis.costs import CostMatrix, Costs, count_by_place, with_costs
 from cascade_lab.analysis.duplicates import text_groups
-from cascade_lab.analysis.outcomes import OUTCOMES, outcome_codes
+from cascade_lab.analysis.outcomes import outcome_codes
 from cascade_lab.decisions import RoutingResult, StageDecision, require_scored, route
 from cascade_lab.exceptions import RunError
 from cascade_lab.spec import CascadeSpec
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 class GridCounts(NamedTuple):
     """The number of texts of each outcome, in the order of `OUTCOMES`, at `n_first` × `n_second` thresholds.
+
+    Where the grid has a cost matrix, the last dimension is 8 instead of 6, and the numbers are floats: the sums of the
+    costs follow (see `costs.count_codes`).
 
     With one stage, `n_second` is 1. *Below* is for a gate and for the last stage: the texts that leave there. At a
     deferral stage the texts above leave, and its thresholds fall from one index to the next.
@@ -75,8 +79,8 @@ class ThresholdGrid:
         `thresholds[k][i]` if `ranks[k] > i`. 0 for a text that does not arrive at the stage. A text whose label has a
         minimum of its own (`min_probabilities`) does not move with the threshold: it reaches all of them, or none.
     outcomes : ndarray of int, shape (n_stages + 1, n)
-        Row k: the outcome (an index into `OUTCOMES`) of a text that goes on at the stages before stage k, and leaves
-        at stage k. Last row: its outcome if it goes on at all.
+        Row k: the outcome (an index into `OUTCOMES`; with a cost matrix, the code of `costs.text_codes`) of a text that
+        goes on at the stages before stage k, and leaves at stage k. Last row: its outcome if it goes on at all.
     predicted : ndarray of str, shape (n_stages + 1, n)
         The cascade's answer in each case.
     y_true : ndarray of str, shape (n,)
@@ -90,6 +94,8 @@ class ThresholdGrid:
         stage is the first of `stages`, whose threshold decides it.
     defers : tuple of bool, one per stage
         Whether it is a deferral stage.
+    cost_matrix : CostMatrix, optional
+        With which `outcomes` were made: see `with_costs`.
     """
 
     name: str
@@ -103,6 +109,7 @@ class ThresholdGrid:
     groups: np.ndarray
     is_held: np.ndarray | None = None
     defers: tuple[bool, ...] = ()
+    cost_matrix: CostMatrix | None = None
 
     @classmethod
     def from_run(
@@ -164,6 +171,21 @@ class ThresholdGrid:
             f"{stage} {len(values):,}" for stage, values in zip(self.stages, self.thresholds, strict=True)
         )
         return f"<ThresholdGrid {self.name}: {len(self.in_scope):,} texts, thresholds: {sizes}>"
+
+    def with_costs(self, costs: Costs) -> ThresholdGrid:
+        """Return the grid whose outcomes have the costs of a goal (`Goal.used_costs`), where these are a matrix.
+
+        Raises
+        ------
+        GoalError
+            The matrix lacks a label of the texts.
+        """
+        matrix = costs if isinstance(costs, CostMatrix) else None
+        if matrix is self.cost_matrix:
+            return self
+        cases = zip(self.outcomes, self.predicted, strict=True)
+        outcomes = np.array([with_costs(codes, self.y_true, predicted, matrix) for codes, predicted in cases])
+        return replace(self, outcomes=outcomes, cost_matrix=matrix)
 
     def indices(self, thresholds: Mapping[str, float]) -> tuple[int, ...]:
         """Return the index in `self.thresholds` that does what a threshold does, for each stage."""
@@ -247,7 +269,7 @@ class ThresholdGrid:
         )
 
     def outcomes_at(self, indices: Sequence[int]) -> np.ndarray:
-        """Return each text's outcome, an index into `OUTCOMES`, at one threshold per stage: shape (n,)."""
+        """Return each text's outcome, as in `outcomes`, at one threshold per stage: shape (n,)."""
         case = self.cases_at(indices)
         return self.outcomes[case, np.arange(len(case))]
 
@@ -268,33 +290,35 @@ class ThresholdGrid:
         """
         sizes, ranks, outcomes = self._two_stages
         first, second = (*indices, np.zeros(1, dtype=np.int64))[:2]
-        n_first, n_second, n_outcomes = len(first), len(second), len(OUTCOMES)
+        n_first, n_second = len(first), len(second)
         row, column = (
             np.searchsorted(chosen, np.arange(size + 1))[rank]
             for chosen, size, rank in zip((first, second), sizes, ranks, strict=True)
         )
 
-        def histogram(shape: tuple[int, ...], *codes: np.ndarray) -> np.ndarray:
-            """Count texts by their codes, as whole numbers (bincount returns floats where there are weights)."""
-            flat = np.bincount(np.ravel_multi_index(codes, shape), weights, int(np.prod(shape)))
-            return flat.astype(np.int32).reshape(shape)
+        def histogram(shape: tuple[int, ...], place: np.ndarray, codes: np.ndarray) -> np.ndarray:
+            return count_by_place(place, int(np.prod(shape)), codes, weights, self.cost_matrix).reshape(*shape, -1)
 
         # A text in row r reaches the first r of the first stage's thresholds; in column c, the first c of the second's.
-        shape = (n_first + 1, n_second + 1, n_outcomes)
-        below_first = histogram((n_first + 1, n_outcomes), row, outcomes[0])[:-1].cumsum(axis=0)
-        reaching = [histogram(shape, row, column, codes)[::-1].cumsum(axis=0)[::-1][1:] for codes in outcomes[1:]]
+        shape, cell = (n_first + 1, n_second + 1), row * (n_second + 1) + column
+        below_first = histogram(shape[:1], row, outcomes[0])[:-1].cumsum(axis=0)
+        reaching = [histogram(shape, cell, codes)[::-1].cumsum(axis=0)[::-1][1:] for codes in outcomes[1:]]
         below_second = reaching[0].cumsum(axis=1)[:, :-1]
         above_both = reaching[1][:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
         out_of_scope = (~self.in_scope).astype(np.int64)
         if self.is_held is None:
-            n_held = histogram((n_first + 1, 2), row, out_of_scope)[:-1].cumsum(axis=0)
+            by_row = np.bincount(row * 2 + out_of_scope, weights, 2 * (n_first + 1)).reshape(-1, 2)
+            n_held = by_row.astype(np.int32)[:-1].cumsum(axis=0)
         else:
             held = self.is_held * (1 if weights is None else weights)
             n_held = np.tile(np.bincount(out_of_scope, held, 2).astype(np.int32), (n_first, 1))
         return GridCounts(below_first, below_second, above_both, n_held)
 
     def counts_at(self, *thresholds: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-        """Count the outcomes at any thresholds, ascending, of one or two stages: shape (n_first[, n_second], 6)."""
+        """Count the outcomes at any thresholds, ascending, of one or two stages: shape (n_first[, n_second], 6).
+
+        With a cost matrix, the last dimension is 8 (see `GridCounts`).
+        """
         at = [self.index(stage, given) for stage, given in zip(self.stages, thresholds, strict=True)]
         # Several thresholds may have one index: count it once.
         unique = [np.unique(index) for index in at]

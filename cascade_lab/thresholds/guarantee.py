@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.special import betainc
 
-from cascade_lab.analysis.outcomes import FRACTIONS, IN_SCOPE, OUT_OF_SCOPE, OUTCOMES, is_outcome
+from cascade_lab.analysis.costs import count_codes
+from cascade_lab.analysis.outcomes import FRACTIONS, IN_SCOPE, OUT_OF_SCOPE, number_of
 from cascade_lab.exceptions import GoalError, InfeasibleError
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.objective import LATENCIES, Goal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _IN_SEQUENCE = {"in_scope_accuracy": 1, "coverage": 1, "reject_recall": -1}
 """Metrics that a gate's threshold moves in one direction: 1 where a lower bound is safest at the lowest threshold."""
+_MAX_DOUBLINGS = 10.0  # of the number of texts
 _STEP = 10  # of the first stage's candidates, every tenth is tested for the other metrics
 
 
@@ -83,6 +85,15 @@ class Bound(NamedTuple):
     def __str__(self) -> str:
         return f"{self.metric} {'at least' if self.sign > 0 else 'at most'} {self.value:g}"
 
+    def relax(self, share: float) -> Bound:
+        """Return a bound that is weaker by a share of its distance to 0 (an upper bound: to 1), in three decimals.
+
+        >>> Bound("coverage", 0.95, 1).relax(0.1).value, Bound("risk", 0.2, -1).relax(0.5).value
+        (0.855, 0.6)
+        """
+        weaker = self.value + share * ((0 if self.sign > 0 else 1) - self.value)
+        return self._replace(value=float(self.sign * np.floor(np.round(self.sign * weaker * 1000, 6)) / 1000))
+
     def holds(self, metric: float) -> bool:
         """Return whether a value of the metric keeps the bound; an undefined one does not."""
         return bool(self.sign * metric >= self.sign * self.value)
@@ -135,7 +146,8 @@ def choose_with_guarantee(
     GoalError
         A metric that cannot be guaranteed, or a goal with a bound on a latency.
     InfeasibleError
-        No candidate passes the tests and satisfies the goal's bounds.
+        No candidate passes the tests and satisfies the goal's bounds: the choice is to abstain. The message says what
+        can be guaranteed on these texts, and how many more of them would be needed (see `abstention`).
     RunError
         As `ThresholdGrid.from_run`.
 
@@ -147,7 +159,7 @@ def choose_with_guarantee(
     """
     guarantee = Guarantee(at_least, at_most or {}, delta)
     check_guarantee(goal, guarantee)
-    return choose_with_guarantee_on_grid(grid or ThresholdGrid.from_run(run, stages), goal, guarantee)
+    return choose_or_abstain(grid or ThresholdGrid.from_run(run, stages), goal, guarantee)
 
 
 def check_guarantee(goal: Goal, guarantee: Guarantee) -> None:
@@ -179,14 +191,48 @@ def choose_with_guarantee_on_grid(
     InfeasibleError
         No candidate passes the tests and satisfies the goal's bounds.
     """
-    first_stage, *later_stages = grid.stages
-    first = _first_candidates()
+    first, later, counts = _candidates(grid.with_costs(goal.used_costs), weights)
+    allowed = _passed(grid, guarantee, counts, weights) & _satisfies(goal, counts)
+    if not allowed.any():
+        raise InfeasibleError(
+            f"{grid.name}: no thresholds have {guarantee} and satisfy: {goal}; ask for less, or tune on more texts"
+        )
+    value = np.where(allowed, goal.sign * goal.value(goal.metric, counts), -np.inf)
+    i, j = np.unravel_index(int(value.argmax()), value.shape)
+    thresholds = {grid.stages[0]: float(first[i]), **{stage: float(value) for stage, value in later[j].items()}}
+    return Choice(thresholds, counts[i, j], {name: float(goal.value(name, counts[i, j])) for name in goal.metrics})
+
+
+def choose_or_abstain(grid: ThresholdGrid, goal: Goal, guarantee: Guarantee) -> Choice:
+    """Choose as `choose_with_guarantee_on_grid`; where that cannot be done, say what can be guaranteed instead.
+
+    Raises
+    ------
+    InfeasibleError
+        No candidate passes the tests and satisfies the goal's bounds. The message is that of `abstention`.
+    """
+    try:
+        return choose_with_guarantee_on_grid(grid, goal, guarantee)
+    except InfeasibleError as error:
+        raise InfeasibleError(f"{grid.name}: {abstention(grid, goal, guarantee)}") from error
+
+
+def _candidates(
+    grid: ThresholdGrid, weights: np.ndarray | None
+) -> tuple[np.ndarray, list[dict[str, float]], np.ndarray]:
+    """Return the first stage's thresholds, the combinations of the later ones', and the counts of each pair of them."""
+    first, later_stages = _first_candidates(), grid.stages[1:]
     combinations = product(np.arange(10) / 10, repeat=len(later_stages))
     later = [dict(zip(later_stages, values, strict=True)) for values in combinations]
     grids = [_at_later_thresholds(grid, thresholds) for thresholds in later]
-    counts = np.stack([fixed.counts_at(first, weights=weights) for fixed in grids], axis=1)
-    passed = np.ones(counts.shape[:2], dtype=bool)
-    delta = guarantee.delta / len(guarantee.bounds) / len(later)
+    return first, later, np.stack([fixed.counts_at(first, weights=weights) for fixed in grids], axis=1)
+
+
+def _passed(grid: ThresholdGrid, guarantee: Guarantee, counts: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Return which candidates pass the tests of all bounds: bool, shape (n_first, n_later)."""
+    n_first, n_later = counts.shape[:2]
+    passed = np.ones((n_first, n_later), dtype=bool)
+    delta = guarantee.delta / len(guarantee.bounds) / n_later
     for bound in guarantee.bounds:
         p_value = _p_values(grid, bound, counts, weights)
         direction = 0 if any(grid.defers) else _IN_SEQUENCE.get(bound.metric, 0) * bound.sign
@@ -194,21 +240,75 @@ def choose_with_guarantee_on_grid(
             order = slice(None, None, direction)
             passed &= np.logical_and.accumulate(p_value[order] <= delta, axis=0)[order]
         else:
-            tested = (np.arange(len(first)) % _STEP == 0)[:, None]
+            tested = (np.arange(n_first) % _STEP == 0)[:, None]
             passed &= tested & (p_value <= delta / tested.sum())
-    for name, least in goal.at_least.items():
-        passed &= goal.value(name, counts) >= least
-    for name, most in goal.at_most.items():
-        passed &= goal.value(name, counts) <= most
-    value = goal.sign * goal.value(goal.metric, counts)
-    value = np.where(passed & ~np.isnan(value), value, -np.inf)
-    if value.max() == -np.inf:
-        raise InfeasibleError(
-            f"{grid.name}: no thresholds have {guarantee} and satisfy: {goal}; ask for less, or tune on more texts"
-        )
-    i, j = np.unravel_index(int(value.argmax()), value.shape)
-    thresholds = {first_stage: float(first[i]), **{stage: float(value) for stage, value in later[j].items()}}
-    return Choice(thresholds, counts[i, j], {name: float(goal.value(name, counts[i, j])) for name in goal.metrics})
+    return passed
+
+
+def _satisfies(goal: Goal, counts: np.ndarray) -> np.ndarray:
+    """Return at which candidates the goal's own bounds hold on the texts, and its metric is defined."""
+    satisfied = ~np.isnan(goal.value(goal.metric, counts))
+    for bound in bounds_of(goal.at_least, goal.at_most):
+        satisfied &= bound.sign * goal.value(bound.metric, counts) >= bound.sign * bound.value
+    return np.asarray(satisfied)
+
+
+def abstention(grid: ThresholdGrid, goal: Goal, guarantee: Guarantee) -> str:
+    """Return, as one line, that no thresholds have a guarantee, and which bounds or which number of texts would do.
+
+    The bounds are the nearest ones for which a candidate passes: one bound relaxed and the others kept; or, where that
+    is not enough, all relaxed by the same fraction of the way to 0 (an upper bound: to 1). The number of texts is the
+    smallest with which a candidate would pass if further texts had the same outcomes in the same proportions.
+
+    Raises
+    ------
+    InfeasibleError
+        A bounded metric is undefined at all thresholds.
+    """
+    _, _, counts = _candidates(grid.with_costs(goal.used_costs), None)
+    satisfied, bounds = _satisfies(goal, counts), guarantee.bounds
+    if not satisfied.any():
+        return f"infeasible: no thresholds that are tested for a guarantee satisfy: {goal}; ask for less"
+
+    def is_possible(of: Sequence[Bound], times: float = 1.0) -> bool:
+        at_least, at_most = ({bound.metric: bound.value for bound in of if bound.sign == sign} for sign in (1, -1))
+        passed = _passed(grid, Guarantee(at_least, at_most, guarantee.delta), counts * times, None)
+        return bool((passed & satisfied).any())
+
+    def nearest(relaxed: Sequence[Bound]) -> list[Bound]:
+        """Return these bounds as strict as is possible with the others kept; none where no strictness is."""
+
+        def at(share: float) -> list[Bound]:
+            return [bound.relax(share) if bound in relaxed else bound for bound in bounds]
+
+        share = _smallest(lambda share: is_possible(at(share)), 0.0, 1.0)
+        found = [] if share is None else [bound.relax(share) for bound in relaxed]
+        return [] if any(bound.value in (0, 1) for bound in found) else found
+
+    possible = [str(found[0]) for bound in bounds if (found := nearest([bound]))]
+    less = f": {' or '.join(possible)} can be guaranteed" if possible else ""
+    if len(bounds) > 1 and possible:
+        less += ", with the other bounds kept"
+    elif len(bounds) > 1 and (together := nearest(bounds)):
+        less = f": {' and '.join(map(str, together))} can be guaranteed"
+    n_texts, log_times = len(grid.in_scope), _smallest(lambda x: is_possible(bounds, 2.0**x), 0.0, _MAX_DOUBLINGS)
+    more = (
+        "no number of texts like these is enough"
+        if log_times is None
+        else f"or tune on about {float(f'{n_texts * 2.0**log_times:.2g}'):,.0f} texts like these {n_texts:,}"
+    )
+    too = f" and satisfy: {goal}" if goal.at_least or goal.at_most else ""
+    return f"abstained: no thresholds have {guarantee}{too}; ask for less{less}; {more}"
+
+
+def _smallest(holds: Callable[[float], bool], low: float, high: float) -> float | None:
+    """Return the smallest number from `low` on for which a condition holds that holds above it too; None: at none."""
+    if not holds(high):
+        return None
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
 def keeps_guarantee(grid: ThresholdGrid, outcomes: np.ndarray, guarantee: Guarantee) -> bool:
@@ -216,7 +316,7 @@ def keeps_guarantee(grid: ThresholdGrid, outcomes: np.ndarray, guarantee: Guaran
 
     `outcomes`, int of shape (n,), are those of the grid's texts at these thresholds.
     """
-    counts = np.bincount(outcomes, minlength=len(OUTCOMES))
+    counts = count_codes(outcomes)
     delta = guarantee.delta / len(guarantee.bounds)
     return all(float(_p_values(grid, bound, counts, None)) <= delta for bound in guarantee.bounds)
 
@@ -243,11 +343,11 @@ def _first_candidates() -> np.ndarray:
 
 
 def _p_values(grid: ThresholdGrid, bound: Bound, counts: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Return the p-value of the hypothesis that a bound is broken, for counts of outcomes: shape (..., 6) to (...).
+    """Return the p-value of the hypothesis that a bound is broken, for counts of shape (..., 6 or 8) to (...).
 
     Raises InfeasibleError where no text counts for the metric, whatever the thresholds.
     """
-    hits, n = (counts @ is_outcome(names) for names in FRACTIONS[bound.metric])
+    hits, n = (number_of(counts, names) for names in FRACTIONS[bound.metric])
     if not np.any(n):
         raise InfeasibleError(f"{grid.name}: {bound.metric} is undefined, no text counts for it; {BOTH_KINDS}")
     of_scope = {IN_SCOPE: grid.in_scope, OUT_OF_SCOPE: ~grid.in_scope}

@@ -6,7 +6,8 @@ import numpy as np
 from scipy.stats import norm
 
 from cascade_lab.analysis.bootstrap import Interval, wilson
-from cascade_lab.analysis.outcomes import FRACTIONS, OUTCOMES, is_outcome
+from cascade_lab.analysis.costs import cost_bounds
+from cascade_lab.analysis.outcomes import FRACTIONS, OUTCOMES, has_outcome, number_of
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.guarantee import effective_size
 from cascade_lab.thresholds.objective import Goal
@@ -41,11 +42,11 @@ def difference_on_new_texts(
     def difference(chosen: np.ndarray, other: np.ndarray) -> np.ndarray:
         return goal.value(name, chosen) - goal.value(name, other)
 
-    here, there = (np.bincount(codes, minlength=len(OUTCOMES)) for codes in (outcomes, own))
+    here, there = goal.count(outcomes), goal.count(own)
     value = float(difference(here, there))
     errors = difference(on_resample, own_on_resample) - difference(on_texts, there)
     defined = ~np.isnan(errors)
-    n = effective_size(grid.groups[is_outcome(FRACTIONS.get(name, ((), OUTCOMES))[1])[outcomes]])
+    n = effective_size(grid.groups[has_outcome(outcomes, FRACTIONS.get(name, ((), OUTCOMES))[1])])
     if np.isnan(value) or n < MIN_TEXTS or defined.sum() < (1 - MAX_UNDEFINED) * n_resamples:
         return Interval(value, np.nan, np.nan)
     width = highest - lowest
@@ -56,8 +57,8 @@ def difference_on_new_texts(
 
 def cost_range(goal: Goal) -> tuple[float, float]:
     """Return the lowest and the highest cost of a text."""
-    costs = [0.0, *goal.costs.values()]
-    return min(costs), max(costs)
+    lowest, highest = cost_bounds(goal.used_costs)
+    return min(lowest, 0.0), max(highest, 0.0)
 
 
 def interval_on_new_texts(
@@ -73,19 +74,19 @@ def interval_on_new_texts(
 ) -> Interval:
     """Return a metric of the chosen cascade on its own texts, with the interval of its value on new texts.
 
-    `on_resample` and `on_texts`, shape (n_feasible, 6), are the outcomes of the cascade that was chosen on a resample:
-    of the resample's texts, and of all texts. There is no row for a resample that allows no choice.
+    `on_resample` and `on_texts`, shape (n_feasible, 6 or 8), are the outcomes of the cascade that was chosen on a
+    resample: of the resample's texts, and of all texts. There is no row for a resample that allows no choice.
     """
-    value = float(goal.value(name, np.bincount(outcomes, minlength=len(OUTCOMES))))
+    value = float(goal.value(name, goal.count(outcomes)))
     lowest, highest = cost_range(goal) if name == "mean_cost" else (0.0, 1.0)
-    is_counted = is_outcome(FRACTIONS.get(name, ((), OUTCOMES))[1])
-    counted = is_counted[outcomes]
+    kinds = FRACTIONS.get(name, ((), OUTCOMES))[1]
+    counted = has_outcome(outcomes, kinds)
     n = effective_size(grid.groups[counted])
     share = n / max(counted.sum(), 1)
 
     def scaled(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the metric between 0 and 1, and its angle, whose variance is 1 / 4n for a fraction (Anscombe 1948)."""
-        n_counted = share * (counts @ is_counted)
+        n_counted = share * number_of(counts, kinds)
         fraction = (goal.value(name, counts) - lowest) / (highest - lowest)
         return fraction, np.arcsin(np.sqrt((fraction * n_counted + 3 / 8) / (n_counted + 3 / 4)))
 

@@ -10,7 +10,8 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from cascade_lab.analysis.bootstrap import Interval
-from cascade_lab.analysis.outcomes import FRACTIONS, IN_SCOPE, OUT_OF_SCOPE, OUTCOMES, Totals, is_outcome
+from cascade_lab.analysis.costs import counts_of_codes, prices
+from cascade_lab.analysis.outcomes import FRACTIONS, IN_SCOPE, OUT_OF_SCOPE, OUTCOMES, Totals, number_of, price_vector
 from cascade_lab.exceptions import GoalError, InfeasibleError
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.objective import Goal
@@ -91,7 +92,9 @@ def per_label_thresholds(
     last = run.spec.last.name
     gates = {name: value for name, value in thresholds.items() if name != last}
     # The run's own minimums per label are part of the choice that these are compared with, and not of these.
-    grid, free_grid = (ThresholdGrid.from_run(r, [last], gates) for r in (run, _without_minimums(run)))
+    grid, free_grid = (
+        ThresholdGrid.from_run(r, [last], gates).with_costs(goal.used_costs) for r in (run, _without_minimums(run))
+    )
     indices = _choose(free_grid, goal, np.ones(len(grid.in_scope), dtype=int))
     counts = []
     for train, test in folds(grid, n_repeats, n_folds, seed):
@@ -101,7 +104,7 @@ def per_label_thresholds(
         except InfeasibleError:
             continue
         both = (grid.outcomes_at(grid.indices(common)), outcomes_per_label)
-        counts.append([np.bincount(outcomes, test, len(OUTCOMES)) for outcomes in both])
+        counts.append([goal.count(outcomes, test) for outcomes in both])
     thresholds_of_last = free_grid.thresholds[0]
     chosen = {label: float(thresholds_of_last[index]) for label, index in indices.items() if index}
     if not counts:
@@ -137,7 +140,7 @@ def per_label_procedure(
     """
     last = run.spec.last.name
     gates = [stage for stage in grid.stages if stage != last]
-    free_grid = ThresholdGrid.from_run(_without_minimums(run), [*gates, last])
+    free_grid = ThresholdGrid.from_run(_without_minimums(run), [*gates, last]).with_costs(goal.used_costs)
 
     def choose_again(weights: np.ndarray) -> Chosen:
         thresholds = choose_thresholds(grid, goal, weights=weights, near=near).thresholds
@@ -177,7 +180,7 @@ def _choose(grid: ThresholdGrid, goal: Goal, weights: np.ndarray) -> dict[str, i
     def choose_at(price: float) -> tuple[dict[str, int], bool]:
         """Return the best indices at a price, and whether the bound holds there."""
         indices = _best(grid, weights, value + price * bounded)
-        counts = np.bincount(_outcomes_at(grid, indices), weights, len(OUTCOMES))
+        counts = goal.count(_outcomes_at(grid, indices), weights)
         return indices, direction * float(goal.value(name, counts)) >= direction * bound
 
     low, high = 0.0, 1.0
@@ -200,18 +203,18 @@ def _choose(grid: ThresholdGrid, goal: Goal, weights: np.ndarray) -> dict[str, i
 
 
 def _contributions(name: str, goal: Goal, totals: Totals) -> np.ndarray:
-    """Return how much a text of each outcome adds to a metric that is a sum over texts: shape (6,)."""
-    weights = totals.reweight(np.ones(len(OUTCOMES)))
+    """Return how much a text of each code adds to a metric that is a sum over texts: shape (6,), or more with costs."""
+    counts = totals.reweight(counts_of_codes(goal.used_costs))
     if name == "mean_cost":
-        return weights * [goal.costs.get(outcome, 0.0) for outcome in OUTCOMES] / totals.n
+        return counts @ price_vector(prices(goal.used_costs), counts.shape[-1]) / totals.n
     part, whole = FRACTIONS[name]
     sizes = {OUTCOMES: totals.n, IN_SCOPE: totals.weights[0] * totals.in_scope}
     size = sizes.get(whole, totals.weights[1] * totals.out_of_scope)
-    return weights * is_outcome(part) / size
+    return number_of(counts, part) / size
 
 
 def _best(grid: ThresholdGrid, weights: np.ndarray, value: np.ndarray) -> dict[str, int]:
-    """Return for each label the index of the threshold that maximizes the sum of `value`, by outcome, of its texts."""
+    """Return for each label the index of the threshold that maximizes the sum of `value`, by code, of its texts."""
     rank = grid.ranks[0]
     arrives = rank > 0
     gain = (weights * (value[grid.outcomes[0]] - value[grid.outcomes[1]]))[arrives]
@@ -233,6 +236,6 @@ def _best(grid: ThresholdGrid, weights: np.ndarray, value: np.ndarray) -> dict[s
 
 
 def _outcomes_at(grid: ThresholdGrid, indices: Mapping[str, int]) -> np.ndarray:
-    """Return each text's outcome, an index into `OUTCOMES`, with one threshold per label: shape (n,)."""
+    """Return each text's outcome, as in `ThresholdGrid.outcomes`, with one threshold per label: shape (n,)."""
     index = np.array([indices.get(str(label), 0) for label in grid.predicted[1]])
     return np.where(grid.ranks[0] > index, grid.outcomes[1], grid.outcomes[0])

@@ -13,7 +13,6 @@ from sklearn.model_selection import RepeatedStratifiedKFold
 from tqdm.auto import tqdm
 
 from cascade_lab.analysis.bootstrap import Interval, resample_counts
-from cascade_lab.analysis.outcomes import OUTCOMES
 from cascade_lab.exceptions import InfeasibleError
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.guarantee import (
@@ -78,7 +77,7 @@ def threshold_procedure(
     near: Mapping[str, float] | None = None,
 ) -> Procedure:
     """Return the procedure that chooses the thresholds of a grid; the options are those of `choose_thresholds`."""
-    min_held = min_held_fraction(run, goal)
+    min_held, grid = min_held_fraction(run, goal), grid.with_costs(goal.used_costs)
 
     def choose_again(weights: np.ndarray) -> Chosen:
         choice = choose_thresholds(grid, goal, guarantee, min_held=min_held, weights=weights, near=near)
@@ -156,7 +155,7 @@ def bootstrap_thresholds(
     RunError
         As `ThresholdGrid.from_run`.
     """
-    grid = grid or ThresholdGrid.from_run(run, stages)
+    grid = (grid or ThresholdGrid.from_run(run, stages)).with_costs(goal.used_costs)
     if outcomes is None or procedure is None:
         chosen = threshold_procedure(run, goal, grid)(np.ones(len(grid.in_scope), dtype=np.int64))
         outcomes = chosen.outcomes if outcomes is None else outcomes
@@ -169,11 +168,11 @@ def bootstrap_thresholds(
         except InfeasibleError:
             continue
         thresholds.append(again.thresholds)
-        on_resample.append(np.bincount(again.outcomes, weights, len(OUTCOMES)))
-        on_texts.append(np.bincount(again.outcomes, minlength=len(OUTCOMES)))
+        on_resample.append(goal.count(again.outcomes, weights))
+        on_texts.append(goal.count(again.outcomes))
         if own is not None:
-            own_on_resample.append(np.bincount(own, weights, len(OUTCOMES)))
-    shape = (len(thresholds), len(OUTCOMES))
+            own_on_resample.append(goal.count(own, weights))
+    shape = (len(thresholds), len(goal.count(outcomes)))
     resampled = np.reshape(on_resample, shape), np.reshape(on_texts, shape)
     options: dict[str, Any] = {"n_resamples": n_resamples, "level": level}
     differences = {}
@@ -234,18 +233,18 @@ def cross_validate(
     RunError
         As `ThresholdGrid.from_run`.
     """
-    grid = grid or ThresholdGrid.from_run(run, stages)
+    grid = (grid or ThresholdGrid.from_run(run, stages)).with_costs(goal.used_costs)
     procedure = procedure or threshold_procedure(run, goal, grid)
     counts, splits = [], list(folds(grid, n_repeats, n_folds, seed))
-    own_counts = np.zeros(len(OUTCOMES))
+    own_counts = 0.0 * goal.count(grid.outcomes[0])
     for train, test in tqdm(splits, "folds", disable=not progress, leave=False):
         try:
             outcomes = procedure(train).outcomes
         except InfeasibleError:
             continue
-        counts.append([np.bincount(outcomes, weights, len(OUTCOMES)) for weights in (train, test)])
-        own_counts += 0 if own is None else np.bincount(own, test, len(OUTCOMES))
-    by_fold = np.reshape(counts, (len(counts), 2, len(OUTCOMES)))
+        counts.append([goal.count(outcomes, weights) for weights in (train, test)])
+        own_counts += 0 if own is None else goal.count(own, test)
+    by_fold = np.reshape(counts, (len(counts), 2, len(own_counts)))
     rows = {}
     for name in goal.metrics:
         tuned, held_out = (float(value) for value in goal.value(name, by_fold.sum(axis=0)))

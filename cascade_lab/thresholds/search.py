@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cascade_lab.analysis.costs import prices
 from cascade_lab.analysis.latency import reach_within
-from cascade_lab.analysis.outcomes import OUTCOMES, Totals, extreme_metric
+from cascade_lab.analysis.outcomes import Totals, extreme_metric
 from cascade_lab.exceptions import InfeasibleError, RunError
 from cascade_lab.text import exact
 from cascade_lab.thresholds.grid import GridCounts, ThresholdGrid
@@ -39,7 +40,8 @@ class Choice(NamedTuple):
     thresholds : dict of str to float
         Stage name to threshold, as `Run.replay` takes them.
     counts : ndarray of int, shape (6,)
-        Number of texts of each outcome, in the order of `OUTCOMES`.
+        Number of texts of each outcome, in the order of `OUTCOMES`; with a cost matrix, float of shape (8,): the sums
+        of the costs follow (see `costs.count_codes`).
     metrics : dict of str to float
         Every metric that the goal defines.
     """
@@ -137,7 +139,8 @@ def choose_on_grid(
     InfeasibleError
         No thresholds satisfy the goal; the message names the nearest ones.
     """
-    totals = Totals.from_counts(np.bincount(grid.outcomes[0], weights, len(OUTCOMES)), goal.prevalence)
+    grid = grid.with_costs(goal.used_costs)
+    totals = Totals.from_counts(goal.count(grid.outcomes[0], weights), goal.prevalence)
     task = _Task(goal, totals, min_held, weights)
     _check_latency(grid, task)
     if len(grid.stages) <= 2:
@@ -291,12 +294,12 @@ def _evaluate(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the goal's metric (times its sign), in-scope accuracy, and the room within the bounds.
 
-    Each is the highest that counts between `low` and `high`, shape (n_first, n_second, 6), allow.
+    Each is the highest that counts between `low` and `high`, shape (n_first, n_second, 6 or 8), allow.
     """
     goal, totals = task.goal, task.totals
 
     def highest(name: str, sign: int) -> np.ndarray:
-        return sign * extreme_metric(name, low, high, highest=sign > 0, totals=totals, costs=goal.costs)
+        return sign * extreme_metric(name, low, high, highest=sign > 0, totals=totals, costs=prices(goal.used_costs))
 
     rooms = [highest(name, +1) - least for name, least in goal.at_least.items()]
     rooms += [highest(name, -1) + most for name, most in goal.at_most.items() if name not in LATENCIES]

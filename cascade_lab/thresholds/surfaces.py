@@ -32,7 +32,8 @@ class Surface(NamedTuple):
     second : ndarray, shape (n_second,)
         Thresholds of the second stage, ascending; `[0.]` with one stage.
     counts : ndarray of int, shape (n_first, n_second, 6)
-        Number of texts of each outcome, in the order of `OUTCOMES`.
+        Number of texts of each outcome, in the order of `OUTCOMES`; with a cost matrix, the last dimension is 8 (see
+        `GridCounts`).
     exact : bool
         Every pair that makes a difference is included. Otherwise the thresholds are a selection, evenly spaced by rank.
     """
@@ -44,7 +45,10 @@ class Surface(NamedTuple):
     exact: bool
 
     def metric(self, name: str, goal: Goal | None = None) -> np.ndarray:
-        """Return a metric at every pair, shape (n_first, n_second), at the costs and the prevalence of `goal`."""
+        """Return a metric at every pair, shape (n_first, n_second), at the costs and the prevalence of `goal`.
+
+        A goal with a cost matrix must be the one that the surface was counted for.
+        """
         return metric_from_counts(name, self.counts) if goal is None else goal.value(name, self.counts)
 
 
@@ -54,6 +58,7 @@ def surface(
     *,
     thresholds: Mapping[str, float] | None = None,
     grid: ThresholdGrid | None = None,
+    goal: Goal | None = None,
     max_lines: int = MAX_LINES,
 ) -> Surface:
     """Count the outcomes at the pairs of thresholds of two stages.
@@ -68,6 +73,8 @@ def surface(
         Thresholds of the other stages; by default the run's own.
     grid : ThresholdGrid, optional
         The grid of `run`, if it is built already; `stages` and `thresholds` are then not used.
+    goal : Goal, optional
+        If it has a cost matrix, the costs are counted too.
     max_lines : int
         The most thresholds per stage. Each is a confidence that occurs, and the counts there are those of a replay.
 
@@ -79,6 +86,7 @@ def surface(
     grid = grid or ThresholdGrid.from_run(run, stages, thresholds)
     if len(grid.stages) > 2:
         raise RunError(f"{grid.name}: a surface has one or two stages; name two of {', '.join(grid.stages)}")
+    grid = grid.with_costs({} if goal is None else goal.used_costs)
     indices = grid.subsample(max_lines)
     first, second = (*(values[i] for values, i in zip(grid.thresholds, indices, strict=True)), np.zeros(1))[:2]
     exact = all(len(i) == len(values) for values, i in zip(grid.thresholds, indices, strict=True))
@@ -118,9 +126,9 @@ def sweep(
     RunError
         As `ThresholdGrid.from_run`.
     """
-    grid = ThresholdGrid.from_run(run, [stage], thresholds)
+    grid = ThresholdGrid.from_run(run, [stage], thresholds).with_costs({} if goal is None else goal.used_costs)
     counts = grid.count([np.arange(len(grid.thresholds[0]))]).counts[:, 0]
-    table = pd.DataFrame(counts, columns=list(OUTCOMES))
+    table = pd.DataFrame(counts[:, : len(OUTCOMES)].astype(np.int64), columns=list(OUTCOMES))
     table.insert(0, "threshold", grid.thresholds[0])
     n_steps = len(grid.thresholds[0])
     table["reach"] = 1 - np.bincount(grid.ranks[0], minlength=n_steps)[:n_steps].cumsum() / len(grid.in_scope)

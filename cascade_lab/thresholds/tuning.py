@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.bootstrap import Interval
-from cascade_lab.analysis.outcomes import outcome_codes
+from cascade_lab.analysis.costs import CostMatrix, run_codes
 from cascade_lab.atomic import refuse_existing
 from cascade_lab.exceptions import GoalError, InfeasibleError
 from cascade_lab.spec import CascadeSpec
 from cascade_lab.text import exact
 from cascade_lab.thresholds.gain import Verdict, compare_with_own, judge
 from cascade_lab.thresholds.grid import ThresholdGrid
-from cascade_lab.thresholds.guarantee import Guarantee, check_guarantee, is_of_one_kind
+from cascade_lab.thresholds.guarantee import Guarantee, check_guarantee, choose_or_abstain, is_of_one_kind
 from cascade_lab.thresholds.objective import Goal
 from cascade_lab.thresholds.per_label import (
     PerLabelThresholds,
@@ -73,7 +73,7 @@ class Tuning:
     per_label : PerLabelThresholds or None
         Where a threshold per label was tried.
     own, outcomes : ndarray of int, shape (n,)
-        The outcome of each text with the run's own thresholds, and with the chosen ones.
+        The outcome of each text with the run's own thresholds, and with the chosen ones (see `costs.text_codes`).
     guarantee : Guarantee or None
         What is guaranteed; `str` of it is a sentence.
     test : Run or None
@@ -313,9 +313,11 @@ def tune(
     Raises
     ------
     GoalError
-        `test` has the texts of `run`, the goal does not go with `guarantee` or `by_label`, or both are given.
+        `test` has the texts of `run`, the goal does not go with `guarantee` or `by_label`, or both are given; or a cost
+        matrix has other labels than the cascade can answer.
     InfeasibleError
-        No thresholds satisfy the goal; the message names the nearest ones.
+        No thresholds satisfy the goal; the message names the nearest ones. With a guarantee: it says what can be
+        guaranteed, and how many more texts would be needed (see `guarantee.abstention`).
     RunError
         As `ThresholdGrid.from_run`; or `test` has other stages than `run`.
 
@@ -335,13 +337,18 @@ def tune(
             )
     if by_label:
         check_per_label(goal)
+    if isinstance(goal.used_costs, CostMatrix):
+        goal.used_costs.check(run.spec)
     run, test = run.labelled, None if test is None else test.labelled
     if test is not None:
         check_separate(run, test)
     if fitted_on_itself(run):
         run = out_of_fold_run(run, seed=seed)
-    grid = ThresholdGrid.from_run(run, stages)
-    choice = choose_thresholds(grid, goal, guaranteed, min_held=min_held_fraction(run, goal))
+    grid = ThresholdGrid.from_run(run, stages).with_costs(goal.used_costs)
+    if guaranteed is None:
+        choice = choose_thresholds(grid, goal, min_held=min_held_fraction(run, goal))
+    else:
+        choice = choose_or_abstain(grid, goal, guaranteed)
     per_label = per_label_thresholds(run, goal, choice.thresholds, seed=seed) if by_label else None
     tuned_run = run.with_spec(tuned_spec(run.spec, choice, per_label))
     procedure, fast_procedure = (
@@ -350,7 +357,7 @@ def tune(
         else threshold_procedure(run, goal, grid, guaranteed, near=near)
         for near in (None, choice.thresholds)
     )
-    own, outcomes = (_outcomes(each) for each in (run, tuned_run))
+    own, outcomes = (run_codes(each, goal.used_costs) for each in (run, tuned_run))
     options: dict[str, Any] = {"grid": grid, "own": own, "seed": seed, "progress": progress}
     return Tuning(
         run=run,
@@ -388,11 +395,6 @@ def _guarantee(
     return Guarantee(goal.at_least, goal.at_most, round(1 - confidence, 12))
 
 
-def _outcomes(run: Run) -> np.ndarray:
-    """Return the outcome of each text of a run."""
-    return outcome_codes(run.spec, run.examples["label"], run.predictions["predicted"])
-
-
 def tuned_spec(spec: CascadeSpec, choice: Choice, per_label: PerLabelThresholds | None = None) -> CascadeSpec:
     """Return a cascade at the chosen thresholds, with a minimum probability per label where that improves."""
     spec = spec.with_thresholds(choice.thresholds)
@@ -410,11 +412,18 @@ def tuned_on(
         "run_id": run.manifest["run_id"],
         "evalset": {key: value for key, value in run.manifest["evalset"].items() if value is not None},
         "goal": str(goal),
-        **({"costs": dict(goal.costs)} if isinstance(goal, Goal) and goal.costs else {}),
+        **(_costs_entry(goal) if isinstance(goal, Goal) else {}),
         **({"prevalence": goal.prevalence} if isinstance(goal, Goal) and goal.prevalence else {}),
         "figures": {name: value for name, value in metrics.items() if not np.isnan(value)},
         **(details or {}),
     }
+
+
+def _costs_entry(goal: Goal) -> dict[str, Any]:
+    """Return the goal's costs as `[tuned_on]` has them; nothing without costs."""
+    if isinstance(goal.used_costs, CostMatrix):
+        return {"cost_matrix": goal.used_costs.lines()}
+    return {"costs": dict(goal.costs)} if goal.costs else {}
 
 
 def write_tuned(run: Run, choice: Choice, goal: Goal | str, output: str | Path) -> None:

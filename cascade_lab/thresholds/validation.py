@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.bootstrap import Interval
+from cascade_lab.analysis.costs import run_codes, text_codes
 from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.latency import stage_latencies
-from cascade_lab.analysis.outcomes import outcome_codes
 from cascade_lab.analysis.paired import mcnemar, outcome_differences
 from cascade_lab.exceptions import GoalError, InfeasibleError, RunError
 from cascade_lab.thresholds.grid import ThresholdGrid
@@ -63,11 +63,8 @@ def difference_on(test: Run, own: CascadeSpec, chosen: CascadeSpec, goal: Goal) 
     RunError
         `test` has other stages than they.
     """
-    outcome_a, outcome_b = (
-        outcome_codes(run.spec, run.examples["label"], run.predictions["predicted"])
-        for run in (_as_cascade(test, spec) for spec in (own, chosen))
-    )
-    options: dict[str, Any] = {"costs": goal.costs, "prevalence": goal.prevalence}
+    outcome_a, outcome_b = (run_codes(_as_cascade(test, spec), goal.used_costs) for spec in (own, chosen))
+    options: dict[str, Any] = {"costs": goal.used_costs, "prevalence": goal.prevalence}
     return outcome_differences(outcome_a, outcome_b, goal.metrics, groups=text_groups(test.examples), **options)
 
 
@@ -243,10 +240,10 @@ def metrics_at(
     run = run.labelled
     predictions = run.replay(thresholds)
     return outcome_intervals(
-        outcome_codes(run.spec, predictions["label"], predictions["predicted"]),
+        text_codes(run.spec, predictions["label"], predictions["predicted"], goal.used_costs),
         goal.metrics,
         groups=text_groups(run.examples),
-        costs=goal.costs,
+        costs=goal.used_costs,
         prevalence=goal.prevalence,
         level=level,
         n_resamples=n_resamples,
