@@ -95,7 +95,7 @@ bench: .venv-bench/ready
 	touch $@
 
 lock: # pins the newest compatible versions for every supported Python and platform (needs uv)
-	uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev \
+	uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --extra serve \
 		--no-header --no-annotate pyproject.toml --output-file requirements.lock
 
 clean:

@@ -9,6 +9,7 @@ import typer
 from cascade_lab.cli.attribute import attribute
 from cascade_lab.cli.audit import audit
 from cascade_lab.cli.calibrate import calibrate
+from cascade_lab.cli.collect import collect
 from cascade_lab.cli.compare import compare
 from cascade_lab.cli.console import Group
 from cascade_lab.cli.correct import correct
@@ -22,6 +23,7 @@ from cascade_lab.cli.latency import latency
 from cascade_lab.cli.predict import predict
 from cascade_lab.cli.report import report
 from cascade_lab.cli.run import run
+from cascade_lab.cli.serve import serve
 from cascade_lab.cli.study import study
 from cascade_lab.cli.tune import tune
 from cascade_lab.cli.verify import verify
@@ -40,6 +42,7 @@ app = typer.Typer(
 COMMANDS = (
     run,
     import_logits,
+    collect,
     predict,
     inspect,
     report,
@@ -50,6 +53,7 @@ COMMANDS = (
     calibrate,
     compare,
     latency,
+    serve,
     verify_precision,
     audit,
     correct,

@@ -159,6 +159,7 @@ class Batcher:
         idle: Callable[[Cascade, ServedCascade], bool] | None = None,
     ):
         self._current = LiveCascade.of(cascade) if isinstance(cascade, Cascade) else cascade
+        self._latest = self._current  # it may still be in the queue of arrivals
         self._given = self._current if isinstance(cascade, Cascade) else None  # the caller closes it
         self._max_waiting_texts = max_waiting_texts
         self._log, self._observe, self._idle = log, observe, idle
@@ -181,7 +182,7 @@ class Batcher:
     @property
     def current(self) -> LiveCascade:
         """The cascade that answers new requests."""
-        return self._current
+        return self._latest
 
     @property
     def n_waiting_texts(self) -> int:
@@ -239,6 +240,7 @@ class Batcher:
         with self._lock:
             if self._is_closed:
                 raise ClosedError("the service is closing: the cascade was not replaced")
+            self._latest = cascade
             self._arrivals.put(cascade)
 
     def close(self) -> None:
