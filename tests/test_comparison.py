@@ -252,7 +252,7 @@ def test_a_gate_and_k_labels_against_one_stage_of_k_plus_1(tmp_path, reject_labe
         assert comparison.metrics.loc["reject_recall", side] == pytest.approx(right[out_of_scope].mean())
         assert comparison.metrics.loc["in_scope_accuracy", side] == pytest.approx(right[~out_of_scope].mean())
     assert 0 < comparison.metrics.loc["accuracy", "p_value"] < 1
-    assert "has no gate" in comparison.not_decomposed
+    assert "has one stage only" in comparison.not_decomposed
     # The same as each run's own metrics, or a note says why not.
     for side, run in (("a", a), ("b", b)):
         own = run.metrics["end_to_end"]

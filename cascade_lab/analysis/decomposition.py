@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 
 class Decomposition(NamedTuple):
-    """Which part of the cascade changes the accuracy: a 2×2 factorial design of gates and last stages.
+    """Which part of the cascade changes the accuracy: a 2×2 factorial design of earlier stages and last stages.
 
-    Let acc(g, c) be the accuracy of the gates (and deferral stages) of run g in front of the last stage of run c. Then
-    *gate* is acc(B, A) - acc(A, A), *classifier* is acc(A, B) - acc(A, A), and *interaction* is what both changes do
-    beyond their sum, acc(B, B) - acc(B, A) - acc(A, B) + acc(A, A). The three add up to acc(B, B) - acc(A, A).
+    Let acc(g, c) be the accuracy of the earlier stages of run g (its gates and deferral stages) in front of the last
+    stage of run c. Then *gate* is acc(B, A) - acc(A, A), *classifier* is acc(A, B) - acc(A, A), and *interaction* is
+    what both changes do beyond their sum, acc(B, B) - acc(B, A) - acc(A, B) + acc(A, A). The three add up to
+    acc(B, B) - acc(A, A).
 
     Attributes
     ----------
     accuracies : dict of str to float
-        Of `AA`, `BA`, `AB` and `BB`: the first letter is the run of the gates, the second the run of the last stage.
+        Of `AA`, `BA`, `AB` and `BB`: the first letter is the run of the earlier stages, the second that of the last.
     effects : dict of str to Interval
         `gate`, `classifier` and `interaction`, with the intervals of `mean_difference_interval`.
     """
@@ -46,19 +47,19 @@ class Decomposition(NamedTuple):
 
 
 def decompose(run_a: Run, run_b: Run, *, level: float = 0.95) -> Decomposition:
-    """Split the difference of two runs' accuracies into the effect of the gates, of the last stages, and of both.
+    """Split the difference of two runs' accuracies into the effect of the earlier stages, of the last, and of both.
 
-    The gates of each run are put in front of the last stage of the other, on kept logits.
+    The gates and deferral stages of each run are put in front of the last stage of the other, on kept logits.
 
     Raises
     ------
     RunError
-        No common texts; a cascade without a gate; last stages with different labels; or a run that lacks the shadow
-        scores which the other run's gates need.
+        No common texts; a cascade of one stage; last stages with different labels; or a run that lacks the shadow
+        scores which the other run's earlier stages need.
     """
     for run in (run_a, run_b):
         if len(run.spec.stages) < 2:
-            raise RunError(f"{run.name}: has no gate, so gates and last stages cannot be swapped with another run")
+            raise RunError(f"{run.name}: has one stage only, so no stages can be swapped with another run")
     reject_labels = {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
     labels_a, labels_b = (set(run.spec.last.labels) - reject_labels for run in (run_a, run_b))
     if labels_a != labels_b:
@@ -102,9 +103,9 @@ def common_rows(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray]:
     return rows_a, rows_b
 
 
-def _mixed_answers(sides: dict[str, tuple[Run, np.ndarray]], gates: str, last: str) -> np.ndarray:
-    """Return the answers of one side's gates in front of the other side's last stage, on the common examples."""
-    parts = [(gates, stage) for stage in sides[gates][0].spec.stages[:-1]] + [(last, sides[last][0].spec.last)]
+def _mixed_answers(sides: dict[str, tuple[Run, np.ndarray]], earlier: str, last: str) -> np.ndarray:
+    """Return the answers of one side's earlier stages in front of the other's last stage, on the common examples."""
+    parts = [(earlier, stage) for stage in sides[earlier][0].spec.stages[:-1]] + [(last, sides[last][0].spec.last)]
     stages, decisions = [], {}
     for side, stage in parts:
         run, rows = sides[side]

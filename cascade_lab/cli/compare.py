@@ -23,7 +23,7 @@ MAX_GROUPS = 8  # labels, and slices, that are shown
 MAX_NAME = 40  # characters of a label or a slice
 MAX_SENTENCE = 400
 EFFECTS = {
-    "gate": "gates: B's instead of A's",
+    "gate": "stages before the last: B's instead of A's",
     "classifier": "last stage: B's instead of A's",
     "interaction": "both, beyond the sum of the two",
 }

@@ -134,7 +134,7 @@ class ComparisonDisplay(Display):
         return self
 
     def plot_decomposition(self, ax: Axes | None = None, **kwargs: Any) -> Self:
-        """Draw the steps from A's accuracy to B's: B's gates, B's last stage, and their interaction.
+        """Draw the steps from A's accuracy to B's: B's earlier stages, B's last stage, and their interaction.
 
         Parameters
         ----------
@@ -145,7 +145,7 @@ class ComparisonDisplay(Display):
         decomposition = self.comparison.decomposition
         ax = self._axes(ax, (7.5, 2.9))
         if decomposition is None:
-            self._set_title("gates and last stages of A and B cannot be exchanged")
+            self._set_title("the stages of A and B cannot be exchanged")
             ax.set_axis_off()
             return self
         self._set_title("which stage the difference in accuracy comes from")
@@ -164,7 +164,7 @@ class ComparisonDisplay(Display):
             *(f"{100 * effect.value:+.2f}" for effect in decomposition.effects.values()),
             f"{b:.2f}%",
         ]
-        _label_rows(ax, ["A", "B's gates", "B's last stage", "interaction", "B"], values)
+        _label_rows(ax, ["A", "B's earlier stages", "B's last stage", "interaction", "B"], values)
         ax.set_ylim(4.5, -0.5)
         ax.use_sticky_edges = False
         ax.margins(x=0.08)
