@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal, norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from cascade_lab.analysis.ranking import auroc_interval, ranking_intervals, ranking_metrics
@@ -23,22 +24,34 @@ def test_ranking_metrics_of_resamples_are_those_of_scikit_learn_on_the_drawn_tex
         assert np.isnan(ranking_metrics(all_of_a_kind, np.arange(n) / 3, weights=np.ones((1, n)))).all()
 
 
-def test_the_interval_of_auroc_is_newcombes_method_5():
-    """Few texts of each kind, in the order that gives these areas; ends from solving his equation to four digits."""
-    for area, m, n in ((0.9, 10, 10), (1.0, 10, 10), (0.75, 20, 10)):
-        positive = np.repeat([True, False], [m, n])
-        # One positive text is ranked below as many negative texts as the area needs, from the ideal order.
-        score = np.append(np.arange(m) + n + 1.0, np.arange(1.0, n + 1))
-        n_wrong, row = round((1 - area) * m * n), 0
-        while n_wrong > 0:
-            score[row] = n - min(n_wrong, n) + 0.5
-            n_wrong, row = n_wrong - min(n_wrong, n), row + 1
-        found = auroc_interval(positive, score)
-        assert found.value == pytest.approx(area) == roc_auc_score(positive, score)
-        for theta in (found.low, found.high):
-            spread = (1 - theta) / (2 - theta) + theta / (1 + theta)
-            variance = theta * (1 - theta) * (1 + ((m + n) / 2 - 1) * spread) / (m * n)
-            assert theta == 1 or (theta - area) ** 2 >= 3.8415 * variance * 0.99  # wider where the texts say so
+def normal_variance(area, m, n):
+    """Of the area of two normal distributions, with the probability of two right pairs from scipy's bivariate one."""
+    both = multivariate_normal.cdf([norm.ppf(area)] * 2, cov=[[1, 0.5], [0.5, 1]])
+    return (area * (1 - area) + (m + n - 2) * (both - area**2)) / (m * n)
+
+
+@pytest.mark.parametrize(("m", "n", "spread"), [(10, 30, 2.0), (10, 30, 0.5), (25, 8, 1.0)])
+def test_the_interval_of_auroc_contains_the_areas_that_its_equation_allows(m, n, spread):
+    """DeLong's variance is from the matrix of all pairs; it is above the normal one, or partly believed below it."""
+    rng = np.random.default_rng(m + n)
+    positive, score = np.arange(m + n) < m, rng.normal(size=m + n)
+    score[positive] = 1.5 + spread * score[positive]
+    found = auroc_interval(positive, score)
+    pairs = (score[positive][:, None] > score[~positive]).astype(float)
+    area = pairs.mean()
+    assert found.value == pytest.approx(area)
+    least = min(m, n)
+    observed = pairs.mean(axis=1).var() / m + pairs.mean(axis=0).var() / n
+    ratio = observed * least / (least - 1) / normal_variance(area, m, n)
+    ratio = ratio if ratio > 1 else 1 - (1 - ratio) * (least - 1) / (least - 1 + 40)
+    for end in (found.low, found.high):
+        assert (end - area) ** 2 == pytest.approx(3.8415 * ratio * normal_variance(end, m, n), rel=1e-3)
+
+
+def test_the_interval_of_a_perfect_area_is_that_of_normal_scores():
+    found = auroc_interval(np.arange(20) >= 10, np.arange(20.0))
+    assert found.value == found.high == 1
+    assert (1 - found.low) ** 2 == pytest.approx(3.8415 * normal_variance(found.low, 10, 10), rel=1e-3)
 
 
 def test_repeated_texts_do_not_narrow_an_interval():

@@ -155,7 +155,7 @@ def test_too_few_batches_have_no_interval_and_the_note_says_how_many_are_needed(
     assert np.isnan(low[16, WHOLE, "batch_p95_ms"])  # 2 repeats of 18 full batches
     assert np.isfinite(low[16, WHOLE, "batch_p50_ms"])
     (note,) = missing_intervals(study)
-    assert "(6 for p50, 59 for p95, 299 for p99)" in note
+    assert "(6 for p50, 59 for p95, 299 for p99, 15 for a cost per text)" in note
     assert "100 of 1, 100 of 4, 36 of 16, 8 of 64 texts" in note
     assert missing_intervals(simulated(0, n=300, batch_sizes=(1,), repeats=6)) == []
 

@@ -67,6 +67,7 @@ def resample_codes(
     n_codes: int,
     *,
     groups: np.ndarray | None = None,
+    strata: np.ndarray | None = None,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> np.ndarray:
@@ -82,6 +83,9 @@ def resample_codes(
     n_codes : int
     groups, n_resamples, seed
         As for `resample_counts`.
+    strata : ndarray of int, shape (n_codes,), optional
+        The stratum of each code: of each stratum as many examples, or groups, are drawn as there are. A group is in the
+        stratum of its most frequent code.
 
     Returns
     -------
@@ -97,7 +101,7 @@ def resample_codes(
     if not len(codes):
         return np.zeros((1 + n_resamples, n_codes))
     if groups is None:
-        drawn = rng.multinomial(counts.sum(), counts / counts.sum(), n_resamples)
+        drawn = _drawn(rng, counts, strata, n_resamples)
         return np.vstack([counts, drawn]).astype(np.float64)  # numpy multiplies matrices of floats much faster
     groups = np.unique(groups, return_inverse=True)[1]
     n_groups = int(groups.max()) + 1
@@ -108,8 +112,19 @@ def resample_codes(
         return_index=True,
         return_counts=True,
     )
-    drawn = rng.multinomial(n_groups, n_of_kind / n_groups, n_resamples)
+    kind_strata = None if strata is None else strata[np.asarray(in_group[kinds].argmax(axis=1)).ravel()]
+    drawn = _drawn(rng, n_of_kind, kind_strata, n_resamples)
     return np.vstack([counts, (in_group[kinds].T @ drawn.T).T])
+
+
+def _drawn(rng: np.random.Generator, counts: np.ndarray, strata: np.ndarray | None, n_resamples: int) -> np.ndarray:
+    """Return how often each kind is drawn if `counts` of each are there: shape (n_resamples, n_kinds)."""
+    drawn = np.zeros((n_resamples, len(counts)), dtype=np.int64)
+    for stratum in [0] if strata is None else np.unique(strata[counts > 0]):
+        kinds = slice(None) if strata is None else np.flatnonzero(strata == stratum)
+        n = counts[kinds].sum()
+        drawn[:, kinds] = rng.multinomial(n, counts[kinds] / n, n_resamples)
+    return drawn
 
 
 def interval(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Interval:

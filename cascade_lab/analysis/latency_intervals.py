@@ -14,6 +14,9 @@ from scipy.stats import binom, t
 
 from cascade_lab.analysis.bootstrap import Interval
 
+MIN_BATCHES = 15
+"""With fewer batches, the interval of a ratio misses the truth too often where some batches take much longer."""
+
 
 def quantile_interval(values: np.ndarray, fraction: float, *, level: float = 0.95) -> Interval:
     """Return a quantile with its exact interval between two of the values, which holds for every distribution.
@@ -67,8 +70,12 @@ def n_for_quantile(fraction: float, *, level: float = 0.95) -> int:
 def ratio_interval(part: np.ndarray, whole: np.ndarray, *, level: float = 0.95) -> Interval:
     """Return the ratio of two sums over batches, such as seconds per text, with an interval.
 
-    The interval is Student's, of the logarithm of the ratio, with the linearised variance of a ratio (Cochran 1977,
-    Sampling Techniques, section 6.3). With few batches whose times differ by factors of 3 and more, it is too narrow.
+    The interval is Student's, of the logarithm of the ratio; its variance is that of the jackknife (Tukey 1958).
+
+    Few batches do not show how long the slowest ones take, whatever the method. With 15 batches the simulated coverage
+    at 0.95 is 0.95 if the times of equal batches have a standard deviation of 30% (log-normal), 0.93 with 60%, and 0.90
+    with 100%; if one batch in twenty takes ten times as long, 0.53 with 15 batches, 0.75 with 30, and 0.93 with 200.
+    With fewer than `MIN_BATCHES` batches there is no interval.
 
     Parameters
     ----------
@@ -77,21 +84,23 @@ def ratio_interval(part: np.ndarray, whole: np.ndarray, *, level: float = 0.95) 
     Returns
     -------
     Interval
-        NaN where `whole` sums to 0; `low` and `high` are NaN with one batch, or where `part` sums to 0.
+        NaN where `whole` sums to 0; `low` and `high` are NaN with fewer than `MIN_BATCHES` batches, or where one batch
+        alone has all of a sum.
 
     Examples
     --------
-    >>> [round(number, 2) for number in ratio_interval([4, 6, 5, 5], [2, 2, 2, 2])]
-    [2.5, 1.93, 3.24]
+    >>> [round(number, 2) for number in ratio_interval([4, 6, 5, 5] * 4, [2, 2, 2, 2] * 4)]
+    [2.5, 2.31, 2.7]
     """
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     if not whole.sum() > 0:
         return Interval(math.nan, math.nan, math.nan)
     ratio, n = float(part.sum() / whole.sum()), len(part)
-    if n < 2 or not ratio > 0:
+    part_without, whole_without = part.sum() - part, whole.sum() - whole
+    if n < MIN_BATCHES or min(part_without.min(), whole_without.min()) <= 0:
         return Interval(ratio, math.nan, math.nan)
-    deviation = part / part.mean() - whole / whole.mean()
-    factor = math.exp(t.ppf((1 + level) / 2, n - 1) * deviation.std(ddof=1) / math.sqrt(n))
+    pseudo_values = n * math.log(ratio) - (n - 1) * np.log(part_without / whole_without)
+    factor = math.exp(t.ppf((1 + level) / 2, n - 1) * pseudo_values.std(ddof=1) / math.sqrt(n))
     return Interval(ratio, ratio / factor, ratio * factor)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.special import ndtri, owens_t
 
 from cascade_lab.analysis.bootstrap import (
     N_RESAMPLES,
@@ -15,6 +17,8 @@ from cascade_lab.analysis.bootstrap import (
     resample_counts,
     score_interval,
 )
+
+_PRIOR_TEXTS = 40  # of the rarer kind: with fewer, a variance below that of normal scores is believed less than half
 
 
 def ranking_intervals(
@@ -68,11 +72,16 @@ def ranking_intervals(
 def auroc_interval(
     positive: np.ndarray, score: np.ndarray, *, groups: np.ndarray | None = None, level: float = 0.95
 ) -> Interval:
-    """Return the area under the ROC curve with a score interval: Newcombe's method 5 (2006), widened where need be.
+    """Return the area under the ROC curve with a score interval, which holds for few texts and for an area of 1.
 
-    Method 5 takes the variance of the area from its value and the two numbers of texts (Hanley and McNeil 1982), so
-    it holds for few texts and for an area of 1. Where the variance of the texts themselves (DeLong et al. 1988; of
-    groups of texts: Obuchowski 1997) is larger, all variances are multiplied by the ratio of the two.
+    The interval contains every area that the measured one is compatible with, as method 5 of Newcombe (2006). The
+    variance at an area is that of two normal distributions with equal variances (Owen's T function). It is multiplied
+    by the ratio of the variance of the texts themselves (DeLong et al. 1988; of groups of texts: Obuchowski 1997) to
+    the normal one. A ratio below 1 is believed the less, the fewer texts of the rarer kind there are.
+
+    Simulated coverage at 0.95, with 10 to 60 texts of the rarer kind: 0.945 to 0.97 for normal scores of equal
+    variance, up to an area of 0.998. If the scores of the rarer kind vary twice as much, 0.90 to 0.95; half as much,
+    0.93 to 0.996: so few texts do not show the shape of the distributions.
 
     Parameters
     ----------
@@ -89,7 +98,7 @@ def auroc_interval(
     Examples
     --------
     >>> [round(number, 3) for number in auroc_interval(np.arange(40) >= 20, np.arange(40.0))]
-    [1.0, 0.899, 1.0]
+    [1.0, 0.911, 1.0]
     """
     groups = np.arange(len(score)) if groups is None else groups
     sides = [np.asarray(score, dtype=np.float64)[kind] for kind in (positive, ~positive)]
@@ -110,21 +119,29 @@ def auroc_interval(
     parts = np.concatenate([(part - area) / len(part) for part in rank])
     by_group = np.bincount(np.unique(np.concatenate(of_kind), return_inverse=True)[1], weights=parts)
     observed = float((by_group**2).sum()) * min(m, n) / (min(m, n) - 1)
-
-    def variance(theta: float) -> float:
-        spread = (1 - theta) / (2 - theta) + theta / (1 + theta)
-        return theta * (1 - theta) * (1 + ((m + n) / 2 - 1) * spread) / (m * n)
-
-    expected = variance(area)
-    scale = norm.ppf((1 + level) / 2) ** 2 * (max(1.0, observed / expected) if expected > 0 else 1.0)
+    z, expected, degrees = ndtri((1 + level) / 2), _normal_variance(area, m, n), min(m, n) - 1
+    ratio = 1.0
+    if expected > 0:
+        ratio = observed / expected
+        if ratio < 1:
+            ratio = 1 - (1 - ratio) * degrees / (degrees + _PRIOR_TEXTS)
 
     def excess(theta: float) -> float:  # 0 at an end of the interval, below 0 inside
-        return (theta - area) ** 2 - scale * variance(theta)
+        return (theta - area) ** 2 - z**2 * ratio * _normal_variance(theta, m, n)
 
     inside = min(max(area, 1e-12), 1 - 1e-12)  # at 0 and 1 the variance is 0 too
     low = brentq(excess, 0.0, inside) if area > 0 else 0.0
     high = brentq(excess, inside, 1.0) if area < 1 else 1.0
     return Interval(area, float(low), float(high))
+
+
+def _normal_variance(area: float, m: float, n: float) -> float:
+    """Return the variance of the area for `m` and `n` scores of two normal distributions with equal variances."""
+    if not 0 < area < 1:
+        return 0.0
+    # The probability that two texts of one kind are both ranked rightly against one of the other kind.
+    both = area - 2 * float(owens_t(ndtri(area), math.sqrt(1 / 3)))
+    return (area * (1 - area) + (m + n - 2) * (both - area**2)) / (m * n)
 
 
 def ranking_metrics(positive: np.ndarray, score: np.ndarray, *, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.latency import PERCENTILES
-from cascade_lab.analysis.latency_intervals import n_for_quantile
+from cascade_lab.analysis.latency_intervals import MIN_BATCHES, n_for_quantile
 from cascade_lab.analysis.metrics import prediction_metrics
 from cascade_lab.analysis.same_cascade import check_same_cascade
 from cascade_lab.analysis.sentences import Summary
@@ -46,10 +46,11 @@ def text_costs(study: LatencyStudy) -> pd.DataFrame:
 
 
 def missing_intervals(study: LatencyStudy) -> Summary:
-    """Return why some percentiles have no interval, as one sentence; no sentence if all have one.
+    """Return why some percentiles or costs per text have no interval, as one sentence; no sentence if all have one.
 
-    >>> missing_intervals(study)                                                                 # doctest: +SKIP
-    ['An interval needs enough batches (6 for p50, 59 for p95, 299 for p99); measured were 256 of 1, 8 of 32 texts.']
+    >>> print(missing_intervals(study)[0])                                                       # doctest: +SKIP
+    An interval needs enough batches (6 for p50, 59 for p95, 299 for p99, 15 for a cost per text); measured were 256 of
+    1, 8 of 32 texts.
     """
     metrics = serving_metrics(study.own)
     waits = metrics[metrics.index.get_level_values("metric").isin([f"batch_p{p}_ms" for p in PERCENTILES])]
@@ -58,6 +59,7 @@ def missing_intervals(study: LatencyStudy) -> Summary:
     needed = ", ".join(f"{n_for_quantile(p / 100)} for p{p}" for p in PERCENTILES)
     n_batches = waits["n_batches"].xs((WHOLE, f"batch_p{PERCENTILES[0]}_ms"), level=("stage", "metric"))
     measured = ", ".join(f"{n:,} of {size}" for size, n in n_batches.items())
+    needed += f", {MIN_BATCHES} for a cost per text"
     return Summary([f"An interval needs enough batches ({needed}); measured were {measured} texts."])
 
 
