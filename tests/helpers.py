@@ -354,6 +354,8 @@ def answered_batches(run: Run, *, seed: int = 0, max_size: int = 16, start: floa
     reached = route(run.spec, {stage.name: run.decision(stage.name) for stage in run.spec.stages}).reached
     second = [text if isinstance(text, str) else None for text in run.examples["text_b"]]
     cascade, n = served_cascade(run), len(run.examples)
+    columns = ("predicted", "decided_by", "probability", "confidence")
+    answers = {name: np.array(run.predictions[name].tolist()) for name in columns}
     while first < n:
         rows = np.arange(first, min(n, first + int(rng.integers(1, max_size + 1))))
         first = rows[-1] + 1
@@ -366,7 +368,7 @@ def answered_batches(run: Run, *, seed: int = 0, max_size: int = 16, start: floa
                 start + rows / 1000,
                 run.examples["text"].iloc[rows].tolist(),
                 [second[row] for row in rows] if any(second[row] for row in rows) else None,
-                run.predictions.iloc[rows][["predicted", "decided_by", "probability", "confidence"]],
+                {name: values[rows] for name, values in answers.items()},
                 {name: SeenRows(own, run.scores(name).logits[rows[own]]) for name, own in seen.items()},
                 {name: values[last] for name, values in run.evidence(run.spec.rejector).items()},
             )

@@ -74,12 +74,15 @@ def test_answers_of_many_threads_equal_predict_row_for_row(loaded):
         for i, name in enumerate(batch.ids):
             seen[name] = seen.get(name, 0) + 1
             of = expected["pairs" if kinds[i] == "pairs" else None].iloc[rows[i]]
-            assert (batch.predictions.predicted[i], batch.predictions.decided_by[i]) == (of.predicted, of.decided_by)
+            assert (batch.predictions["predicted"][i], batch.predictions["decided_by"][i]) == (
+                of.predicted,
+                of.decided_by,
+            )
             assert batch.texts[i] == pool[rows[i]]
         for stage in loaded.spec.stages:
             rows_seen, logits = batch.scores[stage.name]
             assert logits.shape == (len(rows_seen), len(stage.labels))
-            known = batch.predictions[f"{stage.name}_probability"].notna().to_numpy()
+            known = ~np.isnan(batch.predictions[f"{stage.name}_probability"])
             assert np.flatnonzero(known).tolist() == rows_seen.tolist()
     assert set(seen.values()) == {1}
     assert max(len(batch.ids) for batch in logged) > 100, "requests of several threads share batches"

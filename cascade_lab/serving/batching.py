@@ -451,7 +451,7 @@ def _answered(
         np.concatenate([np.full(part.stop - part.start, part.request.arrived) for part in parts]),
         texts,
         texts_b if any(text is not None for text in texts_b) else None,
-        pd.DataFrame(result.columns()),
+        result.columns(),
         {name: SeenRows(scored.rows, scored.output.logits) for name, scored in result.scored.items()},
         result.evidence,
     )

@@ -112,7 +112,7 @@ def answered_batch(schema: pa.Schema, answered: Sequence[Answered], *, keep_text
     for name in ("predicted", "decided_by"):
         columns[name] = _strings([value for batch in answered for value in batch.predictions[name].tolist()])
     for name in ("probability", "confidence"):
-        columns[name] = pa.array(np.concatenate([batch.predictions[name].to_numpy(np.float64) for batch in answered]))
+        columns[name] = pa.array(np.concatenate([batch.predictions[name] for batch in answered]))
     stages = [name.removeprefix(LOGITS) for name in schema.names if name.startswith(LOGITS)]
     for stage in stages:
         seen = [(start, batch.scores[stage]) for start, batch in zip(starts, answered, strict=False)]
