@@ -11,12 +11,18 @@ from helpers import texts, write_checkpoint
 from test_checkpoint_reader import rewrite, stage_in
 
 from cascade_lab import Stage
+from cascade_lab.bert import reference
 from cascade_lab.bert.attributions import attribute
+from cascade_lab.bert.checkpoint import read_config
 from cascade_lab.bert.finetune import Flags, Init, finetune
+from cascade_lab.bert.graph import feed, training_graph
+from cascade_lab.bert.quiet_tensorflow import tf
 from cascade_lab.bert.saved_model import export_saved_model
+from cascade_lab.bert.tokenization import Tokenizer
 from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import CheckpointError
 
+tf1 = tf.compat.v1
 pytestmark = pytest.mark.filterwarnings("ignore::cascade_lab.bert.checkpoint_reader.CheckpointWarning")
 
 
@@ -77,3 +83,38 @@ def test_a_training_starts_from_an_embedding_with_more_rows_than_tokens(tmp_path
     flags = Flags(num_train_epochs=1, max_seq_length=24)
     sets = small_set(tmp_path), small_set(tmp_path)
     assert finetune(Init.find(tmp_path / "gate"), *sets, ["in", "oos"], tmp_path / "out", flags=flags)["steps"] == 1
+
+
+def test_a_step_of_training_is_that_of_bert_tensorflows_optimizer(tmp_path):
+    """Five steps with the fused kernel and five with `AdamWeightDecayOptimizer`, from the same weights."""
+    write_checkpoint(tmp_path / "m", 3, seed=1)
+    config = read_config(tmp_path / "m" / "bert_config.json")
+    network = training_graph(config, 3, seed=0)
+    with network.graph.as_default(), tf1.variable_scope("original", use_resource=True):
+        optimizer = reference.load("optimization").AdamWeightDecayOptimizer(
+            network.learning_rate_t,
+            weight_decay_rate=0.01,
+            exclude_from_weight_decay=["LayerNorm", "layer_norm", "bias"],
+        )
+        gradients, _ = tf.clip_by_global_norm(tf.gradients(network.loss_t, network.weights), clip_norm=1.0)
+        original = optimizer.apply_gradients(zip(gradients, network.weights, strict=True))
+    tokenizer = Tokenizer(tmp_path / "m" / "vocab.txt", do_lower_case=True, max_seq_length=24)
+    encodings = tokenizer.encode(texts(6))
+    weights = {}
+    for name, train_op in (("fused", network.train_op), ("original", original), ("none", [])):
+        with network.graph.as_default(), tf1.Session() as session:
+            session.run(tf1.global_variables_initializer())
+            for step in range(5):
+                inputs = {
+                    **feed(network.inputs, encodings),
+                    network.labels_t: [0, 1, 2, 0, 1, 2],
+                    network.learning_rate_t: 1e-3 * (5 - step),
+                    network.dropout_seed_t: [0, step],
+                }
+                session.run(train_op, inputs)
+            weights[name] = session.run(network.weights)
+    moved = []
+    for fused, theirs, initial in zip(*weights.values(), strict=True):
+        np.testing.assert_allclose(fused, theirs, atol=2e-6)
+        moved.append(np.abs(fused - initial).max() > 1e-3)
+    assert np.mean(moved) > 0.9  # a bias of the keys has no gradient: softmax ignores it

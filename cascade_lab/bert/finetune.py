@@ -1,7 +1,7 @@
 """Fine-tunes a BERT classifier as bert-tensorflow does; an interrupted training continues where it stopped.
 
-The model and `AdamWeightDecayOptimizer` are those of bert-tensorflow, used as in its `create_optimizer`: weight decay
-0.01 except for LayerNorm and biases, gradients clipped to a global norm of 1.0, linear warm-up and linear decay.
+The model is bert-tensorflow's. A step computes what its `AdamWeightDecayOptimizer` and `create_optimizer` do: weight
+decay 0.01 except for LayerNorm and biases, gradients clipped to a global norm of 1.0, linear warm-up and linear decay.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,7 +160,6 @@ class TrainingGraph(NamedTuple):
 
 def training_graph(config: dict[str, Any], n_labels: int, seed: int) -> TrainingGraph:
     """Build a graph that computes the logits twice from the same weights: with dropout to train, without to score."""
-    optimization = reference.load("optimization")
     graph = tf.Graph()
     with graph.as_default():
         tf1.set_random_seed(seed)
@@ -176,12 +176,39 @@ def training_graph(config: dict[str, Any], n_labels: int, seed: int) -> Training
             logits_t = classifier_logits(config, n_labels, *inputs)
         loss_t = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels_t, logits=dropped_t))
         weights = tf1.trainable_variables()
-        optimizer = optimization.AdamWeightDecayOptimizer(
-            learning_rate_t, weight_decay_rate=0.01, exclude_from_weight_decay=["LayerNorm", "layer_norm", "bias"]
-        )
         gradients, _ = tf.clip_by_global_norm(tf.gradients(loss_t, weights), clip_norm=1.0)
-        train_op = optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        train_op = tf.group(*map(partial(_adam_step, learning_rate_t), weights, gradients))
         finite_t = tf.reduce_all([tf.reduce_all(tf.math.is_finite(weight)) for weight in weights])
     return TrainingGraph(
         graph, inputs, labels_t, learning_rate_t, dropout_seed_t, loss_t, train_op, logits_t, finite_t, weights
     )
+
+
+def _adam_step(learning_rate_t: tf.Tensor, weight: Any, gradient: Any) -> tf.Operation:
+    """Change a weight as bert-tensorflow's `AdamWeightDecayOptimizer` does, with TensorFlow's fused kernel for Adam.
+
+    Adam without bias correction, epsilon 1e-6, weight decay 0.01 except for LayerNorm and biases. The kernel reads and
+    writes each weight once; bert-tensorflow's own operations do so about twelve times, half of the time of a step.
+    """
+    name = weight.name.partition(":")[0]
+    slots = {"shape": weight.shape, "dtype": tf.float32, "trainable": False, "use_resource": True}
+    m, v = (
+        tf1.get_variable(f"{name}/adam_{slot}", initializer=tf1.zeros_initializer(), **slots) for slot in ("m", "v")
+    )
+    is_decayed = not any(part in name for part in ("LayerNorm", "layer_norm", "bias"))
+    gradient_t = tf.convert_to_tensor(gradient)
+    with tf.control_dependencies([gradient_t]):  # all gradients are computed before a weight changes
+        decay = [weight.assign(weight * (1 - 0.01 * learning_rate_t))] if is_decayed else []
+    with tf.control_dependencies(decay):
+        return tf.raw_ops.ResourceApplyAdam(
+            var=weight.handle,
+            m=m.handle,
+            v=v.handle,
+            beta1_power=0.0,
+            beta2_power=0.0,
+            lr=learning_rate_t,
+            beta1=0.9,
+            beta2=0.999,
+            epsilon=1e-6,
+            grad=gradient_t,
+        )

@@ -1,4 +1,4 @@
-"""Loads bert-tensorflow's own `modeling`, `tokenization` and `optimization` so that they run under TensorFlow 2.
+"""Loads bert-tensorflow's own `modeling` and `tokenization` so that they run under TensorFlow 2.
 
 They were written for TensorFlow 1: they import `tensorflow.contrib`, call a layer of Keras 2, and define a process-wide
 absl flag. Here each is executed as a private module, and its few outdated imports get stand-ins. So `sys.modules`, the
@@ -76,7 +76,7 @@ _FLAGS = SimpleNamespace(preserve_unused_tokens=False)
 
 @cache
 def load(name: str, *, layer_norm_eps: float = 1e-12) -> ModuleType:
-    """Return a private copy of bert-tensorflow's module `name`: `modeling`, `tokenization` or `optimization`."""
+    """Return a private copy of bert-tensorflow's module `name`, such as `modeling`."""
     # Maps the name in an import statement to what the statement gets (`import a.b.c as x`, `from a import x`).
     stand_ins = {
         "tensorflow.compat.v1": SimpleNamespace(compat=SimpleNamespace(v1=_TENSORFLOW_1)),
