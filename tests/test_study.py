@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,10 @@ def check_rejector(output: Path, results: dict[str, Any]) -> None:
     assert "no thresholds give in_scope_accuracy at least 1" in impossible["infeasible"]
     table = StudyResults.read(output / "results.json").table()
     assert table.loc["impossible", "infeasible"] == 2
+    shutil.copy(output / "results.json", output / "again.json")
+    both = StudyResults.read(output / "results.json", output / "again.json")
+    assert both.table()["seeds"].tolist() == (2 * table["seeds"]).tolist()
+    assert len(both.curves()) == 2 * len(results["models"])
     reachable = [100 * row["without_rejection"]["test"] for row in results["rows"][:2]]
     assert table.loc["threshold", "test: without rejection"].startswith(f"{sum(reachable) / 2:.1f} (")
 

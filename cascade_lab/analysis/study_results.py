@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,8 +32,29 @@ class StudyResults:
     content: dict[str, Any]
 
     @classmethod
-    def read(cls, path: str | Path) -> StudyResults:
-        """Read `results.json`; raises RunError if it cannot be read, or lacks a part of a study's results."""
+    def read(cls, *paths: str | Path) -> StudyResults:
+        """Read the `results.json` of one study, or those of several as one.
+
+        Raises RunError if one cannot be read, or lacks a part of a study's results.
+        """
+        contents = {str(path): cls._read(path) for path in paths}
+        if len(contents) == 1:
+            return cls(*contents.values())
+        return cls(
+            {
+                "rows": [row for content in contents.values() for row in content["rows"]],
+                "models": {
+                    f"{path}: {name}": model
+                    for path, content in contents.items()
+                    for name, model in content["models"].items()
+                },
+                "packages": {"tensorflow": _joined(content["packages"]["tensorflow"] for content in contents.values())},
+                "processor": _joined(content["processor"] for content in contents.values()),
+            }
+        )
+
+    @staticmethod
+    def _read(path: str | Path) -> dict[str, Any]:
         content = _read(path)
         options: Any = {"error": RunError, "way_out": _WAY_OUT}
         kinds = {"scheme": str, "seed": int, "infeasible": str | None, "paper": dict | None}
@@ -51,7 +73,7 @@ class StudyResults:
                 check_keys(values, dict.fromkeys(METRICS.values(), kind), f"{where}: {split}", **options)
                 if not all(0 <= value <= 1 for value in map(values.get, METRICS.values()) if value is not None):
                     raise RunError(f"{where}: {split}: a metric is not a fraction from 0 to 1; {_WAY_OUT}")
-        return cls(content)
+        return content
 
     @cached_property
     def rows(self) -> pd.DataFrame:
@@ -223,6 +245,10 @@ def _read(path: str | Path) -> dict[str, Any]:
         if len(set(epochs)) < len(epochs):
             raise RunError(f"{where}: curve has an epoch twice; {_WAY_OUT}")
     return content
+
+
+def _joined(values: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(values))
 
 
 def _curves(content: dict[str, Any]) -> pd.DataFrame:
