@@ -14,6 +14,7 @@ import pytest
 from helpers import texts
 
 from cascade_lab import Cascade
+from cascade_lab.exceptions import CascadeLabError
 from cascade_lab.serving import batching
 from cascade_lab.serving.answered import Answered, ServedCascade
 from cascade_lab.serving.batching import Batcher, ClosedError, QueueFullError
@@ -260,3 +261,17 @@ def test_another_cascade_answers_new_requests_and_the_old_one_completes_its_own(
         assert batcher.current is third
         assert {id(cascade.stages) for cascade in closed} == {id(first.cascade.stages)}
     assert closed[-1] is third.cascade
+
+
+@pytest.mark.parametrize("given", [([],), (["a"], []), (["a", "b"], [None])])
+def test_a_request_of_unequal_lengths_is_refused(loaded, given):
+    with Batcher(loaded) as batcher, pytest.raises(CascadeLabError, match="as many second texts and ids"):
+        batcher.predict(*given)
+
+
+def test_what_is_no_text_fails_alone(loaded):
+    with Batcher(loaded) as batcher:
+        with pytest.raises(TypeError):
+            batcher.predict([None])
+        assert len(batcher.predict(["pay"])) == 1
+        assert batcher.n_waiting_texts == 0

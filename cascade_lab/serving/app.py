@@ -24,10 +24,11 @@ from cascade_lab.exceptions import CascadeLabError
 from cascade_lab.serving import metrics as prometheus
 from cascade_lab.serving import open_inference
 from cascade_lab.serving.api_key import read_api_key
-from cascade_lab.serving.batching import Answers, Batcher, ClosedError, QueueFullError
+from cascade_lab.serving.batching import Batcher, ClosedError, QueueFullError
 from cascade_lab.serving.live_cascade import LiveCascade
 from cascade_lab.serving.metrics import Metrics
 from cascade_lab.serving.openapi import description, page
+from cascade_lab.serving.pending import Answers
 from cascade_lab.serving.protocol import Limits, Problem, predict_response, read_predict
 from cascade_lab.serving.traffic_log import TrafficLog
 

@@ -9,9 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from cascade_lab.chunks import ChunkResult
 from cascade_lab.exceptions import CascadeLabError
 from cascade_lab.serving.answered import Answered, SeenRows, ServedCascade
 from cascade_lab.serving.live_cascade import LiveCascade
+from cascade_lab.serving.pending import Answers, Part, PendingRequest, deliver
 
 MAX_BATCH_TOKENS = 4096
 """A batch takes no further texts once it has this many tokens. It is then large enough to be scored at full speed."""
@@ -47,27 +46,6 @@ class ClosedError(CascadeLabError):
     """The service is closing and accepts no further texts."""
 
 
-class Answers(NamedTuple):
-    """The answers to one request.
-
-    Attributes
-    ----------
-    ids : list of str
-    columns : dict of str to list
-        The columns of the table that `Cascade.predict` returns, one value per text.
-    served : ServedCascade
-        The cascade that answered all texts of the request.
-    """
-
-    ids: list[str]
-    columns: dict[str, list[Any]]
-    served: ServedCascade
-
-    def frame(self) -> pd.DataFrame:
-        """Return the table that `Cascade.predict` returns."""
-        return pd.DataFrame(self.columns)
-
-
 class ScoredBatch(NamedTuple):
     """What the worker computed for one batch, for `Batcher`'s `observe`.
 
@@ -82,43 +60,6 @@ class ScoredBatch(NamedTuple):
     result: ChunkResult
     n_tokens: int
     seconds: float
-
-
-@dataclass(eq=False)
-class _Request:
-    """One request: its texts, and what has been answered so far."""
-
-    texts: list[str]
-    texts_b: list[str | None] | None
-    ids: list[str]
-    arrived: float  # seconds since 1970
-    future: Any  # a Future of concurrent.futures or of asyncio; done if the caller waits no longer
-    loop: asyncio.AbstractEventLoop | None  # the loop of the future; None for concurrent.futures
-    live: LiveCascade | None = None  # that of its first text; the whole request has one
-    n_taken: int = 0
-    has_failed: bool = False
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-
-    @property
-    def n_left(self) -> int:
-        return len(self.texts) - self.n_taken
-
-
-class _Part(NamedTuple):
-    """The texts from `start` to `stop` of one request, as a part of a batch."""
-
-    request: _Request
-    start: int
-    stop: int
-
-    @property
-    def texts(self) -> list[str]:
-        return self.request.texts[self.start : self.stop]
-
-    @property
-    def texts_b(self) -> list[str | None]:
-        texts_b = self.request.texts_b
-        return [None] * (self.stop - self.start) if texts_b is None else texts_b[self.start : self.stop]
 
 
 class Batcher:
@@ -167,8 +108,8 @@ class Batcher:
         self._is_closed = False
         self._n_accepted = self._n_finished = 0  # texts; each is written by one side only
         self._rate = 100.0  # texts per second, of recent batches
-        self._arrivals: SimpleQueue[_Request | LiveCascade | None] = SimpleQueue()
-        self._waiting: deque[_Request] = deque()  # of the scoring thread
+        self._arrivals: SimpleQueue[PendingRequest | LiveCascade | None] = SimpleQueue()
+        self._waiting: deque[PendingRequest] = deque()  # of the scoring thread
         self._replaced: list[LiveCascade] = []  # of the scoring thread
         self._thread = threading.Thread(target=self._work, name="cascade_lab_scoring", daemon=True)
         self._thread.start()
@@ -207,6 +148,8 @@ class Batcher:
         Raises
         ------
         QueueFullError, ClosedError
+        CascadeLabError
+            There is no text, or another number of second texts or of ids.
         TimeoutError
             After `timeout` seconds. Texts that were not scored by then are dropped.
         """
@@ -262,11 +205,11 @@ class Batcher:
         if ids is None:
             prefix = secrets.token_hex(8)
             ids = [f"{prefix}-{number}" for number in range(len(texts))]
-        request = _Request(texts, texts_b, list(ids), time.time(), future, loop)
-        if not texts:
-            raise CascadeLabError("a request has no text; send at least one")
+        if not texts or len(texts if texts_b is None else texts_b) != len(texts) or len(ids) != len(texts):
+            raise CascadeLabError("a request needs at least one text, and as many second texts and ids as texts")
+        request = PendingRequest(texts, texts_b, list(ids), time.time(), future, loop)
         with self._lock:
-            if self._is_closed:
+            if not self.is_ready:
                 raise ClosedError("the service is closing; send the request to another one")
             n_waiting = self.n_waiting_texts
             if n_waiting and n_waiting + len(texts) > self._max_waiting_texts:
@@ -304,7 +247,7 @@ class Batcher:
             else:
                 self._waiting.append(arrival)
 
-    def _next_arrival(self, is_open: bool) -> _Request | LiveCascade | None:
+    def _next_arrival(self, is_open: bool) -> PendingRequest | LiveCascade | None:
         if self._waiting or not is_open:
             return self._arrivals.get_nowait()
         if self._idle is None:
@@ -324,11 +267,11 @@ class Batcher:
                 except Empty:
                     continue
 
-    def _next_batch(self) -> tuple[list[_Part], list[Encoding]]:
+    def _next_batch(self) -> tuple[list[Part], list[Encoding]]:
         """Return the next batch: the waiting requests take turns, in the order of arrival, up to `MAX_BATCH_TOKENS`."""
-        parts: list[_Part] = []
+        parts: list[Part] = []
         encodings: list[Encoding] = []
-        of_others: list[_Request] = []  # requests that another cascade began
+        of_others: list[PendingRequest] = []  # requests that another cascade began
         n_tokens, live = 0, None
         while self._waiting and n_tokens < MAX_BATCH_TOKENS:
             request = self._waiting.popleft()
@@ -342,17 +285,21 @@ class Batcher:
                 continue
             start, stop = request.n_taken, min(request.n_taken + TURN, len(request.texts))
             texts_b = request.texts_b and request.texts_b[start:stop]
-            encoded = live.cascade.stages[0].encode(request.texts[start:stop], texts_b)
+            try:
+                encoded = live.cascade.stages[0].encode(request.texts[start:stop], texts_b)
+            except Exception as error:
+                self._fail(request, error)
+                continue
             encodings += encoded
             n_tokens += sum(len(encoding.input_ids) for encoding in encoded)
-            parts.append(_Part(request, start, stop))
+            parts.append(Part(request, start, stop))
             request.n_taken = stop
             if request.n_left:
                 self._waiting.append(request)
         self._waiting.extendleft(reversed(of_others))
         return parts, encodings
 
-    def _answer(self, parts: list[_Part], encodings: list[Encoding]) -> None:
+    def _answer(self, parts: list[Part], encodings: list[Encoding]) -> None:
         """Score one batch and deliver the requests that it completes. If that fails, score each part alone."""
         live, started = parts[0].request.live, time.perf_counter()
         assert live is not None
@@ -386,19 +333,19 @@ class Batcher:
             start = stop
             if last == len(request.texts):
                 complete.append(request)
-        self._n_finished += len(texts)
-        _deliver([(request, Answers(request.ids, request.columns, live.served)) for request in complete])
+        self._n_finished += sum(part.stop - part.start for part in parts if not part.request.has_failed)
+        deliver([(request, Answers(request.ids, request.columns, live.served)) for request in complete])
         self._tell(self._observe, lambda: ScoredBatch(result, sum(len(e.input_ids) for e in encodings), seconds))
         self._tell(self._log, lambda: _answered(live.served, parts, texts, texts_b, result))
 
-    def _fail(self, request: _Request, error: Exception) -> None:
+    def _fail(self, request: PendingRequest, error: Exception) -> None:
         """Deliver an error, and drop what is left of the request."""
         logger.error("a request failed: %s", error, exc_info=not isinstance(error, CascadeLabError))
         self._n_finished += len(request.texts) - len(request.columns.get("predicted", ()))
         request.has_failed = True
         if request in self._waiting:
             self._waiting.remove(request)
-        _deliver([(request, error)])
+        deliver([(request, error)])
 
     def _tell(self, listener: Callable[[Any], object] | None, make: Callable[[], Any]) -> None:
         """Call a listener; its failure does not stop the service."""
@@ -420,30 +367,8 @@ class Batcher:
         self._replaced = [live for live in self._replaced if live.cascade.stages in stages and live is not self._given]
 
 
-def _deliver(results: Sequence[tuple[_Request, Answers | Exception]]) -> None:
-    """Set the futures of requests; those of an asyncio loop all at once, in its thread."""
-    by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Any, Answers | Exception]]] = {}
-    for request, result in results:
-        by_loop.setdefault(request.loop, []).append((request.future, result))
-    for loop, futures in by_loop.items():
-        if loop is None:
-            _set_results(futures)
-        else:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(_set_results, futures)
-
-
-def _set_results(futures: Sequence[tuple[Any, Answers | Exception]]) -> None:
-    for future, result in futures:
-        with suppress(asyncio.InvalidStateError, InvalidStateError):  # cancelled: the caller waits no longer
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-
-
 def _answered(
-    served: ServedCascade, parts: list[_Part], texts: list[str], texts_b: list[str | None], result: ChunkResult
+    served: ServedCascade, parts: list[Part], texts: list[str], texts_b: list[str | None], result: ChunkResult
 ) -> Answered:
     return Answered(
         served,

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cascade_lab import __version__
-from cascade_lab.serving.batching import Answers
+from cascade_lab.serving.pending import Answers
 from cascade_lab.serving.protocol import Limits, Problem, check_texts
 from cascade_lab.text import shorten
 

@@ -11,7 +11,7 @@ import msgspec
 from cascade_lab.text import shorten
 
 if TYPE_CHECKING:
-    from cascade_lab.serving.batching import Answers
+    from cascade_lab.serving.pending import Answers
 
 MAX_ID = 200  # characters
 

@@ -1,0 +1,53 @@
+"""The service against clients and tools of others, where they are installed: `pip install` them to run these tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import texts
+from test_serving_load import serving
+
+from cascade_lab import Cascade
+
+pytestmark = pytest.mark.slow
+DOCKERFILE = Path(__file__).parents[1] / "cascade_lab" / "serving" / "Dockerfile"
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_client_reads_the_answers(tiny, binary):
+    client = pytest.importorskip("tritonclient.http")
+    pool = [*texts(20), "", "ünï 😀"]
+    with Cascade.load(tiny) as cascade:
+        expected = cascade.predict(pool)
+    with serving(tiny) as (_, port), client.InferenceServerClient(f"127.0.0.1:{port}") as triton:
+        assert triton.is_server_live()
+        assert triton.is_server_ready()
+        assert triton.is_model_ready("tiny")
+        metadata = triton.get_model_metadata("tiny")
+        assert [tensor["name"] for tensor in metadata["inputs"]] == ["text", "text_b"]
+        sent = client.InferInput("text", [len(pool)], "BYTES")
+        sent.set_data_from_numpy(np.array(pool, dtype=object), binary_data=binary)
+        wanted = [client.InferRequestedOutput(name, binary_data=binary) for name in ("predicted", "gate_probability")]
+        for outputs in (None, wanted):
+            result = triton.infer("tiny", [sent], outputs=outputs)
+            assert [str(label) for label in result.as_numpy("predicted")] == expected.predicted.tolist()
+            np.testing.assert_allclose(result.as_numpy("gate_probability"), expected.gate_probability, atol=1e-5)
+        all_of_it = triton.infer("tiny", [sent]).as_numpy("intent_probability")
+        np.testing.assert_allclose(all_of_it, expected.intent_probability, atol=1e-5)
+        with pytest.raises(client.InferenceServerException, match="there is no model 'other'"):
+            triton.infer("other", [sent])
+
+
+def test_schemathesis_finds_no_fault(tiny, tmp_path):
+    pytest.importorskip("schemathesis")
+    with serving(tiny) as (process, port):
+        checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{port}/openapi.json"]
+        command += ["--checks", checks, "--max-examples", "1000", "--seed", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-5000:]
+        assert process.poll() is None
