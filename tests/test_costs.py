@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 from test_surfaces import COSTS
 from test_tuning import labels_differ
+from typer.testing import CliRunner
 
+from cascade_lab import thresholds
 from cascade_lab.analysis import tuning_origin
 from cascade_lab.analysis.bootstrap import resample_counts
 from cascade_lab.analysis.costs import count_codes, run_codes, text_codes
 from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.outcomes import LabelScope, metric_from_counts
+from cascade_lab.cli import app
 from cascade_lab.exceptions import GoalError, InfeasibleError, SpecError
 from cascade_lab.run import Run
 from cascade_lab.spec import CascadeSpec
@@ -83,8 +87,8 @@ def test_mean_costs_are_those_of_replays_at_every_pair_of_thresholds(tmp_path_fa
     assert table.exact
     costs = table.metric("mean_cost", goal)
     for (i, first), (j, second) in itertools.product(enumerate(table.first), enumerate(table.second)):
-        thresholds = dict(zip(stages, (first, second), strict=False))
-        assert costs[i, j] == pytest.approx(cost_of(frame, run.replay(thresholds), prevalence), abs=1e-9)
+        replayed = run.replay(dict(zip(stages, (first, second), strict=False)))
+        assert costs[i, j] == pytest.approx(cost_of(frame, replayed, prevalence), abs=1e-9)
     for row in sweep(run, stages[0], goal=goal).to_dict("records"):
         expected = cost_of(frame, run.replay({stages[0]: row["threshold"]}), prevalence)
         assert row["mean_cost"] == pytest.approx(expected, abs=1e-9)
@@ -307,3 +311,37 @@ def test_a_grid_takes_the_costs_of_another_goal(tmp_path):
         assert again.thresholds == choose(run, goal).thresholds
         assert again.counts.tolist() == choose(run, goal).counts.tolist()
         assert choose(run, Goal("accuracy"), grid=priced).thresholds == choose(run, Goal("accuracy")).thresholds
+
+
+def test_tune_reads_a_matrix_and_refuses_others_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(thresholds, "tune", partial(thresholds.tune, n_resamples=10, n_repeats=1))
+    run = random_run(tmp_path / "run", n=150, seed=4)
+    costs, output = tmp_path / "costs.csv", tmp_path / "t.toml"
+    frame = random_costs(run.spec, 4)
+
+    def tune_with(*options):
+        arguments = ["tune", run.directory, "--minimize", "mean_cost", "--cost-matrix", costs, "--output", output]
+        return CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--write-anyway", *options)])
+
+    frame.to_csv(costs)
+    bounds = ["--at-least", "coverage=0.4", "--at-least", "in_scope_accuracy=0.3", "--at-most", "mean_cost=5"]
+    result = tune_with(*bounds)
+    assert result.exit_code == 0, result.output
+    spec = CascadeSpec.read(output)
+    assert f"{cost_of(frame, run.replay(spec.thresholds)):.4f}" in result.output
+    assert spec.tuned_on["figures"]["coverage"] >= 0.4
+    assert "goal: minimize mean_cost, coverage at least 0.4, in_scope_accuracy at least 0.3" in result.output
+    output.unlink()
+    for table, options, message in (
+        (frame, ["--cost", "false accept=5"], "leave out costs (--cost) or cost_matrix (--cost-matrix)"),
+        (frame.drop(columns="label0"), [], "'label0' has no column; add it"),
+        (frame.drop(columns="oos0").drop("oos0"), [], "'oos0' has no row and no column; add them"),
+        (frame.replace(0, np.nan), [], "is empty; give a number"),
+        (-frame, [], "give a number that is not negative"),
+    ):
+        table.to_csv(costs)
+        refused = tune_with(*options)
+        assert refused.exit_code == 2
+        assert message in refused.output
+        assert len(refused.output.strip().splitlines()) == 1
+        assert not output.exists()
