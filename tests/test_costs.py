@@ -232,6 +232,8 @@ def test_the_best_minimum_probability_is_that_of_chows_rule(cost):
     ("lines", "message"),
     [
         (["", "  "], r"has no costs; give a line of predicted labels"),
+        (["true;pay;oos", "pay;0;1", "oos;5;0"], r"has no costs; .* with commas between the cells"),
+        (["true,pay,oos", "pay,0,1e-320", "oos,0,0"], r"all costs are 0, so no thresholds"),
         (["true,pay,oos", "pay,0,1"], r"'oos' has no row; add it"),
         (["true,pay", "pay,0", "oos,1"], r"'oos' has no column; add it"),
         (["true,pay,oos", "pay,0,1", "oos,5"], r"the row of 'oos' has 1 costs, for 2 columns"),

@@ -119,8 +119,11 @@ class CostMatrix:
             header, *body = [cells for cells in csv.reader(text, strict=True) if any(cells)] or [[]]
         except csv.Error as error:
             raise GoalError(f"{name}: cannot be read: {error}; give csv") from error
-        if not body:
-            raise GoalError(f"{name}: has no costs; give a line of predicted labels, then one line per true label")
+        if not body or len(header) < 2:
+            raise GoalError(
+                f"{name}: has no costs; give a line of predicted labels, then one line per true label, with commas "
+                "between the cells"
+            )
         for cells in body:
             if len(cells) != len(header):
                 raise GoalError(
@@ -203,7 +206,7 @@ class CostMatrix:
     def _n_decimals(self) -> int:
         """The decimals that all costs have; fewer where that would be more than nine digits."""
         costs = np.array(self.rows, dtype=np.float64)
-        at_most = _N_DIGITS - int(np.ceil(np.log10(costs.max()))) if costs.max() > 0 else 0
+        at_most = min(_N_DIGITS - int(np.ceil(np.log10(costs.max()))), 300) if costs.max() > 0 else 0
         return next((n for n in range(at_most) if (np.round(costs, n) == costs).all()), at_most)
 
     @property
