@@ -11,10 +11,11 @@ from helpers import logits_of, memory_run, random_run
 from scipy.stats import binom, binomtest
 
 from cascade_lab.analysis.metrics import prediction_metrics
-from cascade_lab.analysis.outcomes import outcome_counts
+from cascade_lab.analysis.outcomes import OUTCOMES, outcome_counts
 from cascade_lab.exceptions import GoalError, InfeasibleError
-from cascade_lab.thresholds import Goal, choose, choose_with_guarantee
-from cascade_lab.thresholds.guarantee import _binomial_cdf, bounds_of
+from cascade_lab.thresholds import Goal, ThresholdGrid, choose, choose_with_guarantee
+from cascade_lab.thresholds.guarantee import Guarantee, _binomial_cdf, choose_with_guarantee_on_grid
+from cascade_lab.thresholds.search import choose_on_grid
 
 
 def with_texts(run, texts):
@@ -98,53 +99,89 @@ def test_guarantees_that_are_refused(tmp_path):
         choose_with_guarantee(run, Goal("accuracy", at_most={"p95_ms": 20}), {"in_scope_accuracy": 0.5})
 
 
-JOINT = {
+BOUNDS = {
+    "accuracy": ("reject_recall", {"in_scope_accuracy": 0.3}, {}),
     "accuracy and coverage": ("reject_recall", {"in_scope_accuracy": 0.3, "coverage": 0.3}, {}),
     "accuracy and recall": ("reject_precision", {"in_scope_accuracy": 0.3, "reject_recall": 0.3}, {}),
     "risk": ("coverage", {}, {"risk": 0.62}),
     "precision": ("reject_recall", {"reject_precision": 0.5}, {}),
+    "accuracy, coverage and risk": ("reject_recall", {"in_scope_accuracy": 0.3, "coverage": 0.3}, {"risk": 0.64}),
 }
 """What is maximized, which pushes the bounds, and the lower and upper bounds."""
 
 
-def broken_bounds(folder, maximize, at_least, at_most, *, n_runs, n=300, delta=0.1):
+@pytest.fixture(scope="module")
+def population(tmp_path_factory):
+    return random_run(tmp_path_factory.mktemp("population") / "run", n=20_000, seed=10_000, skill=0.9)
+
+
+def broken_bounds(population, case, *, n_sets, stages=None, n=300, delta=0.1):
     """Return how often a bound is broken on the population, and of how many tuning sets, with a guarantee and without.
 
-    Where the tests do not pass, nothing is promised.
+    The sets are drawn from the population, so its metrics are the true ones. The bounds are those of the goal too, as
+    `tune --confidence` has them. Where the tests do not pass, nothing is promised.
     """
-    population = random_run(folder / "population", n=20_000, seed=10_000, skill=0.9)
-    bounds, found = bounds_of(at_least, at_most), {"guaranteed": [], "plain": []}
-    for seed in range(n_runs):
-        run = with_texts(random_run(folder / f"{seed}", n=n, seed=seed, skill=0.9), np.arange(n))
-        goals = {"guaranteed": Goal(maximize), "plain": Goal(maximize, at_least=at_least, at_most=at_most)}
-        for name, goal in goals.items():
+    maximize, at_least, at_most = BOUNDS[case]
+    goal, guarantee = Goal(maximize, at_least=at_least, at_most=at_most), Guarantee(at_least, at_most, delta)
+    grid = ThresholdGrid.from_run(population, stages)
+    found = {"guaranteed": [], "plain": []}
+    for seed in range(n_sets):
+        rows = np.random.default_rng(seed).integers(0, len(grid.in_scope), n)
+        drawn = replace(grid.select(rows), groups=np.arange(n))
+        for name in found:
             with suppress(InfeasibleError):
                 if name == "plain":
-                    choice = choose(run, goal)
+                    choice = choose_on_grid(drawn, goal, max_lines=60)
                 else:
-                    choice = choose_with_guarantee(run, goal, at_least, at_most=at_most, delta=delta)
-                counts = outcome_counts(population.spec, population.replay(choice.thresholds)).to_numpy()
-                found[name].append(not all(b.holds(float(goal.value(b.metric, counts))) for b in bounds))
+                    choice = choose_with_guarantee_on_grid(drawn, goal, guarantee)
+                counts = np.bincount(grid.outcomes_at(grid.indices(choice.thresholds)), minlength=len(OUTCOMES))
+                kept = [bound.holds(float(goal.value(bound.metric, counts))) for bound in guarantee.bounds]
+                found[name].append(not all(kept))
     return {name: (int(np.sum(broken)), len(broken)) for name, broken in found.items()}
 
 
-def test_guarantees_hold_together(tmp_path):
-    found = broken_bounds(tmp_path, *JOINT["accuracy and coverage"], n_runs=20)
+def test_guarantees_hold_together(population):
+    found = broken_bounds(population, "accuracy and coverage", n_sets=40, stages=["gate0"])
     n_broken, n_given = found["guaranteed"]
-    assert n_given > 10
-    # 20 draws at 10% have a standard deviation of 1.3.
-    assert n_broken <= 2 + 3 * 1.3
-    assert found["plain"][0] > 5
+    assert n_given > 30
+    # 40 draws at 10% have a standard deviation of 1.9.
+    assert n_broken <= 4 + 3 * 1.9
+    assert found["plain"][0] > 8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", JOINT)
-def test_guarantees_hold_together_in_simulation(tmp_path, case):
-    found = broken_bounds(tmp_path, *JOINT[case], n_runs=200)
-    print(f"\n{case}: broken, given: {found}, 200 sets")
+@pytest.mark.parametrize("delta", [0.2, 0.1, 0.05])
+@pytest.mark.parametrize("stages", [("gate0",), None])
+@pytest.mark.parametrize("case", BOUNDS)
+def test_bounds_hold_with_their_confidence_in_simulation(population, case, stages, delta):
+    """`tune --confidence C` is the guarantee with delta 1 - C; 400 sets of 300 texts."""
+    found = broken_bounds(population, case, n_sets=400, stages=stages, delta=delta)
+    print(f"\n{case}, {stages or 'both stages'}, delta {delta:g}: broken, given: {found}")
     n_broken, n_given = found["guaranteed"]
-    assert n_given > 20
-    assert n_broken <= 20 + 3 * 4.3
+    assert n_broken <= 400 * delta + 3 * np.sqrt(400 * delta * (1 - delta))
+    assert found["plain"][0] > found["guaranteed"][0]
+    if case == "accuracy" and stages:
+        # One bound and one threshold: the error is used. It is below delta because counts and candidates are discrete.
+        assert n_given == 400
+        assert n_broken >= 400 * delta / 10
+
+
+def test_one_bound_of_several_in_the_same_order_has_the_whole_error(population):
+    """Accuracy and coverage are tested together: a second bound that is easy to keep changes nothing."""
+    grid = ThresholdGrid.from_run(population)
+    goal = Goal("reject_recall")
+    for seed in range(5):
+        drawn = grid.select(np.random.default_rng(seed).integers(0, 20_000, 300))
+        alone, both, others = (
+            choose_with_guarantee_on_grid(drawn, goal, Guarantee(bounds))
+            for bounds in (
+                {"in_scope_accuracy": 0.3},
+                {"in_scope_accuracy": 0.3, "coverage": 0.1},
+                {"in_scope_accuracy": 0.3, "reject_recall": 0.1},
+            )
+        )
+        assert both.thresholds == alone.thresholds
+        assert others.metrics["reject_recall"] <= alone.metrics["reject_recall"]
 
 
 @pytest.mark.parametrize("n_gates", [1, 2])

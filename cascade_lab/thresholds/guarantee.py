@@ -122,7 +122,10 @@ def choose_with_guarantee(
     is chosen; the goal's own bounds hold on these texts, without a guarantee. However the candidate is chosen, a bound
     is broken with probability `delta` at most, because the tests share `delta`:
 
-    - Several bounds share it equally (Bonferroni), and so do the combinations of the later stages' thresholds.
+    - The combinations of the later stages' thresholds share it equally (Bonferroni).
+    - Bounds that are tested in the same order share nothing: a candidate passes if each of its tests does, and if one
+      bound is broken, its test passes with the whole probability at most (Berger 1982). Bounds that are tested in
+      different orders share it equally.
     - In-scope accuracy, coverage and reject recall: the first stage's thresholds are tested in order, from the safest
       on, as long as they pass; each test has the whole share.
     - Other metrics, and cascades with a deferral stage, where no direction is known to be safe: of 49 thresholds of
@@ -232,10 +235,13 @@ def _passed(grid: ThresholdGrid, guarantee: Guarantee, counts: np.ndarray, weigh
     """Return which candidates pass the tests of all bounds: bool, shape (n_first, n_later)."""
     n_first, n_later = counts.shape[:2]
     passed = np.ones((n_first, n_later), dtype=bool)
-    delta = guarantee.delta / len(guarantee.bounds) / n_later
-    for bound in guarantee.bounds:
-        p_value = _p_values(grid, bound, counts, weights)
-        direction = 0 if any(grid.defers) else _IN_SEQUENCE.get(bound.metric, 0) * bound.sign
+    is_known = not any(grid.defers)
+    directions = [is_known * _IN_SEQUENCE.get(bound.metric, 0) * bound.sign for bound in guarantee.bounds]
+    delta = guarantee.delta / len(set(directions)) / n_later
+    for direction in set(directions):
+        together = [bound for bound, own in zip(guarantee.bounds, directions, strict=True) if own == direction]
+        # If one of several bounds is broken, its own p-value is small with that probability only: the largest decides.
+        p_value = np.max([_p_values(grid, bound, counts, weights) for bound in together], axis=0)
         if direction:
             order = slice(None, None, direction)
             passed &= np.logical_and.accumulate(p_value[order] <= delta, axis=0)[order]
@@ -317,8 +323,7 @@ def keeps_guarantee(grid: ThresholdGrid, outcomes: np.ndarray, guarantee: Guaran
     `outcomes`, int of shape (n,), are those of the grid's texts at these thresholds.
     """
     counts = count_codes(outcomes)
-    delta = guarantee.delta / len(guarantee.bounds)
-    return all(float(_p_values(grid, bound, counts, None)) <= delta for bound in guarantee.bounds)
+    return all(float(_p_values(grid, bound, counts, None)) <= guarantee.delta for bound in guarantee.bounds)
 
 
 def effective_size(groups: np.ndarray, weights: np.ndarray | None = None) -> float:
