@@ -43,7 +43,11 @@ class RunError(CascadeLabError):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint is read, but from another place than one of its files names."""
+    """What a user should know about a checkpoint, although there is no error: one line for people."""
+
+
+class FontWarning(UserWarning):
+    """Figures show boxes, because no font has some characters of the labels: one line for people."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -374,7 +374,7 @@ def test_a_report_of_an_older_schema_version_may_be_replaced(tiny_run, small, tm
     json_path = report.with_suffix(".json")
     record = json.loads(json_path.read_text(encoding="utf-8"))
     json_path.write_text(json.dumps({**record, "schema_version": 1}), encoding="utf-8")
-    with pytest.raises(RunError, match="has schema version 1, and this package reads 2; write the report again"):
+    with pytest.raises(RunError, match="has schema version 1, and this package reads 3; write the report again"):
         verify_report(report, tiny_run, notebook=small)
     write_report(tiny_run, report, notebook=small, parameters={"other": None})
     assert json.loads(json_path.read_text(encoding="utf-8")) == record

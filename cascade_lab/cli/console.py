@@ -19,10 +19,11 @@ from rich.live import Live
 from rich.spinner import Spinner
 from typer.core import TyperGroup
 
-from cascade_lab.exceptions import CascadeLabError, CheckpointWarning
+from cascade_lab.exceptions import CascadeLabError, CheckpointWarning, FontWarning
 from cascade_lab.text import printable
 
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # UsageError of click, or of the copy of click in typer
+_NOTICES = (CheckpointWarning, FontWarning)  # each is one line for people
 
 
 class Group(TyperGroup):
@@ -86,12 +87,12 @@ def _printable_usage_errors() -> Iterator[None]:
 
 @contextmanager
 def _notices() -> Iterator[None]:
-    """Print every `CheckpointWarning` once, as one line on stderr; other warnings are shown as always."""
+    """Print every warning of `_NOTICES` once, as one line on stderr; other warnings are shown as always."""
     shown: set[str] = set()
     show = warnings.showwarning
 
     def note(message: Any, category: type[Warning], *args: Any, **keys: Any) -> None:
-        if not issubclass(category, CheckpointWarning):
+        if not issubclass(category, _NOTICES):
             show(message, category, *args, **keys)
         elif str(message) not in shown:
             shown.add(str(message))
@@ -99,7 +100,8 @@ def _notices() -> Iterator[None]:
             typer.echo(f"{over_spinner}note: {_without_middle(printable(str(message)))}", err=True)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", CheckpointWarning)
+        for category in _NOTICES:
+            warnings.simplefilter("always", category)
         warnings.showwarning = note
         yield
 

@@ -50,7 +50,7 @@ def verify(
     if len(verdict.changed_values) > MAX_LINES:
         line(f"and {len(verdict.changed_values) - MAX_LINES:,} more")
     versions = "; ".join(
-        f"{name} was {before}, is {after}" for name, (before, after) in verdict.changed_packages.items()
+        f"{name} was {_shown(before)}, is {_shown(after)}" for name, (before, after) in verdict.changed_packages.items()
     )
     line(f"{report}: {_result(verdict)}" + (f" ({versions})" if versions else ""))
     if not verdict.holds:
@@ -69,7 +69,9 @@ def _result(verdict: Verdict) -> str:
         return "every number is the same, but the page is not: another version of cascade-lab wrote it"
     if verdict.page_difference == "pictures":
         return "every number and word is the same, but the pictures are not the same bytes"
-    return "identical except for versions of packages" if verdict.changed_packages else "identical"
+    fonts = [name for name in verdict.changed_packages if name.startswith("font ")]
+    kinds = ["versions of packages"] * (len(fonts) < len(verdict.changed_packages)) + ["fonts"] * bool(fonts)
+    return f"identical except for {' and '.join(kinds)}" if kinds else "identical"
 
 
 def _shown(value: Any) -> str:

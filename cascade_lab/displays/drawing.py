@@ -6,6 +6,8 @@ Importing this module does not load matplotlib.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -18,6 +20,7 @@ from cascade_lab.analysis.errors import (
     UNRECOVERABLE_ANSWER,
 )
 from cascade_lab.analysis.outcomes import FALSE_ACCEPT, FALSE_REJECT, RIGHT, RIGHT_REJECT, WRONG_CLASS, WRONG_REJECT
+from cascade_lab.displays.fonts import add_fonts
 from cascade_lab.text import printable, shorten
 
 if TYPE_CHECKING:
@@ -57,7 +60,8 @@ OUTCOME_STYLES = {
 class Display(ABC):
     """A picture that keeps the numbers it shows.
 
-    A notebook cell that ends in a display shows its picture once, whether or not `plot` was called.
+    A notebook cell that ends in a display shows its picture once, whether or not `plot` was called. What `plot` draws
+    has fonts for labels in any script, as far as this machine has them.
 
     Attributes
     ----------
@@ -69,6 +73,13 @@ class Display(ABC):
     title: str = ""
     ax_: Axes
     figure_: Figure
+
+    def __init_subclass__(cls, **keys: Any) -> None:
+        """Let every method that draws, `plot` and `plot_…`, end with `add_fonts`."""
+        super().__init_subclass__(**keys)
+        for name, method in list(vars(cls).items()):
+            if name.startswith("plot"):
+                setattr(cls, name, _with_fonts(method))
 
     @abstractmethod
     def frame(self) -> pd.DataFrame:
@@ -108,6 +119,16 @@ class Display(ABC):
         """Write a title above the axes at the left, each line of it cut to `max_length` characters."""
         texts = (plain_text(line, max_length) for line in lines if line)
         self.ax_.set_title("\n".join(texts), fontsize=11, loc="left")
+
+
+def _with_fonts(plot: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(plot)
+    def plot_with_fonts(display: Any, *args: Any, **kwargs: Any) -> Any:
+        result = plot(display, *args, **kwargs)
+        add_fonts(display.ax_)
+        return result
+
+    return plot_with_fonts
 
 
 def plain_text(text: str, max_length: int = 60) -> str:

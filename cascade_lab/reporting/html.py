@@ -32,7 +32,7 @@ def render_page(cells: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -
     ----------
     cells : sequence of notebook cells, executed
     record : mapping
-        The report's JSON; `runs`, `notebook` and `packages` become the page's last section.
+        The report's JSON; `runs`, `notebook`, `packages` and `fonts` become the page's last section.
     """
     contents = _Contents()
     render_prose, render_output_text = _markdown(contents, links=True), _markdown(contents, links=False)
@@ -301,7 +301,7 @@ def _origin(record: Mapping[str, Any]) -> str:
         tables.append(_table(f"The run {run['run_id']}: SHA-256 of its inputs and of its tables", rows))
     parameters = ", ".join(f"{name} = {value!r}" for name, value in record["parameters"].items())
     rows = [("notebook", f"{record['notebook']} {parameters}", record["notebook_sha256"])]
-    rows.append(("packages", package_list(record), ""))
+    rows.append(("packages and fonts", package_list(record), ""))
     tables.append(_table("This report", rows))
     introduction = (
         "<p>The same run gives the same report, byte for byte. "
@@ -311,8 +311,17 @@ def _origin(record: Mapping[str, Any]) -> str:
 
 
 def package_list(record: Mapping[str, Any]) -> str:
-    """Return the `packages` of a record, or of a run in it, as the page shows them."""
-    return ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+    """Return the `packages` of a record, or of a run in it, as the page shows them; and the `fonts` of a record."""
+    return ", ".join(f"{name} {version}" for name, version in versions(record).items())
+
+
+def versions(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the bytes of a report depend on besides its inputs: versions of packages, digests of fonts.
+
+    >>> versions({"packages": {"pandas": "3.0"}, "fonts": {"DejaVuSans.ttf": "3fdf69cabf06049e"}})
+    {'pandas': '3.0', 'font DejaVuSans.ttf': '3fdf69cabf06'}
+    """
+    return record["packages"] | {f"font {name}": str(digest)[:12] for name, digest in record.get("fonts", {}).items()}
 
 
 def _table(caption: str, rows: Sequence[tuple[str, str | None, str | None]]) -> str:

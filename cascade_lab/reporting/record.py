@@ -11,7 +11,7 @@ from cascade_lab.exceptions import RunError
 from cascade_lab.json_files import read_object
 from cascade_lab.text import shorten
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _RECORD = {
     "notebook": str,
     "notebook_sha256": str,
@@ -19,6 +19,7 @@ _RECORD = {
     "runs": dict,
     "files": dict,
     "packages": dict,
+    "fonts": dict,
     "outputs": list,
 }
 

@@ -19,6 +19,7 @@ from cascade_lab.analysis.latency import is_timed
 from cascade_lab.atomic import locked_file, write_file, write_files
 from cascade_lab.displays import CascadeConfusionDisplay, StageLatencyDisplay
 from cascade_lab.displays.confusion import MAX_LABELLED
+from cascade_lab.displays.fonts import font_digests, warn_of_missing
 from cascade_lab.exceptions import RunError, did_you_mean
 from cascade_lab.provenance import environment, package_version, sha256
 from cascade_lab.reporting.capture import VALUES_MIME, plain_value
@@ -209,6 +210,9 @@ def build_report(
     cells = _execute(notebook, run, links | ({"data": data} if data.is_dir() else {}), values, progress)
     for each_run in parameters.runs.values():
         _check_unchanged(each_run)
+    outputs = list(_outputs(cells))
+    figure_text = "".join(_texts([output for output in outputs if output["kind"] == "figure"]))
+    warn_of_missing(figure_text)  # the kernel's own warning is not shown
     record = {
         "schema_version": SCHEMA_VERSION,
         "notebook": path.stem,
@@ -217,7 +221,8 @@ def build_report(
         "runs": {name: _run_identity(each_run) for name, each_run in parameters.runs.items()},
         "files": {name: _digests(file) for name, file in parameters.files.items()},
         "packages": environment()["packages"] | {name: package_version(name) for name in ("scipy", "matplotlib")},
-        "outputs": list(_outputs(cells)),
+        "fonts": font_digests(figure_text),
+        "outputs": outputs,
     }
     record = json.loads(record_text(record))  # as `verify_report` reads it
     return render_page(cells, record), record
@@ -344,6 +349,17 @@ def _outputs(cells: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
                     text = re.sub(r"<style.*?</style>|<[^>]*>", "", text, flags=re.DOTALL)
                 lines = [line for line in without_addresses(text).splitlines() if line.strip()]
                 yield {"section": section, "kind": "text", "lines": lines}
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """Yield every text in the plain values of outputs."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        yield from _texts(list(content.values()))
+    elif isinstance(content, list):
+        for part in content:
+            yield from _texts(part)
 
 
 def _run_identity(run: Run) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cascade_lab.exceptions import RunError
-from cascade_lab.reporting.html import package_list
+from cascade_lab.reporting.html import package_list, versions
 from cascade_lab.reporting.record import not_a_record, read_record
 from cascade_lab.reporting.report import NOTEBOOKS, build_report, notebook_path
 from cascade_lab.run import Run
@@ -30,7 +30,8 @@ class Verdict(NamedTuple):
         What differs in the HTML: "" (nothing), "pictures" or "words"; "other page" if it is not the page that was
         written with the JSON.
     changed_packages : dict of str to tuple
-        Packages of which another version is installed: saved version, new version.
+        Packages of which another version is installed, and fonts (`font NAME`) with other bytes: saved version or
+        digest, new one. None stands for a package or a font that is missing.
     """
 
     changed_values: list[tuple[str, Any, Any]]
@@ -39,7 +40,7 @@ class Verdict(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """No number and no word differs; pictures may differ if the version of a package does."""
+        """No number and no word differs; pictures may differ if the version of a package or a font does."""
         pictures_may_differ = self.page_difference == "pictures" and bool(self.changed_packages)
         return not self.changed_values and (not self.page_difference or pictures_may_differ)
 
@@ -103,19 +104,20 @@ def verify_report(
         notebook_sha256=None if notebook is None else saved["notebook_sha256"],
         progress=progress,
     )
-    packages = {
-        name: (saved["packages"].get(name), new["packages"].get(name))
-        for name in {**saved["packages"], **new["packages"]}
-    }
+    before, after = versions(saved), versions(new)
     return Verdict(
         changed_values=_changed_values(old_values, _named_values(new)),
-        # The page shows the versions of packages: put the saved ones in, to see what else differs.
+        # The page shows the versions of packages and fonts: put the saved ones in, to see what else differs.
         page_difference=(
             "other page"
             if saved.get("page_sha256", page_sha256) != page_sha256
             else _page_difference(saved_html, new_html.replace(package_list(new), package_list(saved)))
         ),
-        changed_packages={name: versions for name, versions in packages.items() if versions[0] != versions[1]},
+        changed_packages={
+            name: (before.get(name), after.get(name))
+            for name in {**before, **after}
+            if before.get(name) != after.get(name)
+        },
     )
 
 
@@ -195,10 +197,10 @@ def _page_difference(saved_html: str, new_html: str) -> str:
 
 
 def _named_values(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a record by names that occur once; not the versions of packages, nor the page's digest."""
+    """Return the values of a record by names that occur once, without packages, fonts and the page's digest."""
     named: dict[str, Any] = {}
     for name, value in _flatten(
-        {key: value for key, value in record.items() if key not in ("packages", "page_sha256")}
+        {key: value for key, value in record.items() if key not in ("packages", "fonts", "page_sha256")}
     ):
         unique = name
         for number in count(2):
