@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-fuzz lint types lab format map lock demo-checkpoints study study-rejectors study-held-out bench clean
+.PHONY: demo test test-slow test-fuzz lint types lab format map lock demo-checkpoints study study-rejectors study-held-out bench bench-serve clean
 
 # The demo's run on the test split; then thresholds tuned on dev, and the tuned cascade on test.
 demo: .venv/ready
@@ -86,6 +86,11 @@ study-held-out: runs/minilm/bert_config.json
 bench: .venv-bench/ready
 	.venv-bench/bin/python tests/benchmarks/run.py --clinc150 $(CLINC150) --folder runs/benchmarks
 	cp runs/benchmarks/results.json tests/benchmarks/results.json
+
+# The service under load against `predict`, in turns, on CLINC150: about 15 minutes on two quiet cores.
+bench-serve: .venv/ready
+	$(BIN)/python tests/benchmarks/serve.py --clinc150 $(CLINC150) --output runs/serving.json
+	cp runs/serving.json tests/benchmarks/serving.json
 
 .venv-bench/ready: requirements.lock pyproject.toml tests/benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
