@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,14 @@ from scipy.special import expit
 from cascade_lab.evidence import SCORES, log_odds
 from cascade_lab.exceptions import SpecError, did_you_mean
 from cascade_lab.provenance import sha256
+from cascade_lab.text import shorten
+
+_LARGEST = 1e100  # of a weight, so that no product with a score overflows
+_MAX_BYTES = 2**33  # of the arrays; a small file could declare more than fits into memory
+_WAY_OUT = "put the file there that `cascade-lab fit-rejector` wrote, or fit the rejector again"
+# What zipfile and NumPy raise at a damaged file; a RuntimeError is an encrypted one.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError)
+_DAMAGE += (zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Rejector:
             Naming the key at fault.
         """
         if not isinstance(content, Mapping):
-            raise SpecError(f"{where}: rejector must be a table, not {content!r}")
+            raise SpecError(f"{where}: rejector must be a table, not {_short(content)}")
         known = list(cls.__dataclass_fields__)
         for key in content:
             if key not in known:
@@ -93,15 +102,19 @@ class Rejector:
                 near = did_you_mean(name.rpartition(".")[2], list(SCORES))
                 raise SpecError(f"{where}: rejector.evidence has '{name}', which is no <stage>.<score>{near}")
         if not isinstance(weights, list | tuple) or len(weights) != len(names) or not all(map(_is_number, weights)):
-            raise SpecError(f"{where}: rejector.weights must be {len(names)} numbers, one for each score")
+            raise SpecError(
+                f"{where}: rejector.weights must be {len(names)} numbers (at most {_LARGEST:g}), one for each score"
+            )
         if bias is None or not _is_number(bias):
-            raise SpecError(f"{where}: rejector.bias must be a number, not {bias!r}")
+            raise SpecError(f"{where}: rejector.bias must be a number (at most {_LARGEST:g}), not {_short(bias)}")
         arrays, digest, fitted_on = (content.get(key) for key in ("arrays", "arrays_sha256", "fitted_on"))
         for key, value in (("arrays", arrays), ("arrays_sha256", digest)):
             if not isinstance(value, str | None):
-                raise SpecError(f"{where}: rejector.{key} must be a string, not {value!r}")
+                raise SpecError(f"{where}: rejector.{key} must be a string, not {_short(value)}")
+            if "\0" in (value or ""):
+                raise SpecError(f"{where}: rejector.{key} has a NUL character; give the name of a file")
         if not isinstance(fitted_on, Mapping | None):
-            raise SpecError(f"{where}: rejector.fitted_on must be a table, not {fitted_on!r}")
+            raise SpecError(f"{where}: rejector.fitted_on must be a table, not {_short(fitted_on)}")
         path = None if arrays is None else folder / arrays
         rejector = cls(tuple(names), tuple(map(float, weights)), float(bias), path, digest, fitted_on or {})
         if rejector.feature_evidence and (path is None or digest is None):
@@ -124,21 +137,31 @@ class Rejector:
         Raises
         ------
         SpecError
-            The file is missing, is another file, or lacks an array.
+            The file is missing or damaged, is another file, or lacks an array that a score needs.
         """
         if not self.feature_evidence or self.arrays is None:
             return {}
-        needed = {name for score in self.feature_evidence for name in array_names(score)}
+        needed = sorted({name for score in self.feature_evidence for name in array_names(score)})
         try:
+            if not self.arrays.is_file():
+                raise SpecError(f"{self.arrays}: is no file; {_WAY_OUT}")
             if sha256(self.arrays) != self.arrays_sha256:
                 raise SpecError(
-                    f"{self.arrays}: is not the file that the rejector was fitted with (another SHA-256); "
-                    "put that file there, or fit again"
+                    f"{self.arrays}: is not the file that the rejector was fitted with (another SHA-256); {_WAY_OUT}"
                 )
+            with zipfile.ZipFile(self.arrays) as archive:
+                n_bytes = sum(part.file_size for part in archive.infolist())
+            if n_bytes > _MAX_BYTES:
+                raise SpecError(f"{self.arrays}: its arrays take more than {_MAX_BYTES // 2**30} GiB; {_WAY_OUT}")
             with np.load(self.arrays, allow_pickle=False) as file:
-                return {name: file[name] for name in sorted(needed)}
-        except (OSError, ValueError, KeyError) as error:
-            raise SpecError(f"{self.arrays}: cannot be read ({error}); fit the rejector again") from error
+                arrays = {name: file[name] for name in needed}
+        except _DAMAGE as error:
+            raise SpecError(f"{self.arrays}: cannot be read ({shorten(str(error), 200)}); {_WAY_OUT}") from error
+        for name, values in arrays.items():
+            is_table = values.dtype.kind == "f" and values.ndim == 2 and values.size and np.isfinite(values).all()
+            if not is_table or (name.endswith("whitening") and len(values) != values.shape[1]):
+                raise SpecError(f"{self.arrays}: {name} is not the table of numbers that its score needs; {_WAY_OUT}")
+        return arrays
 
 
 def score_of(name: str) -> Any:
@@ -189,14 +212,29 @@ def feature_evidence(
         Stage name to the last layer's [CLS] vectors.
     arrays : mapping of str to ndarray
         As `Rejector.read_arrays` returns them.
+
+    Raises
+    ------
+    SpecError
+        The arrays are those of another stage's features.
     """
     values = {}
     for name in names:
         stage = name.rpartition(".")[0]
         own = {array: arrays[f"{stage}.{array}"] for array in score_of(name).arrays}
+        for array in own.values():
+            if array.shape[1] != features[stage].shape[1]:
+                raise SpecError(
+                    f"{name}: the rejector was fitted with features of {array.shape[1]} numbers, but those of stage "
+                    f"'{stage}' have {features[stage].shape[1]}; fit the rejector again"
+                )
         values[name] = score_of(name).function(features[stage], own)
     return values
 
 
+def _short(value: Any) -> str:
+    return shorten(repr(value), 80)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST  # NaN is not

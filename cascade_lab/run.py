@@ -149,11 +149,14 @@ class Run:
             predictions=lambda: _with_confidence(read_predictions(path, digests, spec, run.examples), run),
             timings=lambda: read_timings(path, digests, spec),
             features={
-                stage.name: partial(lambda name: read_features(path, name, digests, spec, run.examples), stage.name)
+                stage.name: partial(
+                    lambda name: read_features(path, name, digests, spec, run.examples, run.scores(name).scored),
+                    stage.name,
+                )
                 for stage in spec.stages
                 if f"features/{stage.name}.parquet" in digests
             },
-            evidence=lambda: read_evidence(path, digests, spec, run.examples),
+            evidence=lambda: read_evidence(path, digests, spec, run.examples, run.scores(spec.last.name).scored),
             directory=path,
         )
         run.spec = spec

@@ -25,6 +25,7 @@ from cascade_lab.text import shorten
 
 SCHEMA_VERSION = 2
 WAY_OUT = "put the file back, or run again"
+EVIDENCE = "evidence.parquet"
 MAX_SCORES_BYTES = 2**33  # of the logits or the features of a stage
 
 _MANIFEST = {
@@ -129,6 +130,10 @@ def read_table(directory: Path, name: str, digest: str | None, spec: CascadeSpec
             return _scores(content, path, len(spec.stage(PurePath(name).stem).labels))
         if name.startswith("features/"):
             return _features(content, path)
+        if name == EVIDENCE:
+            needed = () if spec.rejector is None else spec.rejector.feature_evidence
+            columns = {"example_id": STRING, **dict.fromkeys(needed, NUMBER)}
+            return bounded_table(content, path, columns, way_out=WAY_OUT, only=list(columns))
         return bounded_table(content, path, _COLUMNS[name], way_out=WAY_OUT)
     except DAMAGE as error:
         reason = shorten(str(error).partition("\n")[0], 200)
@@ -236,6 +241,12 @@ def check_timings(timings: pd.DataFrame, spec: CascadeSpec, path: Path) -> None:
             raise RunError(f"{path}: {column} has a value that is below {least} or not a number; {WAY_OUT}")
 
 
+def check_scored(values: np.ndarray, name: str, scored: np.ndarray, path: Path) -> None:
+    """Raise RunError where a value is missing for an example that the stage scored, or is infinite."""
+    if not np.isfinite(values[scored]).all() or np.isinf(values).any():
+        raise RunError(f"{path}: {name} does not have a number for each example that the stage scored; {WAY_OUT}")
+
+
 def _scores(content: bytes, path: Path, n_labels: int) -> pa.Table:
     """Read the scores of a stage: `example_id`, `logits` and `shadow`, all present, and the logits finite."""
     kind = _list_type(content, "logits")
@@ -282,7 +293,7 @@ _COLUMNS = {
     "examples.parquet": _EXAMPLES,
     "predictions.parquet": _PREDICTIONS,
     "timings.parquet": TIMINGS,
-    "evidence.parquet": {"example_id": STRING},
+    EVIDENCE: {"example_id": STRING},
 }
 
 

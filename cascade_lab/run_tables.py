@@ -146,22 +146,38 @@ def read_scores(
 
 
 def read_features(
-    directory: Path, stage: str, digests: Mapping[str, str], spec: CascadeSpec, examples: pd.DataFrame
+    directory: Path,
+    stage: str,
+    digests: Mapping[str, str],
+    spec: CascadeSpec,
+    examples: pd.DataFrame,
+    scored: np.ndarray,
 ) -> np.ndarray:
-    """Read the features of a stage: float16, shape (n_examples, hidden), rows as in `examples`; raises RunError."""
+    """Read the features of a stage: float16, shape (n_examples, hidden), rows as in `examples`; raises RunError.
+
+    The examples that the stage scored, where `scored` is true, have them.
+    """
     name = f"features/{stage}.parquet"
     table = run_schema.read_table(directory, name, digests.get(name), spec)
     rows = run_schema.check_ids(pd.Index(table["example_id"].to_pylist()), examples, directory / name)
     vectors = table["cls"].combine_chunks()
     features = np.full((len(examples), vectors.type.list_size), np.nan, dtype=np.float16)
-    features[rows] = vectors.flatten().to_numpy().reshape(len(table), -1)
+    features[rows] = vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size)
+    run_schema.check_scored(features, "cls", scored, directory / name)
     return features
 
 
 def read_evidence(
-    directory: Path, digests: Mapping[str, str], spec: CascadeSpec, examples: pd.DataFrame
+    directory: Path,
+    digests: Mapping[str, str],
+    spec: CascadeSpec,
+    examples: pd.DataFrame,
+    scored: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Read the rejector's scores of features: `<stage>.<score>` to its values, shape (n_examples,); raises RunError."""
+    """Read the rejector's scores of features: `<stage>.<score>` to its values, shape (n_examples,); raises RunError.
+
+    The examples that the last stage scored, where `scored` is true, have all of them.
+    """
     name = "evidence.parquet"
     if name not in digests:
         return {}
@@ -170,7 +186,8 @@ def read_evidence(
     evidence = {}
     for column in table:
         evidence[column] = np.full(len(examples), np.nan)
-        evidence[column][rows] = table[column].to_numpy(np.float64)
+        evidence[column][rows] = table[column].to_numpy(np.float64, na_value=np.nan)
+        run_schema.check_scored(evidence[column], column, scored, directory / name)
     return evidence
 
 

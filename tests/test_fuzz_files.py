@@ -22,6 +22,7 @@ from cascade_lab.analysis.open_set import OPEN_SET_METRICS
 from cascade_lab.analysis.study_results import HeldOutResults, StudyResults
 from cascade_lab.exceptions import CascadeLabError
 from cascade_lab.reporting import verify
+from cascade_lab.reporting.record import SCHEMA_VERSION
 
 SHORT, LONG = 60, 1500
 PIECES = [
@@ -197,13 +198,14 @@ def record(tmp_path) -> dict[str, Any]:
     table = {"section": "One", "kind": "table", "columns": ["a"], "index": ["x"], "rows": [[0.5]]}
     axes = {"title": "t", "images": [[[1, 2]]], "x_labels": ["p", "q"], "lines": [{"label": "l", "points": [[0, 1]]}]}
     return {
-        "schema_version": 2,
+        "schema_version": SCHEMA_VERSION,
         "notebook": "01_run_cascade",
         "notebook_sha256": "00",
         "parameters": {"n": 3},
         "runs": {"run_dir": {**identity, "thresholds": {"gate0": 0.5}}},
         "files": {},
         "packages": {"numpy": "2"},
+        "fonts": {},
         "outputs": [table, {"section": "One", "kind": "figure", "axes": [axes]}, {**table, "section": "Two"}],
     }
 
