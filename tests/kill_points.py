@@ -1,17 +1,24 @@
-"""Executes a command that writes in many forked processes; each is killed, fails or is stopped at another change.
+"""Executes a command that writes in forked processes, which are killed, fail or are stopped at each of its changes.
 
 A change is what changes the file system: Python's audit events show it. A process with TensorFlow's threads should not
 fork, so this is a script: `python tests/kill_points.py FOLDER kill:first:1:tune`. A task is MODE:STATE:STRIDE:COMMAND.
 MODE is kill, fail (the change raises an OSError), stop (SIGTERM) or full (no file may be larger than some sizes); STATE
 is first or replaces (with --overwrite); every STRIDE-th change is tried. It prints how many of how many, per task.
+
+A killed process leaves the files as they are at that moment. So `kill` executes the command once, and copies its
+folder before each change: every copy is what a kill there would have left. The parent process imports TensorFlow but
+uses none of it: no thread of TensorFlow runs before the fork.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -20,14 +27,18 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import helpers
 import nbformat
 import numpy as np
 import pandas as pd
-from helpers import random_run, random_spec, texts, write_cascade, write_checkpoint
+from helpers import answered_batches, random_run, random_spec, texts, write_cascade, write_checkpoint
+
+from cascade_lab.serving.traffic_log import TrafficLog
 
 CHANGES = {
     "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod",
@@ -60,6 +71,7 @@ def plain_commands(folder: Path) -> dict[str, Command]:
     """Write what the commands read, and return them."""
     a = random_run(folder / "a", n=60, seed=1)
     b = random_run(folder / "b", n=60, seed=1, skill=3)
+    random_run(folder / "other", n=60, seed=2)
     spec = random_spec()
     spec.write(folder / "cascade.toml")
     a.examples.drop(columns="text_b").to_csv(folder / "texts.tsv", sep="\t", index=False)
@@ -75,6 +87,13 @@ def plain_commands(folder: Path) -> dict[str, Command]:
         ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
 
+    def log() -> None:
+        with TrafficLog(folder / "log", shadow=1.0) as traffic:
+            for batch in answered_batches(a.with_thresholds({"gate0": 0.0})):
+                traffic.add(batch)
+
+    in_child(log)
+
     def logits(run: str) -> tuple[object, ...]:
         return tuple(
             part for stage in spec.stages for part in ("--logits", f"{stage.name}={folder / f'{run}-{stage.name}.npy'}")
@@ -84,13 +103,13 @@ def plain_commands(folder: Path) -> dict[str, Command]:
     report, notebooks = ("report", folder / "a", "--notebook"), (folder / "new.ipynb", folder / "old.ipynb")
     vocabulary = ("vocabulary", "--train", folder / "texts.tsv", "--size")
     rejector = ("fit-rejector", folder / "a", "--evidence")
-    maximize = ("tune", folder / "a", "--write-anyway", "--maximize")
+    maximize = ("tune", folder / "a", "--write-anyway", "--maximize", "accuracy")
+    calibrate, collected = ("calibrate", folder / "a"), ("collect", folder / "log")
     return {
         "import-logits": Command((*imported, *logits("a")), (*imported, *logits("b")), ("out",)),
-        "tune": Command((*maximize, "accuracy"), (*maximize, "reject_recall"), ("out.toml",)),
-        "calibrate": Command(
-            ("calibrate", folder / "a"), ("calibrate", folder / "a", "--stage", "gate0"), ("out.toml",)
-        ),
+        "collect": Command((*collected, "--sample"), collected, ("out",)),
+        "tune": Command((*maximize, "--test", folder / "other"), (*maximize, "--stage", "last"), ("out.toml",)),
+        "calibrate": Command((*calibrate, "--method", "auto"), calibrate, ("out.toml",)),
         "fit-rejector": Command((*rejector, "gate0,energy"), (*rejector, "margin"), ("out.toml",)),
         "correct": Command(
             ("correct", folder / "a", folder / "new.csv"), ("correct", folder / "a", folder / "old.csv"), ("out.tsv",)
@@ -125,25 +144,27 @@ stages = ["all"]
 
 def tensorflow_commands(folder: Path) -> dict[str, Command]:
     """Write what the commands read, in processes of their own, and return the commands."""
-    import tensorflow  # noqa: F401  # every forked process needs it
+    import cascade_lab
 
-    import cascade_lab.bert.attributions
-    import cascade_lab.bert.finetune
-    import cascade_lab.bert.huggingface
-    import cascade_lab.export
-    import cascade_lab.latency_benchmark
-    import cascade_lab.study  # noqa: F401
-
-    in_child(lambda: write_cascade(folder))
-    in_child(lambda: write_checkpoint(folder / "init", 2, seed=5, scale=0.1))
+    # Every forked process needs them, and all of these processes execute the same code.
+    for module in pkgutil.walk_packages(cascade_lab.__path__, "cascade_lab."):
+        importlib.import_module(module.name)
+    helpers.CONFIG["num_hidden_layers"] = 1
+    assert in_child(lambda: write_cascade(folder)) == 0
+    assert in_child(lambda: write_checkpoint(folder / "init", 2, seed=5, scale=0.1)) == 0
     labels = ["oos", "0", "1", "2", "3"]
-    frame = pd.DataFrame({"text": texts(24), "label": [labels[i % 5] for i in range(24)]})
+    frame = pd.DataFrame({"text": texts(60), "label": [labels[i % 5] for i in range(60)]})
+    frame.to_csv(folder / "many.tsv", sep="\t", index=False)
+    frame = frame[:24]
     frame.to_csv(folder / "texts.tsv", sep="\t", index=False)
     full = {split: frame.to_numpy().tolist() for split in ("train", "val", "test")}
     (folder / "full.json").write_text(json.dumps(full))
     (folder / "study.toml").write_text(STUDY)
     cascade, evalset = folder / "cascade.toml", folder / "texts.tsv"
-    assert execute(("export", cascade, "--format", "hf", "--output", folder / "hf"), folder).code == 0
+    kept = ("run", cascade, folder / "many.tsv", "--keep-features", "--no-report", "--output", folder / "kept")
+    for made in (kept, ("export", cascade, "--format", "hf", "--output", folder / "hf")):
+        result = execute(made, folder)
+        assert result.code == 0, result
     latency = ("latency", cascade, evalset, "--batch-sizes", "4", "--repeats", "1", "--limit")
     training = ("finetune", "--init", folder / "init", "--train", evalset, "--eval", evalset, "--threads", 1)
     training += (
@@ -152,15 +173,18 @@ def tensorflow_commands(folder: Path) -> dict[str, Command]:
         "--save-checkpoints-steps",
         1,
         "--train-batch-size",
-        8,
+        12,
         "--num-train-epochs",
         2,
     )
     exported, attributed = ("export", cascade, "--format"), ("attribute", cascade, "pay my bill", "--n-steps")
     imported = ("import-hf", folder / "hf" / "gate"), ("import-hf", folder / "hf" / "intent")
     study = ("study", folder / "study.toml", "--data", folder, "--init", folder / "init")
+    run, rejector = ("run", cascade, evalset), ("fit-rejector", folder / "kept", "--evidence")
+    distance = ("gate,mahalanobis", "--train-run", folder / "kept")
     return {
-        "run": Command(("run", cascade, evalset), ("run", cascade, evalset, "--limit", 5), ("out",)),
+        "run": Command((*run, "--keep-features"), (*run, "--limit", 5), ("out",)),
+        "fit-rejector-distance": Command((*rejector, *distance), (*rejector, "gate"), ("out.toml", "out-*.npz")),
         "latency": Command((*latency, 16), (*latency, 8), ("out",)),
         "export-saved-model": Command((*exported, "saved_model"), (*exported, "hf"), ("out",)),
         "export-hf": Command((*exported, "hf"), (*exported, "saved_model"), ("out",)),
@@ -192,11 +216,10 @@ def execute(
     arguments: Iterable[object],
     root: Path,
     *,
-    at: int = 0,
-    action: Callable[[], object] = lambda: None,
+    before_change: Callable[[int], object] = lambda _: None,
     file_size: int | None = None,
 ) -> Result:
-    """Execute a command in a forked process that does `action` before its change number `at`."""
+    """Execute a command in a forked process, which calls `before_change` with the number of each change: 1, 2, …"""
     # A file would not take the output where no file may be large; these pipes take 1 MiB before anybody reads.
     pipes = [os.pipe() for _ in range(3)]
     out, err, log = (writer for _, writer in pipes)
@@ -208,6 +231,7 @@ def execute(
 
         os.dup2(out, 1)
         os.dup2(err, 2)
+        sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8") for fd in (1, 2))  # noqa: SIM115
         count = 0
         temporary = root / "tmp"
         temporary.mkdir(exist_ok=True)
@@ -221,8 +245,7 @@ def execute(
             if change := _change(event, values, root):
                 count += 1
                 os.write(log, f"{change}\n".encode(errors="replace"))
-                if count == at:
-                    action()
+                before_change(count)
 
         sys.addaudithook(hook)
         code = 1
@@ -267,7 +290,7 @@ def _change(event: str, values: tuple[Any, ...], root: Path) -> str | None:
 
 def snapshot(root: Path, outputs: Iterable[str]) -> dict[str, bytes]:
     """Return the digest of each file of the outputs by its path."""
-    paths = [path for name in outputs for path in (root / name, *(root / name).rglob("*"))]
+    paths = [path for name in outputs for output in root.glob(name) for path in (output, *output.rglob("*"))]
     return {path.relative_to(root).as_posix(): sha256(path.read_bytes()).digest() for path in paths if path.is_file()}
 
 
@@ -291,8 +314,14 @@ def is_new(found: Mapping[str, bytes], old: Mapping[str, bytes], new: Mapping[st
     return found != old
 
 
-def is_noticed(found: Mapping[str, bytes], old: Mapping[str, bytes], new: Mapping[str, bytes], root: Path) -> bool:
-    """Return whether only the JSON of the report is new, which says that the HTML beside it is not its page."""
+def is_harmless(found: Mapping[str, bytes], old: Mapping[str, bytes], new: Mapping[str, bytes], root: Path) -> bool:
+    """Return whether only the first of two files is new, and nobody takes the two for a pair.
+
+    It is a file of arrays that no cascade names yet, or the JSON of a report, which says that the HTML beside it is not
+    its page.
+    """
+    if {name: digest for name, digest in found.items() if not name.endswith(".npz")} == old:
+        return True
     if not old or found != {"out.html": old.get("out.html"), "out.json": new.get("out.json")}:
         return found == {"out.json": new.get("out.json")}
     record = json.loads((root / "out.json").read_text(encoding="utf-8"))
@@ -300,7 +329,9 @@ def is_noticed(found: Mapping[str, bytes], old: Mapping[str, bytes], new: Mappin
 
 
 def litter(root: Path, outputs: Iterable[str]) -> list[str]:
-    return sorted({path.name for path in root.iterdir()} - {*outputs, "tmp"})
+    return sorted(
+        {path.name for path in root.iterdir()} - {path.name for name in outputs for path in root.glob(name)} - {"tmp"}
+    )
 
 
 class Survey:
@@ -327,30 +358,31 @@ class Survey:
         root.mkdir(parents=True)
         if not empty and self.old_root:
             for name in self.command.outputs:
-                source = self.old_root / name
-                (shutil.copytree if source.is_dir() else shutil.copy2)(source, root / name)
+                for source in self.old_root.glob(name):
+                    (shutil.copytree if source.is_dir() else shutil.copy2)(source, root / source.name)
         return root
 
     def run(self, root: Path, arguments: Iterable[object], **keys: Any) -> tuple[Path, Result]:
         return root, execute([*arguments, "--output", root / self.command.outputs[0]], root, **keys)
 
-    def attempt(self, allowed: tuple[int, ...], *, is_clean: bool, **keys: Any) -> Result:
-        """Execute the command with a disturbance, look at what is there, execute it again, and look again."""
-        root, result = self.run(self.root(), self.arguments, **keys)
-        found = snapshot(root, self.command.outputs)
+    def check(self, root: Path, result: Result, *, is_clean: bool) -> None:
+        """Look at what a disturbed command left, execute it again, and look again."""
+        outputs, is_resumed = self.command.outputs, self.command.new[0] in ("finetune", "study")
+        found = snapshot(root, outputs)
         state = (found, self.old, self.new, root)
-        where = f"{self.command.new[0]} {keys}: {result}; {litter(root, self.command.outputs)}"
-        assert result.code in allowed, where
+        where = f"{self.command.new[0]}: {result}; {litter(root, outputs)}"
         whole = is_new(*state)
-        is_resumed = self.command.new[0] in ("finetune", "study")  # they keep what they have done
-        if not is_resumed or self.command.new[0] == "finetune":
-            mixed = len(self.command.outputs) == 2 and result.code == -9 and is_noticed(*state)
+        if self.command.new[0] == "study":  # it keeps each of its trainings and runs
+            name = "out/results.json"
+            assert found.get(name) == self.old.get(name) or json.loads((root / name).read_bytes())["rows"], where
+        else:
+            mixed = len(outputs) == 2 and result.code == -9 and is_harmless(*state)
             assert whole or found == self.old or mixed, where
         if result.code not in (0, -9):
             assert result.stderr.count("\n") == 1, where
             assert result.stderr.startswith("error: "), where
         if is_clean and not is_resumed:
-            assert not litter(root, self.command.outputs), where
+            assert not litter(root, outputs), where
         _, again = self.run(root, self.arguments)
         where += f"; then {again}"
         if whole and not self.replaces and self.command.has_overwrite:
@@ -358,39 +390,65 @@ class Survey:
             assert "exists already" in again.stderr, where
         else:
             assert again.code == 0, where
-        assert is_new(snapshot(root, self.command.outputs), self.old, self.new, root), where
-        assert not litter(root, self.command.outputs), where
+        assert is_new(snapshot(root, outputs), self.old, self.new, root), where
+        assert not litter(root, outputs), where
+
+    def kill(self, stride: int) -> Iterator[str | None]:
+        """Kill the command before every `stride`th change; yield what is wrong afterwards, or None."""
+        root, copies = self.root(), self.folder / "copies"
+
+        def copy(number: int) -> None:
+            if (number - 1) % stride == 0:
+                shutil.copytree(root, copies / f"{number}")
+
+        _, whole = self.run(root, self.arguments, before_change=copy)
+        assert whole.code == 0, whole
+        problems: dict[frozenset[object], str | None] = {}  # a second kill may leave what the first one left
+        for number in range(1, len(whole.changes) + 1, stride):
+            shutil.rmtree(root)
+            (copies / f"{number}").rename(root)  # files may have the path of the output in them
+            state = frozenset((*root.rglob("*"), *snapshot(root, ["*"]).items()))
+            if state not in problems:
+                result = Result(-9, "", whole.changes[:number])
+                problems[state] = _problem(self.check, root, result, is_clean=False)
+            yield problems[state]
+
+    def disturb(self, mode: str, stride: int) -> Iterator[str | None]:
+        """Fail or stop at every `stride`th change, or limit the size of files; yield what is wrong, or None."""
+        if mode == "full":
+            for size in FILE_SIZES[::stride]:
+                yield _problem(self.attempt, (0, 2), is_clean=True, file_size=size)
+            return
+        for number, change in list(enumerate(self.whole.changes, 1))[::stride]:
+            if mode == "stop":
+                yield _problem(self.attempt, (0, 143), is_clean=True, before_change=_at(number, _stop))
+            else:
+                fail = _at(number, partial(_fail, ERRORS[number % len(ERRORS)]))
+                is_clean = not change.startswith(REMOVALS)  # what cannot be removed stays
+                yield _problem(self.attempt, (0, 2), is_clean=is_clean, before_change=fail)
+
+    def attempt(self, allowed: tuple[int, ...], *, is_clean: bool, **keys: Any) -> None:
+        """Execute the command with a disturbance, and check what it left."""
+        root, result = self.run(self.root(), self.arguments, **keys)
+        assert result.code in allowed, result
+        self.check(root, result, is_clean=is_clean)
         shutil.rmtree(root)
-        return result
 
 
-def survey(command: Command, mode: str, folder: Path, *, replaces: bool, stride: int) -> tuple[int, int]:
-    """Disturb a command at every `stride`th change; return how many were tried, and how many changes it has."""
-    surveyed = Survey(command, folder, replaces=replaces)
-    n_changes = len(surveyed.whole.changes)
-    tried = 0
-    if mode == "full":
-        for file_size in FILE_SIZES[::stride]:
-            surveyed.attempt((0, 2), is_clean=True, file_size=file_size)
-            tried += 1
-        return tried, len(FILE_SIZES)
-    for at in range(1, n_changes + 1, stride):
-        if mode == "kill":
-            result = surveyed.attempt((-9, 0), is_clean=False, at=at, action=lambda: _send(signal.SIGKILL))
-        elif mode == "stop":
-            result = surveyed.attempt((0, 143), is_clean=True, at=at, action=lambda: _send(signal.SIGTERM))
-        else:
-            code = ERRORS[at % len(ERRORS)]
-            is_removal = surveyed.whole.changes[at - 1].startswith(REMOVALS)
-            result = surveyed.attempt((0, 2), is_clean=not is_removal, at=at, action=lambda code=code: _fail(code))  # type: ignore[misc]
-        tried += 1
-        if len(result.changes) < at:  # this execution had fewer changes
-            break
-    return tried, n_changes
+def _problem(check: Callable[..., object], *arguments: Any, **keys: Any) -> str | None:
+    try:
+        check(*arguments, **keys)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
-def _send(number: int) -> None:
-    os.kill(os.getpid(), number)
+def _at(number: int, action: Callable[[], object]) -> Callable[[int], object]:
+    return lambda count: action() if count == number else None
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _fail(code: int) -> None:
@@ -416,20 +474,30 @@ def main(folder: str, *tasks: str) -> None:
         if any(task.split(":")[3] in COMMANDS[maker.__name__] for task in tasks):
             (inputs / maker.__name__).mkdir()
             commands |= maker(inputs / maker.__name__)
+    gc.freeze()  # a collection in a forked process would copy the memory of all that was imported
+    wrong = False
     for number, task in enumerate(tasks):
         mode, state, stride, name = task.split(":")
-        tried, n_changes = survey(
-            commands[name], mode, Path(folder) / f"{number}", replaces=state == "replaces", stride=int(stride)
-        )
-        print(f"{task}: {tried} of {n_changes}", flush=True)
+        survey = Survey(commands[name], Path(folder) / f"{number}", replaces=state == "replaces")
+        problems = survey.kill(int(stride)) if mode == "kill" else survey.disturb(mode, int(stride))
+        tried = 0
+        for tried, problem in enumerate(problems, 1):
+            print(f"{task}: attempt {tried}: {problem or 'good'}", file=sys.stderr, flush=True)
+            wrong = wrong or problem is not None
+        n_points = len(FILE_SIZES if mode == "full" else survey.whole.changes)
+        print(f"{task}: {tried} of {n_points}", flush=True)
+    if wrong:
+        sys.exit(1)
 
 
 COMMANDS = {
     "plain_commands": {
         "import-logits", "tune", "fit-rejector", "calibrate", "correct", "audit", "compare", "vocabulary", "report",
+        "collect",
     },
     "tensorflow_commands": {
         "run", "latency", "export-saved-model", "export-hf", "import-hf", "finetune", "attribute", "study",
+        "fit-rejector-distance",
     },
 }  # fmt: skip
 
