@@ -78,8 +78,7 @@ class Cascade:
             A stage cannot be loaded; the stages loaded before it are closed again.
         """
         spec = cascade if isinstance(cascade, CascadeSpec) else CascadeSpec.read(cascade)
-        arrays = spec.rejector.read_arrays() if spec.rejector else {}
-        with_features = spec.rejector.feature_stages if spec.rejector else ()
+        arrays, with_features = spec.read_arrays(), spec.feature_stages
         with ExitStack() as closing:
             stages = [
                 closing.enter_context(Stage(stage, features=keep_features or stage.name in with_features))
@@ -163,11 +162,15 @@ class Cascade:
 
         Both share the sessions: close one of them. The caller checks that the files are the same.
         """
-        arrays = spec.rejector.read_arrays() if spec.rejector else {}
-        return Cascade(spec, self.stages, self._closing, keep_features=self._keep_features, arrays=arrays)
+        return Cascade(spec, self.stages, self._closing, keep_features=self._keep_features, arrays=spec.read_arrays())
 
     def decide(
-        self, stage: StageSpec, outputs: Mapping[str, StageOutput], *, spec: CascadeSpec | None = None
+        self,
+        stage: StageSpec,
+        outputs: Mapping[str, StageOutput],
+        *,
+        spec: CascadeSpec | None = None,
+        known: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[StageDecision, dict[str, np.ndarray]]:
         """Return what `stage` decides, and its rejector's scores of features, from the outputs of all stages so far.
 
@@ -178,8 +181,10 @@ class Cascade:
             Stage name to its output, rows of the same texts.
         spec : CascadeSpec, optional
             The cascade at other thresholds; by default this one.
+        known : mapping of str to ndarray, optional
+            See `decide_from_outputs`.
         """
-        return decide_from_outputs(spec or self.spec, stage, outputs, self._arrays)
+        return decide_from_outputs(spec or self.spec, stage, outputs, self._arrays, known)
 
     def run(
         self,
@@ -327,8 +332,10 @@ class Cascade:
                 output, batches = stage.score(arrived, batch_size=batch_size, done=bar.update)
             scored[spec.name] = ScoredRows(rows, output)
             so_far = {name: scored[name].at(rows) for name in list(scored)[: index + 1]}
-            decision, values = self.decide(spec, so_far)
-            evidence.update(values)
+            decision, values = self.decide(spec, so_far, known={name: known[rows] for name, known in evidence.items()})
+            for name in values.keys() - evidence.keys():
+                evidence[name] = np.full(len(texts), np.nan)
+                evidence[name][rows] = values[name]
             probability[spec.name] = decision.confidence if spec.is_gate else decision.probability
             # All texts are tokenized before they are sorted into batches; a batch's part is its part of the tokens.
             n_tokens = max(sum(batch.n_tokens for batch in batches), 1)
@@ -362,21 +369,17 @@ class Cascade:
         return {stage.spec.name: stage.speculate(encodings) for stage in alike} if len(alike) > 1 else {}
 
     def _evidence(self, joined: JoinedChunks, shadowed: Mapping[str, ScoredRows], n: int) -> dict[str, np.ndarray]:
-        """Return the rejector's scores of features for all texts: by name, shape (n,).
+        """Return the rejectors' scores of features for all texts: by name, shape (n,).
 
         The live values are kept as they are, so that a replay decides exactly alike: a matrix product of other rows
         would round them differently.
         """
-        last, evidence = self.spec.last, {}
-        if not joined.evidence:
-            return {}
-        rows = shadowed[last.name].rows
-        features = {name: values[rows] for name, values in dense_features(joined.scored, shadowed, n).items()}
-        of_shadow = feature_evidence(list(joined.evidence), features, self._arrays)
-        for name, live in joined.evidence.items():
-            evidence[name] = np.full(n, np.nan)
-            evidence[name][joined.scored[last.name].rows] = live
-            evidence[name][rows] = of_shadow[name]
+        evidence = {name: np.full(n, np.nan) for name in self.spec.feature_evidence} | joined.evidence
+        features = dense_features(joined.scored, shadowed, n) if evidence else {}
+        for name, values in evidence.items():
+            stage = name.rpartition(".")[0]
+            missing = np.flatnonzero(np.isnan(values) & ~np.isnan(features[stage][:, 0]))
+            values[missing] = feature_evidence([name], {stage: features[stage][missing]}, self._arrays)[name]
         return evidence
 
     def _shadow(

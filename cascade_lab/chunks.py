@@ -25,7 +25,7 @@ class ChunkResult(NamedTuple):
     probability : dict of str to ndarray of float64
         Stage name to the probability of the rows that it scored: a gate's of its pass label, another stage's highest.
     evidence : dict of str to ndarray of float64
-        The rejector's scores of features, of the rows that the last stage scored.
+        `<stage>.<score>` to a rejector's score of features, shape (n,); NaN where no stage needed it.
     timings : list of tuple
         One row of `timings.parquet` per batch, without the batch's number.
     """
@@ -79,7 +79,12 @@ def join_chunks(results: Sequence[ChunkResult]) -> JoinedChunks:
         for name in results[0].scored
     }
     names = {name: None for result in results for name in result.evidence}
-    evidence = {name: np.concatenate([r.evidence[name] for r in results if name in r.evidence]) for name in names}
+    evidence = {
+        name: np.concatenate(
+            [part.evidence.get(name, np.full(size, np.nan)) for part, size in zip(results, sizes, strict=True)]
+        )
+        for name in names
+    }
     routed = pd.concat([result.routed.frame() for result in results], ignore_index=True)
     columns = [name for name in TIMING_COLUMNS if name != "batch"]
     timings = pd.DataFrame([row for result in results for row in result.timings], columns=columns)

@@ -178,10 +178,12 @@ def fit_arrays(features: np.ndarray, y_true: np.ndarray, names: set[str]) -> dic
     if names & {"whitening", "class_means"}:
         classes, rows = np.unique(y_true.astype(str), return_inverse=True)
         means = np.stack([x[rows == k].mean(axis=0) for k in range(len(classes))])
-        arrays["whitening"] = _whitening(LedoitWolf(assume_centered=True).fit(x - means[rows]).covariance_)
+        arrays["whitening"] = _whitening(
+            LedoitWolf(assume_centered=True, store_precision=False).fit(x - means[rows]).covariance_
+        )
         arrays["class_means"] = means @ arrays["whitening"]
     if names & {"all_whitening", "all_mean"}:
-        arrays["all_whitening"] = _whitening(LedoitWolf().fit(x).covariance_)
+        arrays["all_whitening"] = _whitening(LedoitWolf(store_precision=False).fit(x).covariance_)
         arrays["all_mean"] = x.mean(axis=0, keepdims=True) @ arrays["all_whitening"]
     if "neighbours" in names:
         arrays["neighbours"] = x / np.linalg.norm(x, axis=1, keepdims=True)

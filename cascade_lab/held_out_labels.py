@@ -31,7 +31,7 @@ from cascade_lab.thresholds.rejector import (
     fit_rejector,
     is_in_scope,
     stratified_folds,
-    with_rejector,
+    with_rule,
 )
 
 SPLITS = {"train": ("train",), "val": ("val", "dev", "validation", "valid"), "test": ("test",)}
@@ -259,10 +259,7 @@ def _with_rule(run: Run, names: Sequence[str], train_run: Run | None) -> FittedR
     weight = (-1.0 if name.rpartition(".")[2] in HIGH_OUT_OF_SCOPE else 1.0) / (known.std() or 1.0)
     fitted_on = {"run_id": run.manifest["run_id"], "n_in_scope": len(known), "n_out_of_scope": 0}
     rejector = Rejector((name,), (float(weight),), float(-weight * known.mean()), fitted_on=fitted_on)
-    if arrays:
-        # `FittedRejector.write` gives the file of arrays its name and digest.
-        rejector = dataclasses.replace(rejector, arrays=Path("rejector.npz"), arrays_sha256="")
-    spec = with_rejector(run.spec, rejector)
+    spec = with_rule(run.spec, run.spec.last.name, rejector, arrays)
     return FittedRejector(
         spec, arrays, run.with_confidence(spec, rejector.confidence({name: values}), evidence={name: values})
     )

@@ -68,8 +68,7 @@ def verify_precision(
             raise RunError(f"stage '{stage.name}': the reference engine has float32 only; set engine = \"fast\"")
     in_float32 = all(stage.precision == "float32" for stage in spec.stages)
     lower = {s.name: replace(s, precision="bfloat16") if in_float32 else s for s in spec.stages}
-    arrays = spec.rejector.read_arrays() if spec.rejector else {}
-    with_features = spec.rejector.feature_stages if spec.rejector else ()
+    arrays, with_features = spec.read_arrays(), spec.feature_stages
     n, rows = len(evalset), []
     exact: dict[str, StageOutput] = {}
     other: dict[str, StageOutput] = {}

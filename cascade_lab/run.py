@@ -26,7 +26,7 @@ from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import RunError, did_you_mean
 from cascade_lab.logits import check_logits
 from cascade_lab.provenance import environment
-from cascade_lab.rejector import Rejector, feature_evidence
+from cascade_lab.rejector import feature_evidence
 from cascade_lab.run_directory import new_run_id, unfinished_run
 from cascade_lab.run_schema import SCHEMA_VERSION, check_digest, read_manifest
 from cascade_lab.run_tables import (
@@ -91,7 +91,7 @@ class Run:
     features : mapping of str to ndarray of float16, shape (n_examples, hidden), optional
         Stage name to its features, where they were kept; a row of NaN where the stage did not score the example.
     evidence : mapping of str to ndarray of float64, shape (n_examples,), optional
-        The rejector's scores of features, by `<stage>.<score>`.
+        The rejectors' scores of features, by `<stage>.<score>`.
     directory : path, optional
         Where the run was read from; None for a run in memory.
     name : str, optional
@@ -310,25 +310,36 @@ class Run:
         features = self._features[stage] = _value(self._features[stage])
         return features
 
-    def evidence(self, rejector: Rejector | None) -> Mapping[str, np.ndarray]:
-        """Return a rejector's scores of features, by `<stage>.<score>`: those that were kept, else from the features.
+    def evidence(self, spec: CascadeSpec) -> Mapping[str, np.ndarray]:
+        """Return the scores of features of a cascade's rejectors: those that were kept, else from the features.
+
+        Parameters
+        ----------
+        spec : CascadeSpec
+            The same cascade, maybe with other rejectors.
+
+        Returns
+        -------
+        mapping of str to ndarray of float64, shape (n_examples,)
+            By `<stage>.<score>`.
 
         Raises
         ------
         RunError
             They were not kept, and neither were the features.
         """
-        if rejector is None or not rejector.feature_evidence:
+        names = spec.feature_evidence
+        if not names:
             return {}
-        own = self.spec.rejector
-        if own is not None and own.arrays_sha256 == rejector.arrays_sha256:
+        if self.spec.arrays_sha256 == spec.arrays_sha256:
             self._evidence = _value(self._evidence)
-            if all(name in self._evidence for name in rejector.feature_evidence):
+            if all(name in self._evidence for name in names):
                 return self._evidence
-        if rejector is own:  # a file is not read because a manifest names it
-            raise RunError(f"{self.name}: lacks {rejector.feature_evidence[0]} of its rejector; run again")
-        features = {stage: self.features(stage) for stage in rejector.feature_stages}
-        return feature_evidence(rejector.feature_evidence, features, rejector.read_arrays())
+        if all(stage.rejector is own.rejector for stage, own in zip(spec.stages, self.spec.stages, strict=True)):
+            # A file is not read because a manifest names it.
+            raise RunError(f"{self.name}: lacks {names[0]} of its rejector; run again")
+        features = {stage: self.features(stage) for stage in spec.feature_stages}
+        return feature_evidence(names, features, spec.read_arrays())
 
     def decision(self, stage: str) -> StageDecision:
         """Return what `stage` decides about every example that it scored, at the run's own thresholds."""
@@ -339,7 +350,7 @@ class Run:
     def _decide(self, spec: CascadeSpec, stage: StageSpec, evidence: Mapping[str, np.ndarray] | None = None) -> Any:
         """Return what a stage of `spec` decides about every example that it scored."""
         if evidence is None:
-            evidence = self.evidence(stage.rejector)
+            evidence = self.evidence(spec) if stage.rejector else {}
         needed = {stage.name, *(stage.rejector.stages if stage.rejector else ())}
         return decide_in_cascade(spec, stage, {name: self.scores(name).logits for name in needed}, evidence)
 
@@ -387,7 +398,7 @@ class Run:
             An example would reach a stage that never scored it.
         """
         decisions = {}
-        evidence = self.evidence(spec.rejector)
+        evidence = self.evidence(spec)
         for stage in spec.stages:
             is_same = _before_threshold(spec, stage.name) == _before_threshold(self.spec, stage.name)
             decisions[stage.name] = (
@@ -395,8 +406,15 @@ class Run:
             )
         return self._routed(spec, decisions, evidence)
 
-    def with_confidence(self, spec: CascadeSpec, confidence: np.ndarray, *, evidence: Mapping[str, np.ndarray]) -> Run:
-        """Return this run as `spec` would have made it with other confidences of its last stage.
+    def with_confidence(
+        self,
+        spec: CascadeSpec,
+        confidence: np.ndarray,
+        *,
+        evidence: Mapping[str, np.ndarray],
+        stage: str | None = None,
+    ) -> Run:
+        """Return this run as `spec` would have made it with other confidences of one stage.
 
         Parameters
         ----------
@@ -406,10 +424,13 @@ class Run:
             Such as what a rejector gives that was fitted without the text.
         evidence : mapping of str to ndarray
             As `Run` has it.
+        stage : str, optional
+            The last stage, by default, or a deferral stage.
         """
-        decisions = {stage.name: self.decision(stage.name).with_threshold(stage) for stage in spec.stages[:-1]}
-        last = spec.last
-        decisions[last.name] = decide(last, self.scores(last.name).logits, confidence=confidence)
+        changed = spec.last if stage is None else spec.stage(stage)
+        others = [own for own in spec.stages if own is not changed]
+        decisions = {own.name: self.decision(own.name).with_threshold(own) for own in others}
+        decisions[changed.name] = decide(changed, self.scores(changed.name).logits, confidence=confidence)
         return self._routed(spec, decisions, evidence)
 
     def _routed(
@@ -455,7 +476,7 @@ class Run:
             lambda: self.predictions.iloc[rows].reset_index(drop=True),
             lambda: self.timings,
             features={name: partial(lambda stage: self.features(stage)[rows], name) for name in self._features},
-            evidence=lambda: {name: values[rows] for name, values in self.evidence(self.spec.rejector).items()},
+            evidence=lambda: {name: values[rows] for name, values in self.evidence(self.spec).items()},
             name=self.name,
         )
         run.spec = self.spec

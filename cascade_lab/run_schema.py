@@ -131,8 +131,7 @@ def read_table(directory: Path, name: str, digest: str | None, spec: CascadeSpec
         if name.startswith("features/"):
             return _features(content, path)
         if name == EVIDENCE:
-            needed = () if spec.rejector is None else spec.rejector.feature_evidence
-            columns = {"example_id": STRING, **dict.fromkeys(needed, NUMBER)}
+            columns = {"example_id": STRING, **dict.fromkeys(spec.feature_evidence, NUMBER)}
             return bounded_table(content, path, columns, way_out=WAY_OUT, only=list(columns))
         return bounded_table(content, path, _COLUMNS[name], way_out=WAY_OUT)
     except DAMAGE as error:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 
 from cascade_lab.atomic import write_text
@@ -200,6 +201,28 @@ class CascadeSpec:
     def rejector(self) -> Rejector | None:
         """The last stage's rejector."""
         return self.last.rejector
+
+    @property
+    def feature_evidence(self) -> tuple[str, ...]:
+        """The scores of features, `<stage>.<score>`, that the rejectors of all stages need."""
+        rejectors = [stage.rejector for stage in self.stages if stage.rejector is not None]
+        return tuple(dict.fromkeys(name for rejector in rejectors for name in rejector.feature_evidence))
+
+    @property
+    def feature_stages(self) -> tuple[str, ...]:
+        """The stages whose features the rejectors of all stages need."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.feature_evidence))
+
+    @property
+    def arrays_sha256(self) -> str | None:
+        """The SHA-256 of the file of arrays that all rejectors with scores of features share."""
+        digests = (stage.rejector.arrays_sha256 for stage in self.stages if stage.rejector is not None)
+        return next((digest for digest in digests if digest is not None), None)
+
+    def read_arrays(self) -> dict[str, np.ndarray]:
+        """Read what the rejectors' scores of features need; see `Rejector.read_arrays`."""
+        rejectors = [stage.rejector for stage in self.stages if stage.rejector is not None]
+        return {name: values for rejector in rejectors for name, values in rejector.read_arrays().items()}
 
     @property
     def reject_labels(self) -> tuple[str, ...]:

@@ -50,6 +50,13 @@ def check_order(stages: Sequence[StageSpec], where: str) -> None:
                 near = did_you_mean(score.rpartition(".")[0], names[: index + 1])
                 which = "no stage has that name" if index + 1 == len(names) else "no stage up to this one has that name"
                 raise SpecError(f"{here}: rejector.evidence names '{score}', and {which}{near}")
+    with_arrays = [stage for stage in stages if stage.rejector is not None and stage.rejector.feature_evidence]
+    for stage in with_arrays[1:]:
+        if stage.rejector and stage.rejector.arrays_sha256 != getattr(with_arrays[0].rejector, "arrays_sha256", None):
+            raise SpecError(
+                f"{where}: stage '{stage.name}': rejector.arrays is another file than that of stage "
+                f"'{with_arrays[0].name}'; all rejectors of a cascade share one: fit both with one --train-run"
+            )
 
 
 def _check_deferral(stage: StageSpec, answers: set[str], where: str) -> None:
@@ -63,8 +70,3 @@ def _check_deferral(stage: StageSpec, answers: set[str], where: str) -> None:
         if label not in answers:
             near = did_you_mean(label, sorted(answers))
             raise SpecError(f"{where}: its label '{label}' is no answer of a gate or of the last stage{near}")
-    if stage.rejector is not None and stage.rejector.feature_evidence:
-        raise SpecError(
-            f"{where}: rejector.evidence has '{stage.rejector.feature_evidence[0]}'; the rejector of a deferral stage "
-            "takes scores of logits only, such as max_logit, margin or energy"
-        )

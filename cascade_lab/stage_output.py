@@ -42,7 +42,11 @@ class ScoredRows(NamedTuple):
 
 
 def decide_from_outputs(
-    spec: CascadeSpec, stage: StageSpec, outputs: Mapping[str, StageOutput], arrays: Mapping[str, np.ndarray]
+    spec: CascadeSpec,
+    stage: StageSpec,
+    outputs: Mapping[str, StageOutput],
+    arrays: Mapping[str, np.ndarray],
+    known: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[StageDecision, dict[str, np.ndarray]]:
     """Return what `stage` decides, and its rejector's scores of features.
 
@@ -54,10 +58,14 @@ def decide_from_outputs(
     outputs : mapping of str to StageOutput
         Stage name to its output, rows of the same texts: of this stage and of those before it.
     arrays : mapping of str to ndarray
-        What `Rejector.read_arrays` returns.
+        What `CascadeSpec.read_arrays` returns.
+    known : mapping of str to ndarray, shape (n,), optional
+        Scores of features that an earlier stage's rejector needed too. They are not computed again: a matrix product
+        of other rows would round them differently.
     """
-    names = stage.rejector.feature_evidence if stage.rejector else ()
+    known = known or {}
+    names = [name for name in (stage.rejector.feature_evidence if stage.rejector else ()) if name not in known]
     features = {name: output.features for name, output in outputs.items() if output.features is not None}
-    evidence = feature_evidence(names, features, arrays)
+    evidence = feature_evidence(names, features, arrays) | dict(known)
     logits = {name: output.logits for name, output in outputs.items()}
     return decide_in_cascade(spec, stage, logits, evidence), evidence

@@ -352,6 +352,7 @@ def answered_batches(run: Run, *, seed: int = 0, max_size: int = 16, start: floa
     """
     rng, batches, first = np.random.default_rng(seed), [], 0
     reached = route(run.spec, {stage.name: run.decision(stage.name) for stage in run.spec.stages}).reached
+    at_last = reached[run.spec.last.name]
     second = [text if isinstance(text, str) else None for text in run.examples["text_b"]]
     cascade, n = served_cascade(run), len(run.examples)
     columns = ("predicted", "decided_by", "probability", "confidence")
@@ -360,7 +361,7 @@ def answered_batches(run: Run, *, seed: int = 0, max_size: int = 16, start: floa
         rows = np.arange(first, min(n, first + int(rng.integers(1, max_size + 1))))
         first = rows[-1] + 1
         seen = {name: np.flatnonzero(arrived[rows]) for name, arrived in reached.items()}
-        last = rows[seen[run.spec.last.name]]
+        evidence = {name: np.where(at_last, values, np.nan)[rows] for name, values in run.evidence(run.spec).items()}
         batches.append(
             Answered(
                 cascade,
@@ -370,7 +371,7 @@ def answered_batches(run: Run, *, seed: int = 0, max_size: int = 16, start: floa
                 [second[row] for row in rows] if any(second[row] for row in rows) else None,
                 {name: values[rows] for name, values in answers.items()},
                 {name: SeenRows(own, run.scores(name).logits[rows[own]]) for name, own in seen.items()},
-                {name: values[last] for name, values in run.evidence(run.spec.rejector).items()},
+                evidence,
             )
         )
     return batches

@@ -159,7 +159,7 @@ def test_commands_take_a_deferral_cascade(live: tuple[Path, Path, list[str]], tm
     assert "answers at confidence ≥" in cascade_lab("inspect", path).stdout
     refused = cascade_lab("fit-rejector", run, "--output", tmp_path / "x.toml")
     assert refused.exit_code == 2
-    assert "has a deferral stage" in refused.stderr
+    assert "no stage has a label to reject with" in refused.stderr
 
 
 def test_other_analyses_take_a_deferral_cascade(live: tuple[Path, Path, list[str]]):

@@ -21,7 +21,8 @@ from cascade_lab.evidence import energy, log_odds
 from cascade_lab.exceptions import GoalError, RunError, SpecError
 from cascade_lab.rejector import Rejector, logit_evidence
 from cascade_lab.thresholds import Goal, compare_rejectors, fit_rejector, tune
-from cascade_lab.thresholds.rejector import evidence_names, fitted_on_itself, out_of_fold_run
+from cascade_lab.thresholds.out_of_fold import fitted_on_itself, out_of_fold_run
+from cascade_lab.thresholds.rejector import evidence_names
 from cascade_lab.thresholds.rejector_comparison import rule_metrics
 
 
@@ -133,7 +134,7 @@ def test_live_run_replays_exactly_with_distances_and_survives_a_copy(with_featur
                                .decision("intent").confidence)  # fmt: skip
 
 
-def test_features_are_those_of_bert_tensorflow_and_of_bfloat16(tiny, with_features):
+def test_features_are_those_of_bert_tensorflow(tiny, with_features):
     spec = CascadeSpec.read(tiny)
     stages = tuple(replace(stage, engine="reference") for stage in spec.stages)
     batch = with_features.examples["text"].tolist()[:20]
@@ -142,6 +143,21 @@ def test_features_are_those_of_bert_tensorflow_and_of_bfloat16(tiny, with_featur
             features = stage.score(stage.encode(batch))[0].features
             np.testing.assert_allclose(features, with_features.features(stage.spec.name)[:20], atol=4e-3)
     assert with_features.features("gate").dtype == np.float16
+
+
+def test_features_in_bfloat16_are_near_those_in_float32(tiny, with_features):
+    from cascade_lab.bert.fast import has_bfloat16
+
+    if not has_bfloat16():
+        pytest.skip("this processor has no bfloat16 instructions")
+    spec = CascadeSpec.read(tiny)
+    stages = tuple(replace(stage, precision="bfloat16") for stage in spec.stages)
+    with Cascade.load(replace(spec, stages=stages), keep_features=True) as cascade:
+        for stage in cascade.stages:
+            features = stage.score(stage.encode(with_features.examples["text"].tolist()[:20]))[0].features
+            assert features.dtype == np.float16
+            difference = np.abs(features - with_features.features(stage.spec.name)[:20])
+            assert 0 < difference.max() < 0.2  # of values with a mean square of about 1
 
 
 def test_a_run_without_features_is_refused_in_one_line(run, tiny_run, with_features):

@@ -274,8 +274,8 @@ def test_what_a_real_cascade_served_is_collected_with_its_shadow_scores(kind, re
     for stage in expected.spec.stages:
         own = sample.run.scores(stage.name)
         np.testing.assert_allclose(own.logits, expected.scores(stage.name).logits[rows], atol=1e-4)
-    for name, values in expected.evidence(expected.spec.rejector).items():
-        np.testing.assert_allclose(sample.run.evidence(sample.run.spec.rejector)[name], values[rows], rtol=1e-3)
+    for name, values in expected.evidence(expected.spec).items():
+        np.testing.assert_allclose(sample.run.evidence(sample.run.spec)[name], values[rows], rtol=1e-3)
     passed = sample.run.with_thresholds({"gate": 0.0})
     np.testing.assert_array_equal(
         passed.predictions["predicted"], expected.select(rows).with_thresholds({"gate": 0.0}).predictions["predicted"]

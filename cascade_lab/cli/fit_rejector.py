@@ -38,7 +38,8 @@ def fit_rejector(
     """Fit a rejector: a logistic regression over scores of all stages that tells what is out of scope.
 
     RUN is a run of a tuning set, not of the test set, with shadow scores. The rejector's output replaces the highest
-    probability as the last stage's confidence. The thresholds of all stages are chosen again.
+    probability as the last stage's confidence. The thresholds of the gates and of the last stage are chosen again; a
+    deferral stage keeps its threshold, and what it answers counts as accepted.
 
     Scores of the last stage: max_probability, max_logit, energy, margin, entropy, gen, log_odds; with --train-run also
     mahalanobis, relative_mahalanobis and knn. The name of a gate means its log-odds.

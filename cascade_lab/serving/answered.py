@@ -61,7 +61,7 @@ class Answered:
     scores : dict of str to SeenRows
         Stage name to what it scored; a stage that scored nothing has no rows.
     evidence : dict of str to ndarray of float64
-        `<stage>.<score>` to the rejector's scores of features, for the rows that the last stage scored. Empty unless
+        `<stage>.<score>` to a rejector's score of features, shape (n,); NaN where no stage needed it. Empty unless
         a rejector needs them.
     """
 

@@ -94,7 +94,7 @@ def part_schema(cascade: ServedCascade, *, shadow: float) -> pa.Schema:
     columns |= dict.fromkeys(("probability", "confidence"), pa.float64())
     stages = cascade.manifest["cascade"]["stage"]
     columns |= {f"{LOGITS}{stage['name']}": pa.list_(pa.float32()) for stage in stages}
-    columns |= {f"{EVIDENCE}{name}": pa.float64() for name in _feature_evidence(stages[-1])}
+    columns |= {f"{EVIDENCE}{name}": pa.float64() for name in _feature_evidence(stages)}
     header = {"version": _VERSION, "digest": cascade.digest, "shadow": shadow, "manifest": cascade.manifest}
     return pa.schema(list(columns.items()), metadata={_HEADER: json.dumps(header)})
 
@@ -122,7 +122,7 @@ def answered_batch(schema: pa.Schema, answered: Sequence[Answered], *, keep_text
             values, key = np.full(n, np.nan), name.removeprefix(EVIDENCE)
             for start, batch in zip(starts, answered, strict=False):
                 if key in batch.evidence:
-                    values[batch.scores[stages[-1]].rows + start] = batch.evidence[key]
+                    values[start : start + len(batch.ids)] = batch.evidence[key]
             columns[name] = pa.array(values, from_pandas=True)
     return _batch(schema, columns, n)
 
@@ -215,8 +215,10 @@ def read_part(path: Path) -> PartContent:
     try:
         try:
             content = path.read_bytes()
-        except FileNotFoundError:  # finished meanwhile
+        except FileNotFoundError:  # finished meanwhile, or removed because it was empty
             path = _finished(path)
+            if not path.exists():
+                return PartContent(path)
             content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror or error}); {_WAY_OUT}") from error
@@ -309,8 +311,9 @@ def _is_cut(content: bytes) -> bool:
     )
 
 
-def _feature_evidence(last: Mapping[str, Any]) -> list[str]:
-    return [name for name in (last.get("rejector") or {}).get("evidence", ()) if score_of(name).of_features]
+def _feature_evidence(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [name for stage in stages for name in (stage.get("rejector") or {}).get("evidence", ())]
+    return list(dict.fromkeys(name for name in names if score_of(name).of_features))
 
 
 def _batch(schema: pa.Schema, columns: Mapping[str, Any], n: int) -> pa.RecordBatch:

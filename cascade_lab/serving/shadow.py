@@ -109,8 +109,7 @@ def is_chosen(ids: list[str] | pd.Series, share: float) -> np.ndarray:
 
 def _score(cascade: Cascade, served: ServedCascade, texts: list[_Text]) -> ShadowScores:
     """Score texts with the stages that did not score them; where a rejector needs features, with all stages."""
-    rejector = cascade.spec.rejector
-    needs_features = rejector is not None and bool(rejector.feature_evidence)
+    needs_features = bool(cascade.spec.feature_evidence)
     every, scores, outputs = np.arange(len(texts)), {}, {}
     for stage in cascade.stages:
         name = stage.spec.name
@@ -124,6 +123,8 @@ def _score(cascade: Cascade, served: ServedCascade, texts: list[_Text]) -> Shado
         output, _ = stage.score(encodings)
         outputs[name] = output
         scores[name] = SeenRows(missing, output.logits[missing] if needs_features else output.logits)
-    evidence = cascade.decide(cascade.spec.last, outputs)[1] if needs_features else {}
+    evidence: dict[str, np.ndarray] = {}
+    for spec in cascade.spec.stages if needs_features else ():
+        evidence |= cascade.decide(spec, outputs)[1]
     ids, times = [text.example_id for text in texts], np.array([text.time for text in texts])
     return ShadowScores(served, ids, times, scores, evidence)

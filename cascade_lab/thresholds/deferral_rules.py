@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +15,19 @@ from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.sentences import Summary
 from cascade_lab.decisions import require_scored, route
 from cascade_lab.evidence import SCORES
-from cascade_lab.exceptions import RunError
-from cascade_lab.rejector import Rejector, logit_evidence
+from cascade_lab.exceptions import RunError, did_you_mean
+from cascade_lab.rejector import Rejector
 from cascade_lab.spec import CascadeSpec
-from cascade_lab.thresholds.rejector import fit_logistic, out_of_fold_confidence, stratified_folds
+from cascade_lab.thresholds.rejector import (
+    evidence_table,
+    fit_logistic,
+    origin_of,
+    out_of_fold_confidence,
+    shared_arrays,
+    stratified_folds,
+    with_rule,
+    write_with_arrays,
+)
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
@@ -45,6 +55,8 @@ class DeferralRules:
     spec : CascadeSpec
         The run's cascade with the learned rule as the stage's rejector, fitted on all texts, at a threshold that defers
         the same fraction of them.
+    arrays : mapping of str to ndarray
+        What scores of features need: `<stage>.<array>`.
     """
 
     name: str
@@ -52,6 +64,17 @@ class DeferralRules:
     deferred: float
     table: pd.DataFrame
     spec: CascadeSpec
+    arrays: Mapping[str, np.ndarray]
+
+    def write(self, path: str | Path) -> None:
+        """Write the cascade with the learned rule and, where it needs one, the .npz file of its arrays beside it.
+
+        Raises
+        ------
+        SpecError
+            A file cannot be written.
+        """
+        write_with_arrays(self.spec, self.arrays, path)
 
     @property
     def learned_is_better(self) -> bool:
@@ -79,7 +102,12 @@ class DeferralRules:
 
 
 def compare_deferral_rules(
-    run: Run, stage: str | None = None, *, evidence: Sequence[str] = EVIDENCE, seed: int = 0
+    run: Run,
+    stage: str | None = None,
+    *,
+    evidence: Sequence[str] = EVIDENCE,
+    train_run: Run | None = None,
+    seed: int = 0,
 ) -> DeferralRules:
     """Compare, by cross-validation, deferral by confidence with a learned deferral rule.
 
@@ -97,36 +125,35 @@ def compare_deferral_rules(
     stage : str, optional
         A deferral stage; by default the first.
     evidence : sequence of str
-        Scores of logits: see `evidence.SCORES`.
+        Scores of the stage: see `evidence.SCORES`.
+    train_run : Run, optional
+        The training set with features; scores of features (`mahalanobis`, `relative_mahalanobis`, `knn`) need it.
     seed : int
         Of the folds.
 
     Raises
     ------
     RunError
-        No such deferral stage, no shadow scores, or too few texts on which one answer is better than the other.
+        No such deferral stage, no shadow scores or features, or too few texts on which one answer is better than the
+        other.
     """
     run = run.labelled
     own = _deferral_stage(run, stage)
-    y_true = run.examples["label"].to_numpy(dtype=object)
-    decisions = {s.name: run.decision(s.name) for s in run.spec.stages}
-    rows = np.flatnonzero(route(run.spec, decisions).reached[own])
-    taken = {name: decision.take(rows) for name, decision in decisions.items()}
-    later = require_scored(route(run.spec, taken, force={own: False}), run.name)
-    own_right, later_right = taken[own].label_above == y_true[rows], later.predicted == y_true[rows]
+    rows, own_right, later_right = _both_answers(run, own)
     keep, groups = own_right >= later_right, text_groups(run.examples)[rows]
     _check_both(run, own, keep, groups)
-    logits = {name: run.scores(name).logits[rows] for name in decisions}
     following = [s.name for s in run.spec.stages][[s.name for s in run.spec.stages].index(own) + 1]
-    names = [f"{own}.{score}" for score in evidence]
-    values = _evidence(run, names, logits)
-    ahead = _evidence(run, [f"{following}.{score}" for score in evidence], logits)
+    names = [f"{own}.{_checked(run, score)}" for score in evidence]
+    arrays = shared_arrays(run, own, names, train_run)
+    values = evidence_table(run, names, arrays).to_numpy()[rows]
+    ahead = evidence_table(run, [f"{following}.{score}" for score in EVIDENCE], {}).to_numpy()[rows]
+    decision = run.decision(own).take(rows)
     confidence = {
-        CONFIDENCE: taken[own].confidence,
+        CONFIDENCE: decision.confidence,
         LEARNED: out_of_fold_confidence(values, keep, groups, seed),
         WITH_NEXT: out_of_fold_confidence(np.column_stack([values, ahead]), keep, groups, seed),
     }
-    deferred = float((~taken[own].ends).mean())
+    deferred = float((~decision.ends).mean())
     kept_share = {name: _rank_in_fold(value, keep, groups, seed) for name, value in confidence.items()}
     # A text is answered here if a fraction of at most its rank is deferred.
     right = {name: np.where(rank >= deferred, own_right, later_right) for name, rank in kept_share.items()}
@@ -139,7 +166,41 @@ def compare_deferral_rules(
             table.loc[name, metric] = per_text[name].mean()
             table.loc[name, [f"{metric}_difference", f"{metric}_low", f"{metric}_high"]] = list(found)
         table.loc[CONFIDENCE, [f"{metric}_low", f"{metric}_high"]] = 0.0
-    return DeferralRules(run.name, own, deferred, table, _learned_spec(run, own, names, values, keep, deferred))
+    weights, bias = fit_logistic(values, keep)
+    origin = origin_of(run, train_run if arrays else None)
+    origin |= {"n_keep": int(keep.sum()), "n_defer": int((~keep).sum())}
+    rejector = Rejector(tuple(names), tuple(map(float, weights)), float(bias), fitted_on=origin)
+    learned = rejector.confidence(dict(zip(names, values.T, strict=True)))
+    threshold = float(np.quantile(learned, deferred, method="higher"))
+    spec = with_rule(run.spec, own, rejector, arrays).with_thresholds({own: threshold})
+    return DeferralRules(run.name, own, deferred, table, replace(spec, tuned_on=None), arrays)
+
+
+def learned_targets(run: Run, stage: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows that a learned rule of a deferral stage is fitted on, and whether the text should be kept there.
+
+    These are the texts that reach the stage at the run's thresholds. A text should be kept where the stage's answer is
+    at least as good as that of the stages after it.
+
+    Returns
+    -------
+    rows : ndarray of int, shape (n,)
+    keep : ndarray of bool, shape (n,)
+    """
+    rows, own_right, later_right = _both_answers(run, stage)
+    keep = own_right >= later_right
+    _check_both(run, stage, keep, text_groups(run.examples)[rows])
+    return rows, keep
+
+
+def _both_answers(run: Run, stage: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows that reach a deferral stage, and whether it, and the stages after it, are right there."""
+    y_true = run.examples["label"].to_numpy(dtype=object)
+    decisions = {s.name: run.decision(s.name) for s in run.spec.stages}
+    rows = np.flatnonzero(route(run.spec, decisions).reached[stage])
+    taken = {name: decision.take(rows) for name, decision in decisions.items()}
+    later = require_scored(route(run.spec, taken, force={stage: False}), run.name)
+    return rows, taken[stage].label_above == y_true[rows], later.predicted == y_true[rows]
 
 
 def deferral_summary(run: Run, *, seed: int = 0) -> Summary:
@@ -173,13 +234,10 @@ def _check_both(run: Run, stage: str, keep: np.ndarray, groups: np.ndarray) -> N
         )
 
 
-def _evidence(run: Run, names: Sequence[str], logits: dict[str, np.ndarray]) -> np.ndarray:
-    for name in names:
-        if name.rpartition(".")[2] not in SCORES or SCORES[name.rpartition(".")[2]].of_features:
-            known = ", ".join(score for score, found in SCORES.items() if not found.of_features)
-            raise RunError(f"{run.name}: '{name}' is no score of logits; take some of: {known}")
-    values = logit_evidence(run.spec.stages, names, logits)
-    return np.column_stack([values[name] for name in names])
+def _checked(run: Run, score: str) -> str:
+    if score not in SCORES:
+        raise RunError(f"{run.name}: no score is named '{score}'{did_you_mean(score, list(SCORES))}")
+    return score
 
 
 def _rank_in_fold(confidence: np.ndarray, keep: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
@@ -192,16 +250,3 @@ def _rank_in_fold(confidence: np.ndarray, keep: np.ndarray, groups: np.ndarray, 
         order = np.argsort(np.argsort(confidence[test], kind="stable"), kind="stable")
         rank[test] = (order + 0.5) / len(test)
     return rank
-
-
-def _learned_spec(
-    run: Run, stage: str, names: Sequence[str], values: np.ndarray, keep: np.ndarray, deferred: float
-) -> CascadeSpec:
-    """Return the run's cascade with the learned rule, fitted on all texts, that defers the same fraction."""
-    weights, bias = fit_logistic(values, keep)
-    origin = {"run_id": run.manifest["run_id"], "n_keep": int(keep.sum()), "n_defer": int((~keep).sum())}
-    rejector = Rejector(tuple(names), tuple(map(float, weights)), float(bias), fitted_on=origin)
-    evidence = {name: values[:, k] for k, name in enumerate(names)}
-    threshold = float(np.quantile(rejector.confidence(evidence), deferred, method="higher"))
-    stages = [replace(s, rejector=rejector, threshold=threshold) if s.name == stage else s for s in run.spec.stages]
-    return replace(run.spec, stages=tuple(stages), tuned_on=None)

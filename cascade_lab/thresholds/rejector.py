@@ -14,11 +14,14 @@ import pandas as pd
 from scipy.special import expit
 
 from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.atomic import write_file
+from cascade_lab.decisions import RoutingResult, missing_scores_error, route
 from cascade_lab.evidence import SCORES, fit_arrays
-from cascade_lab.exceptions import GoalError, RunError, did_you_mean
+from cascade_lab.exceptions import GoalError, RunError, SpecError, did_you_mean
+from cascade_lab.locks import remove
 from cascade_lab.rejector import Rejector, array_names, feature_evidence, logit_evidence, score_of
 from cascade_lab.thresholds.objective import Goal
-from cascade_lab.thresholds.search import choose
+from cascade_lab.thresholds.search import Choice, choose
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
@@ -34,8 +37,8 @@ class FittedRejector:
     Attributes
     ----------
     spec : CascadeSpec
-        The run's cascade with the rejector, and with the thresholds of all stages that recall the most out-of-scope
-        texts at the in-scope accuracy asked for. They are chosen on `run`.
+        The run's cascade with the rejector, and with the thresholds that recall the most out-of-scope texts at the
+        in-scope accuracy asked for. They are chosen on `run`. Deferral stages keep theirs.
     arrays : mapping of str to ndarray
         What scores of features need: `<stage>.<array>`.
     run : Run
@@ -55,17 +58,7 @@ class FittedRejector:
         SpecError
             A file cannot be written.
         """
-        from cascade_lab.atomic import write_file
-        from cascade_lab.exceptions import SpecError
-
-        spec, path = self.spec, Path(path)
-        if self.arrays and spec.rejector is not None:
-            content, digest = _npz(self.arrays)
-            file = path.with_name(f"{path.stem}-{digest[:8]}.npz")
-            write_file(file, lambda part: part.write_bytes(content), error=SpecError)
-            rejector = replace(spec.rejector, arrays=file, arrays_sha256=digest)
-            spec = with_rejector(spec, rejector)
-        spec.write(path)
+        write_with_arrays(self.spec, self.arrays, path)
 
 
 def evidence_names(spec: CascadeSpec, names: Sequence[str]) -> list[str]:
@@ -96,6 +89,10 @@ def fit_rejector(
     Scores are standardized, and scikit-learn's regression has its default penalty (C = 1). The weights of the result
     are those of the scores themselves.
 
+    It is fitted on all texts, whether or not they reach the last stage at the run's thresholds: the rule then does not
+    depend on them, and no text is lost. A regression on the texts alone that a deferral stage passes on is no better
+    (on CLINC150, with a small stage that answers 83% of the texts, both recall 75% at the same accuracy).
+
     Parameters
     ----------
     run : Run
@@ -120,64 +117,76 @@ def fit_rejector(
     """
     run = prepared_run(run)
     names = evidence_names(run.spec, evidence)
-    arrays = distance_arrays(run, names, train_run)
+    arrays = shared_arrays(run, run.spec.last.name, names, train_run)
     values = evidence_table(run, names, arrays)
     in_scope = is_in_scope(run)
     weights, bias = fit_logistic(values.to_numpy(), in_scope)
     confidence = out_of_fold_confidence(values.to_numpy(), in_scope, text_groups(run.examples), seed)
-    origin = run.manifest["evalset"]
-    fitted_on = {
-        "run_id": run.manifest["run_id"],
-        "n_in_scope": int(in_scope.sum()),
-        "n_out_of_scope": int((~in_scope).sum()),
-        **{key: origin[key] for key in ("path", "split", "sha256") if origin.get(key) is not None},
-    }
-    if train_run is not None and arrays:
-        fitted_on["train_run_id"] = train_run.manifest["run_id"]
+    counts = {"n_in_scope": int(in_scope.sum()), "n_out_of_scope": int((~in_scope).sum())}
+    fitted_on = origin_of(run, train_run if arrays else None) | counts
     rejector = Rejector(tuple(names), tuple(map(float, weights)), float(bias), fitted_on=fitted_on)
-    if arrays:
-        rejector = replace(rejector, arrays=Path("rejector.npz"), arrays_sha256=_npz(arrays)[1])
-    spec = with_rejector(run.spec, rejector)
-    kept = {name: values[name].to_numpy() for name in names}
-    fitted = run.with_confidence(spec, confidence, evidence=kept)
+    spec = with_rule(run.spec, run.spec.last.name, rejector, arrays)
+    fitted = run.with_confidence(spec, confidence, evidence=all_evidence(run, spec.last.name, values))
     at_least = in_scope_accuracy(run) if at_least is None else at_least
-    goal = Goal(maximize="reject_recall", at_least={"in_scope_accuracy": at_least})
-    fitted = fitted.with_thresholds(choose(fitted, goal).thresholds)
+    fitted = fitted.with_thresholds(choose_rejecting(fitted, at_least).thresholds)
     return FittedRejector(fitted.spec, arrays, fitted)
 
 
-def out_of_fold_run(run: Run, *, seed: int = 0) -> Run:
-    """Return a run whose rejector was fitted on itself with each text's confidence from a fit without that text.
+def choose_rejecting(run: Run, at_least: float) -> Choice:
+    """Return the thresholds of all stages that reject which recall the most at an in-scope accuracy of `at_least`.
 
-    The scores are those of the run's own rejector; the folds are those of `fit_rejector`.
+    Those of deferral stages stay as they are: they say how much time may be spent, and a stage that answers nothing
+    would recall the most.
     """
-    rejector = run.spec.rejector
-    if rejector is None:
-        return run
-    run = run.labelled
-    logits = {stage.name: run.scores(stage.name).logits for stage in run.spec.stages}
-    of_logits = [name for name in rejector.evidence if not score_of(name).of_features]
-    values = logit_evidence(run.spec.stages, of_logits, logits) | dict(run.evidence(rejector))
-    table = np.column_stack([values[name] for name in rejector.evidence])
-    confidence = out_of_fold_confidence(table, is_in_scope(run), text_groups(run.examples), seed)
-    return run.with_confidence(run.spec, confidence, evidence=run.evidence(rejector))
+    goal = Goal(maximize="reject_recall", at_least={"in_scope_accuracy": at_least})
+    return choose(run, goal, [stage.name for stage in run.spec.stages if not stage.is_deferral])
 
 
-def fitted_on_itself(run: Run) -> bool:
-    """Return whether the run's rejector was fitted on this run, or on a run of the same eval set."""
-    rejector = run.spec.rejector
-    if rejector is None:
-        return False
-    fitted, origin = rejector.fitted_on, run.manifest["evalset"]
-    same_file = fitted.get("sha256") is not None and all(
-        fitted.get(key) == origin.get(key) for key in ("sha256", "split")
-    )
-    return bool(same_file or fitted.get("run_id") == run.manifest["run_id"])
+def with_rule(spec: CascadeSpec, stage: str, rejector: Rejector, arrays: Mapping[str, np.ndarray]) -> CascadeSpec:
+    """Return the cascade with another rejector of a stage. All rejectors share one file of arrays, if they need any.
+
+    `write_with_arrays` writes the file, and gives it its name.
+    """
+    changed = replace(spec, stages=tuple(replace(s, rejector=rejector) if s.name == stage else s for s in spec.stages))
+    return _with_file(changed, Path("rejector.npz"), _npz(arrays)[1]) if arrays else changed
 
 
-def with_rejector(spec: CascadeSpec, rejector: Rejector | None) -> CascadeSpec:
-    """Return the cascade with another rejector of its last stage."""
-    return replace(spec, stages=(*spec.stages[:-1], replace(spec.last, rejector=rejector)))
+def _with_file(spec: CascadeSpec, file: Path, digest: str) -> CascadeSpec:
+    stages = [
+        replace(stage, rejector=replace(stage.rejector, arrays=file, arrays_sha256=digest))
+        if stage.rejector is not None and stage.rejector.feature_evidence
+        else stage
+        for stage in spec.stages
+    ]
+    return replace(spec, stages=tuple(stages))
+
+
+def write_with_arrays(spec: CascadeSpec, arrays: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Write a cascade and, beside it, the .npz file of its rejectors' arrays, whose name contains its digest."""
+    path = Path(path)
+    if arrays:
+        content, digest = _npz(arrays)
+        file = path.with_name(f"{path.stem}-{digest[:8]}.npz")
+        is_new = not file.exists()
+        try:
+            write_file(file, lambda part: part.write_bytes(content), error=SpecError)
+            _with_file(spec, file, digest).write(path)
+        except BaseException:
+            if is_new:
+                remove(file)
+            raise
+    else:
+        spec.write(path)
+
+
+def origin_of(run: Run, train_run: Run | None) -> dict[str, Any]:
+    """Return what a rule is fitted on, for `Rejector.fitted_on`."""
+    origin = run.manifest["evalset"]
+    return {
+        "run_id": run.manifest["run_id"],
+        **{key: origin[key] for key in ("path", "split", "sha256") if origin.get(key) is not None},
+        **({} if train_run is None else {"train_run_id": train_run.manifest["run_id"]}),
+    }
 
 
 def in_scope_accuracy(run: Run) -> float:
@@ -190,11 +199,6 @@ def prepared_run(run: Run) -> Run:
     """Return the labelled texts, with a label to reject with; raise RunError where a rejector cannot be fitted."""
     run = run.labelled
     spec = run.spec
-    if any(stage.is_deferral for stage in spec.stages):
-        raise RunError(
-            f"{run.name}: its cascade has a deferral stage, whose answers no rejector of the last stage can reject; "
-            "fit the rejector on a run of the other stages alone"
-        )
     if spec.last.reject_label is None:
         if not spec.reject_labels:
             raise RunError(f"{run.name}: no stage has a label to reject with; give the last stage a reject_label")
@@ -203,8 +207,6 @@ def prepared_run(run: Run) -> Run:
     for stage in run.spec.stages:
         missing = ~run.scores(stage.name).scored
         if missing.any():
-            from cascade_lab.decisions import missing_scores_error
-
             raise missing_scores_error(run.name, stage.name, int(missing.sum()))
     in_scope, groups = is_in_scope(run), text_groups(run.examples)
     for kind, rows in (("in scope", in_scope), ("out of scope", ~in_scope)):
@@ -239,6 +241,42 @@ def distance_arrays(run: Run, names: Sequence[str], train_run: Run | None) -> di
         fitted = fit_arrays(features[known], y_true[known], wanted)
         arrays |= {f"{stage}.{name}": values for name, values in fitted.items()}
     return arrays
+
+
+def shared_arrays(run: Run, stage: str, names: Sequence[str], train_run: Run | None) -> dict[str, np.ndarray]:
+    """Return the arrays that a new rule of `stage` and the rejectors of all other stages need; none if it needs none.
+
+    Raises
+    ------
+    RunError
+        The training texts are not those that another stage's rejector was fitted with.
+    """
+    if not any(score_of(name).of_features for name in names):
+        return {}  # the other stages' rejectors keep their file
+    needed = _of_other_stages(run, stage)
+    arrays = distance_arrays(run, list(dict.fromkeys([*names, *needed])), train_run)
+    if needed:
+        kept, again = run.evidence(run.spec), evidence_table(run, needed, arrays)
+        for name in needed:
+            if not np.allclose(kept[name], again[name], rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise RunError(
+                    f"{run.name}: {name} of another stage's rejector is of other training texts; give the run that it "
+                    "was fitted with as --train-run"
+                )
+    return arrays
+
+
+def all_evidence(run: Run, stage: str, values: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return the scores of features of a new rule of `stage`, and those of the other stages' rejectors as they are."""
+    own = {name: values[name].to_numpy() for name in values if score_of(name).of_features}
+    needed = _of_other_stages(run, stage)
+    return own | ({name: run.evidence(run.spec)[name] for name in needed} if needed else {})
+
+
+def _of_other_stages(run: Run, stage: str) -> list[str]:
+    """Return the scores of features that the rejectors of all stages but one need."""
+    others = [s.rejector for s in run.spec.stages if s.name != stage and s.rejector is not None]
+    return list(dict.fromkeys(name for rejector in others for name in rejector.feature_evidence))
 
 
 def evidence_table(run: Run, names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
@@ -286,10 +324,18 @@ def is_in_scope(run: Run) -> np.ndarray:
     return np.asarray(pd.Index(run.examples["label"]).isin(run.spec.in_scope_labels))
 
 
+def without_rejection(run: Run) -> RoutingResult:
+    """Return the way of the texts if nothing is rejected: all gates stand open, and the last stage accepts every text.
+
+    A deferral stage answers as it does in the run. Needs shadow scores (`prepared_run` checks them).
+    """
+    decisions = {stage.name: run.decision(stage.name) for stage in run.spec.stages}
+    return route(run.spec, decisions, force={stage.name: True for stage in run.spec.stages if not stage.is_deferral})
+
+
 def is_correct(run: Run) -> np.ndarray:
-    """Return whether the last stage's most probable label is the true one: bool, shape (n,)."""
-    label_above = run.decision(run.spec.last.name).label_above
-    return np.asarray(label_above == run.examples["label"].to_numpy(dtype=object))
+    """Return whether the cascade's label is the true one if nothing is rejected: bool, shape (n,)."""
+    return np.asarray(without_rejection(run).predicted == run.examples["label"].to_numpy(dtype=object))
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> tuple[bytes, str]:

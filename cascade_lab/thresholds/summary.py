@@ -14,7 +14,7 @@ from cascade_lab.thresholds.gain import share_sentences
 from cascade_lab.thresholds.guarantee import bounds_of
 from cascade_lab.thresholds.new_texts import MAX_UNDEFINED, MIN_TEXTS
 from cascade_lab.thresholds.objective import LATENCIES
-from cascade_lab.thresholds.rejector import fitted_on_itself
+from cascade_lab.thresholds.out_of_fold import fitted_on_itself
 from cascade_lab.thresholds.resampling import N_FOLDS
 from cascade_lab.thresholds.search import BOTH_KINDS
 
@@ -54,9 +54,10 @@ def notes(tuning: Tuning) -> list[str]:
             "over them looks too small."
         )
     result += _how_often_kept(tuning)
-    if fitted_on_itself(tuning.run):
+    if stages := fitted_on_itself(tuning.run):
         result.append(
-            "The rejector was fitted on these texts, so each text's confidence comes from a fit without that text."
+            f"The rejector of {' and of '.join(stages)} was fitted on these texts, so each text's confidence there "
+            "comes from a fit without that text."
         )
     if attrs["n_infeasible"]:
         result.append(

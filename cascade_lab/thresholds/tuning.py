@@ -21,13 +21,13 @@ from cascade_lab.thresholds.gain import Verdict, compare_with_own, judge
 from cascade_lab.thresholds.grid import ThresholdGrid
 from cascade_lab.thresholds.guarantee import Guarantee, check_guarantee, choose_or_abstain, is_of_one_kind
 from cascade_lab.thresholds.objective import Goal
+from cascade_lab.thresholds.out_of_fold import fitted_on_itself, out_of_fold_run
 from cascade_lab.thresholds.per_label import (
     PerLabelThresholds,
     check_per_label,
     per_label_procedure,
     per_label_thresholds,
 )
-from cascade_lab.thresholds.rejector import fitted_on_itself, out_of_fold_run
 from cascade_lab.thresholds.resampling import (
     ThresholdBootstrap,
     bootstrap_thresholds,
