@@ -224,6 +224,11 @@ def wilson(n_hits: float, n: float, *, level: float = 0.95) -> Interval:
     With up to three hits or misses, the end of the interval that lies nearer to 0 or 1 is that of the Poisson
     distribution (Brown, Cai and DasGupta 2001); otherwise true fractions just outside are missed too often.
 
+    A fraction has few possible values, so no interval covers 0.95 exactly. At 0.95, with 60 to 1,000 texts, this one
+    covers 0.93 to 0.97 where at least 10 hits and 10 misses are expected; 0.925 to 0.98 where at least 5 are; and up to
+    1.0 nearer to 0 and 1, where a set without any hit, or any miss, is the usual one. The mean over all fractions is
+    0.95 to 0.96.
+
     Parameters
     ----------
     n_hits, n : float
