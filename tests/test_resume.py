@@ -35,6 +35,7 @@ def prepare(root: Path) -> None:
         (unfinished.folder / folder).mkdir()
         for name in FILES[3:5]:
             (unfinished.folder / folder / name).write_text("weights")
+            (unfinished.folder / folder / f"{name}.tempstate123").write_text("of a process that was killed in a save")
 
 
 def finish(root: Path, *, overwrite: bool, record: str = "new") -> None:

@@ -139,8 +139,12 @@ def find_checkpoint(path: Path) -> str:
 
 
 def checkpoint_files(prefix: str) -> list[Path]:
-    """Return the files of the checkpoint at `prefix`: `.index` and `.data-…` (`.meta` is not needed)."""
-    return [Path(path) for path in sorted(glob(f"{escape(prefix)}.[di]*"))]
+    """Return the files of the checkpoint at `prefix`: `.data-…` and `.index` (`.meta` is not needed).
+
+    A `.data-….tempstate…` that a killed process left is not one of them.
+    """
+    patterns = (f"{escape(prefix)}.data-?????-of-?????", f"{escape(prefix)}.index")
+    return [Path(path) for pattern in patterns for path in sorted(glob(pattern))]
 
 
 def open_checkpoint(prefix: str) -> CheckpointReader:

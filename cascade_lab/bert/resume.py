@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cascade_lab.atomic import locked_output, put_in_place, to_json, unfinished_path, write_text
-from cascade_lab.bert.checkpoint import find_checkpoint
+from cascade_lab.bert.checkpoint import checkpoint_files, find_checkpoint
 from cascade_lab.bert.checkpoint_reader import CheckpointReader
 from cascade_lab.bert.graph import set_weights
 from cascade_lab.bert.quiet_tensorflow import tf
@@ -147,7 +147,7 @@ class UnfinishedTraining:
             shutil.rmtree(final)
         final.mkdir()
         name = f"model.ckpt-{best_step}"
-        for path in (self.folder / "best").glob(f"{name}.*"):
+        for path in checkpoint_files(str(self.folder / "best" / name)):
             shutil.copy(path, final / path.name)
         write_lines(final / "checkpoint", [f'model_checkpoint_path: "{name}"', f'all_model_checkpoint_paths: "{name}"'])
         (final / "bert_config.json").write_text(to_json(config), encoding="utf-8")
