@@ -114,3 +114,15 @@ def test_groups_are_drawn_as_a_whole():
     np.testing.assert_allclose(of_codes[1:].mean(axis=0), expected.mean(axis=0), atol=0.5)
     np.testing.assert_allclose(np.cov(of_codes[1:].T), np.cov(expected.T), rtol=0.15, atol=4)
     assert bootstrap(lambda w: w.sum(), 200, groups=groups, n_resamples=50).value == 200
+
+
+def test_strata_keep_their_sizes():
+    """Codes 0 and 1 are one stratum, 2 and 3 another; of texts that belong together, the groups are counted."""
+    codes, strata = np.array([0] * 5 + [1] * 7 + [2] * 4 + [3] * 4), np.array([0, 0, 1, 1])
+    once = resample_codes(codes, 4, strata=strata, n_resamples=200)
+    assert (once[:, :2].sum(axis=1) == 12).all()
+    assert (once[:, 2:].sum(axis=1) == 8).all()
+    assert once[:, 0].std() == pytest.approx(np.sqrt(12 * 5 / 12 * 7 / 12), rel=0.2)
+    three = resample_codes(codes.repeat(3), 4, strata=strata, groups=np.arange(20).repeat(3), n_resamples=200)
+    assert (three[:, :2].sum(axis=1) == 36).all()
+    assert (three[1:] % 3 == 0).all()

@@ -14,14 +14,15 @@ import pytest
 from helpers import random_run
 from scipy.stats import binom, norm
 
-from cascade_lab.analysis.bootstrap import Interval, fraction_interval, wilson
+from cascade_lab.analysis.bootstrap import Interval, fraction_interval, resample_codes, wilson
 from cascade_lab.analysis.calibration import calibration_error
+from cascade_lab.analysis.classification import confusion_metrics
 from cascade_lab.analysis.coverage import risk_coverage_areas, risk_coverage_curve
 from cascade_lab.analysis.intervals import outcome_intervals, prediction_intervals
 from cascade_lab.analysis.metrics import metric_intervals
 from cascade_lab.analysis.outcomes import metric_from_counts
 from cascade_lab.analysis.paired import paired_metrics
-from cascade_lab.analysis.ranking import ranking_intervals, ranking_metrics
+from cascade_lab.analysis.ranking import auroc_interval, ranking_intervals, ranking_metrics
 
 Cases = dict[str, tuple[float, Interval]]
 Simulation = Callable[[np.random.Generator, int], Cases]
@@ -36,16 +37,27 @@ def case(function: Simulation) -> Simulation:
     return function
 
 
-@pytest.mark.parametrize(("n", "least"), [(20, 0.925), (60, 0.93), (300, 0.93)])
-def test_fractions_are_covered_exactly(n, least):
-    """For every true fraction from 0.005 to 0.995, and 0.95 in the mean over them."""
-    intervals = [wilson(k, n) for k in range(n + 1)]
-    low, high = np.array(intervals).T[1:]
-    covered = []
-    for p in np.arange(0.005, 1, 0.005):
-        covered.append(binom.pmf(np.arange(n + 1), n, p) @ ((low <= p) & (p <= high)))
-    assert min(covered) > least
-    assert 0.94 < np.mean(covered) < 0.975
+def exact_coverage(n, fractions):
+    """Return how often Wilson's interval of `n` texts contains each true fraction."""
+    hits = np.arange(n + 1)[:, None]
+    low, high = np.array([wilson(k, n)[1:] for k in range(n + 1)]).T[:, :, None]
+    return (binom.pmf(hits, n, fractions) * ((low <= fractions) & (fractions <= high))).sum(axis=0)
+
+
+@pytest.mark.parametrize(("n", "mean"), [(20, 0.957), (60, 0.953), (100, 0.952), (300, 0.951)])
+def test_fractions_are_covered_as_far_as_their_few_values_allow(n, mean):
+    """By enumeration, for true fractions from 0.001 to 0.999.
+
+    Near 0 and 1 nearly all sets have the same count, and its interval must not be short: up to 0.998 are covered.
+    """
+    fractions = np.arange(1, 1000) / 1000
+    covered, expected = exact_coverage(n, fractions), n * np.minimum(fractions, 1 - fractions)
+    assert covered.min() > 0.925
+    assert covered.mean() == pytest.approx(mean, abs=0.001)
+    for least, low, high in ((5, 0.925, 0.98), (10, 0.93, 0.97)):
+        frequent = covered[expected >= least]
+        assert low < frequent.min() <= frequent.max() < high, least
+        assert 0.945 < frequent.mean() < 0.96
     assert wilson(20, 20).low == pytest.approx(0.839, abs=0.001)
 
 
@@ -87,6 +99,7 @@ def _macro(n_labels: int, n: int, accuracy: float, *, balanced: bool = False, ti
 BY_CASE["150 labels x 20 texts"] = _macro(150, 3000, 0.9)
 BY_CASE["150 labels x 20 texts, balanced"] = _macro(150, 3000, 0.9, balanced=True)
 BY_CASE["150 labels x 10 texts"] = _macro(150, 1500, 0.9)
+BY_CASE["10 labels x 20 texts, balanced"] = _macro(10, 200, 0.8, balanced=True)
 BY_CASE["10 labels x 20 texts"] = _macro(10, 200, 0.8)
 BY_CASE["10 labels x 20 texts, each 5 times"] = _macro(10, 200, 0.8, times=5)
 
@@ -260,6 +273,73 @@ def test_few_sets_are_covered(name):
         assert rate >= 1 - 7.5 / n, metric
 
 
+def test_a_resample_of_a_balanced_set_is_balanced_and_shows_the_bias_of_macro_precision():
+    """With as many texts of each label, precision is a ratio with a fixed part: on average it is above the truth.
+
+    Over 2,000 such sets it is by 0.0066; a resample that draws each label's texts for themselves shows about that.
+    """
+    joint = _label_population(10, 0.8)
+    rng, biases = np.random.default_rng(0), {True: [], False: []}
+    for seed in range(20):
+        y_true = np.repeat(np.arange(10), 20)
+        y_pred = (rng.random(200)[:, None] > joint.cumsum(axis=1)[y_true, :-1] * 10).sum(axis=1)
+        pairs, cell = np.unique(y_true * 10 + y_pred, return_inverse=True)
+        for is_stratified, of in biases.items():
+            strata = pairs // 10 if is_stratified else None
+            drawn = resample_codes(cell, len(pairs), strata=strata, n_resamples=500, seed=seed)
+            precision = confusion_metrics(pairs // 10, pairs % 10, 10, drawn)["macro_precision"]
+            of.append(precision[1:].mean() - precision[0])
+    assert np.mean(biases[True]) == pytest.approx(0.0066, abs=0.003)
+    assert np.mean(biases[False]) == pytest.approx(0, abs=0.002)
+
+
+def band(n):
+    """Return 0.93 and 0.97, each with three standard errors of a simulation of `n` sets."""
+    return 0.93 - 3 * np.sqrt(0.93 * 0.07 / n), 0.97 + 3 * np.sqrt(0.97 * 0.03 / n)
+
+
+def auroc_coverage(m, n, distance, spread, n_sets):
+    """Return how often AUROC's interval contains the area of normal scores; those of `m` texts vary `spread` times."""
+    rng, n_covered = np.random.default_rng(m + n), 0
+    truth = norm.cdf(distance / np.sqrt(1 + spread**2))
+    for _ in range(n_sets):
+        score = np.append(distance + spread * rng.normal(size=m), rng.normal(size=n))
+        found = auroc_interval(np.arange(m + n) < m, score)
+        n_covered += found.low <= truth <= found.high
+    return n_covered / n_sets
+
+
+def test_areas_of_ten_texts_are_covered():
+    low, high = band(600)
+    assert low <= auroc_coverage(10, 90, 2.0, 1.0, 600) <= high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("m", "n"), [(10, 90), (10, 990), (20, 80), (60, 240), (30, 30)])
+@pytest.mark.parametrize("distance", [1.0, 2.0, 3.0, 4.0])
+def test_areas_from_0_76_to_0_998_are_covered(m, n, distance):
+    low, high = band(2000)
+    assert low <= auroc_coverage(m, n, distance, 1.0, 2000) <= high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("m", "n", "distance", "spread", "measured"),
+    [
+        (10, 90, 1.5, 0.5, 0.988),
+        (10, 990, 1.5, 0.5, 0.996),
+        (60, 240, 1.5, 0.5, 0.974),
+        (10, 90, 3.0, 2.0, 0.937),
+        (10, 990, 3.0, 2.0, 0.913),
+        (20, 80, 3.0, 2.0, 0.903),
+        (60, 240, 3.0, 2.0, 0.940),
+    ],
+)
+def test_few_texts_do_not_show_how_much_scores_vary(m, n, distance, spread, measured):
+    """What `auroc_interval` says of scores of the rarer kind that vary half or twice as much: no method covers both."""
+    assert auroc_coverage(m, n, distance, spread, 2000) == pytest.approx(measured, abs=0.02)
+
+
 @pytest.mark.slow
 def test_the_metrics_of_runs_are_covered(tmp_path):
     """500 runs of 400 texts from one of 40,000: every metric of the cascade and of its stages."""
@@ -275,17 +355,27 @@ def test_the_metrics_of_runs_are_covered(tmp_path):
     rates = {name: float(np.mean(covered)) for name, covered in hits.items()}
     for (stage, name), rate in rates.items():
         print(f"{stage or 'cascade':45s} {name:40s} {rate:.3f} of 500")
-    assert min(rates.values()) >= 0.93 - 3 * np.sqrt(0.93 * 0.07 / 500), rates
+    low, _ = band(500)
+    assert min(rates.values()) >= low, rates
+    # Single metrics near 1 are covered more often (see `wilson`); in the mean they are not.
+    assert np.mean(list(rates.values())) <= 0.975, rates
+
+
+WIDE = {("confidences of 200 texts", "aurc"): 0.985, ("confidences of 200 texts, each 5 times", "aurc"): 0.985}
+"""Above 0.97 as measured: few errors among the surest texts decide the area; a resample has them twice or never."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(BY_CASE))
 def test_intervals_cover(name):
-    """0.93 to 0.97, but for three standard errors of the simulation; more where a discrete metric allows no less."""
+    """0.93 to 0.97, each with three standard errors of the simulation; what is covered more often is in `WIDE`."""
     rates = list(coverage(name, LONG))
     for metric, rate, n in rates:
         print(f"{name:45s} {metric:40s} {rate:.3f} of {n}")
-    assert all(rate >= 0.93 - 3 * np.sqrt(0.93 * 0.07 / n) for _, rate, n in rates), rates
+    for metric, rate, n in rates:
+        low, high = band(n)
+        assert low <= rate, (metric, rate)
+        assert rate <= high or rate == pytest.approx(WIDE.get((name, metric)), abs=0.012), (metric, rate)
 
 
 def test_the_bootstrap_of_one_outcome_is_not_empty():
