@@ -333,7 +333,7 @@ def missing_scores_error(where: str, stage: str, n: int) -> RunError:
     """Return the error for `n` examples that reach, or should reach, a stage that never scored them."""
     return RunError(
         f"{where}: stage '{stage}' never scored {n:,} of the examples that this needs; run the cascade again with "
-        "shadow scores"
+        "shadow scores (of a service's traffic: `cascade-lab collect --sample`)"
     )
 
 

@@ -122,6 +122,12 @@ def join_labels(examples: pd.DataFrame, given: LabelFile, spec: CascadeSpec) -> 
     return joined
 
 
+def has_unequal_weights(examples: pd.DataFrame) -> bool:
+    """Return whether labels were drawn with unequal probabilities, so that unweighted metrics are biased."""
+    weights = examples[WEIGHT].dropna() if WEIGHT in examples else pd.Series(dtype=float)
+    return bool(len(weights)) and not math.isclose(weights.min(), weights.max())
+
+
 def _string(value: Any) -> str:
     """Return a cell as a string; "" for none. A whole number that became a float beside empty cells is whole again."""
     if is_missing(value):

@@ -281,7 +281,8 @@ class Run:
         if is_labelled.all() and len(is_labelled):
             return self
         if not is_labelled.any():
-            raise RunError(f"{self.name}: no example has a label, and this needs some; add a column 'label'")
+            way_out = "collect with --labels" if self.manifest.get("source") == "service" else "add a column 'label'"
+            raise RunError(f"{self.name}: no example has a label, and this needs some; {way_out}")
         return self.select(np.flatnonzero(is_labelled))
 
     def scores(self, stage: str) -> StageScores:

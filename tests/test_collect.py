@@ -11,7 +11,9 @@ import pytest
 from helpers import answered_batches, mixed_run, random_run, run_of_probabilities, served_cascade
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from cascade_lab.cli import app
 from cascade_lab.exceptions import EvalSetError, RunError
 from cascade_lab.label_files import read_labels
 from cascade_lab.run import Run
@@ -20,6 +22,7 @@ from cascade_lab.serving.collect import collect
 from cascade_lab.serving.log_files import SeenRows, ShadowScores
 from cascade_lab.serving.shadow import is_chosen
 from cascade_lab.serving.traffic_log import TrafficLog
+from cascade_lab.thresholds import Goal, choose
 
 START = 1.75e9
 
@@ -297,3 +300,62 @@ def test_damaged_parts_are_read_as_far_as_they_are_whole_or_refused(tmp_path):
             n_read += 1
     assert n_read > 5
     assert n_refused > 5
+
+
+# The command.
+
+
+def run_collect(*arguments: object):
+    return CliRunner().invoke(app, ["collect", *map(str, arguments)])
+
+
+def test_the_command_writes_a_run_and_prints_weighted_metrics(tmp_path):
+    run = random_run(tmp_path / "run", n=300)
+    log_run(tmp_path / "log", run, shadow=0.3, keep_texts=True)
+    drawn = run.examples.iloc[::3].assign(weight=[1.0, 5.0] * 50)
+    drawn[["example_id", "label", "weight"]].to_csv(tmp_path / "labels.csv", index=False)
+    arguments = ("--labels", tmp_path / "labels.csv", "--since", "2025-06-15T17:06:40+02:00", "--until", "2025-06-16Z")
+    result = run_collect(tmp_path / "log", *arguments, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = Run.read(tmp_path / "out")
+    same_answers(found, run)
+    expected = np.average(found.labelled.predictions.eval("label == predicted"), weights=[1.0, 5.0] * 50)
+    assert f"accuracy             {expected:.4f}  " in result.output
+    assert "metrics: on the 100 of 300 texts that have a label" in result.output
+    assert "labels: 100 of the 100 ids" in result.output
+    assert "the labels have unequal weights, which these metrics leave out" in result.output
+    again = run_collect(tmp_path / "log", "--output", tmp_path / "out")
+    assert (again.exit_code, "exists already" in again.output) == (2, True)
+
+
+def test_the_sample_of_a_log_can_be_tuned(tmp_path):
+    """Tuning on the sample finds what tuning on the same texts of a run with all shadow scores finds."""
+    run = random_run(tmp_path / "run", n=600)
+    log_run(tmp_path / "log", run, shadow=0.5)
+    run.examples[["example_id", "label"]].to_csv(tmp_path / "labels.tsv", sep="\t", index=False)
+    found = collect(tmp_path / "log", sample=True, labels=read_labels(tmp_path / "labels.tsv")).run
+    rows = np.flatnonzero(is_chosen(run.examples["example_id"].tolist(), 0.5))
+    goal = Goal(maximize="accuracy")
+    own, expected = choose(found, goal), choose(run.select(rows), goal)
+    assert (own.thresholds, own.counts.tolist()) == (expected.thresholds, expected.counts.tolist())
+    unlabelled = collect(tmp_path / "log", sample=True).run
+    with pytest.raises(RunError, match="; collect with --labels"):
+        choose(unlabelled, goal)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--since", "yesterday"), "--since yesterday: is no time; write it like 2026-11-26"),
+        (("--digest", "ff"), "no cascade's digest begins with 'ff'"),
+        (("--sample",), "the service had no --shadow"),
+        (("--labels", "nowhere.tsv"), "nowhere.tsv: cannot be read"),
+        (("--labels", "labels.pdf"), "unknown format of labels"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path):
+    log_run(tmp_path / "log", random_run(tmp_path / "run", n=20))
+    result = run_collect(tmp_path / "log", *arguments, "--output", tmp_path / "out")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,8 @@ from helpers import run_of_probabilities
 from scipy.stats import t as student_t
 
 from cascade_lab.analysis.bootstrap import wilson
-from cascade_lab.analysis.sampled_labels import has_unequal_weights, sampled_metrics, weighted_fraction_interval
+from cascade_lab.analysis.sampled_labels import sampled_metrics, weighted_fraction_interval
+from cascade_lab.label_files import has_unequal_weights
 
 N = 20_000
 
@@ -109,10 +110,10 @@ def test_metrics_by_hand():
     assert found["value"].to_dict() == pytest.approx(expected)
     assert found["n_labelled"].tolist() == [6, 4, 2, 2, 6]
     assert (found["low"] < found["value"]).all()
-    assert has_unequal_weights(run)
+    assert has_unequal_weights(run.examples)
     equal = by_hand([2.0] * 6 + [np.nan])
     assert sampled_metrics(equal)["value"].to_dict()["accuracy"] == pytest.approx(0.5)
-    assert not has_unequal_weights(equal)
+    assert not has_unequal_weights(equal.examples)
 
 
 def test_a_metric_of_no_text_is_undefined():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,11 +101,3 @@ def sampled_metrics(run: Run, *, level: float = 0.95) -> pd.DataFrame:
         hits, of = (is_outcome(outcomes)[codes] for outcomes in (part, whole))
         rows[name] = (*weighted_fraction_interval(hits, of, weights, groups=groups, level=level), int(of.sum()))
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n_labelled"])
-
-
-def has_unequal_weights(run: Run) -> bool:
-    """Return whether the labels of a run were drawn with unequal probabilities: unweighted metrics are then biased."""
-    if WEIGHT not in run.examples:
-        return False
-    weights = run.examples[WEIGHT].dropna()
-    return bool(len(weights)) and not math.isclose(weights.min(), weights.max())

@@ -93,7 +93,8 @@ def _read_time(value: str | None, option: str) -> datetime | None:
 
 def _print_sampled(run: Run) -> None:
     """Print the metrics of all texts, estimated from the labelled ones, where only some have labels."""
-    from cascade_lab.analysis.sampled_labels import has_unequal_weights, sampled_metrics
+    from cascade_lab.analysis.sampled_labels import sampled_metrics
+    from cascade_lab.label_files import has_unequal_weights
 
     if run.examples["label"].notna().all():
         return
@@ -106,7 +107,7 @@ def _print_sampled(run: Run) -> None:
             f"{row['n_labelled']:,.0f}",
         )
     show(shown)
-    if has_unequal_weights(run):
-        line("weighted by the column weight; the metrics above, and those of other commands, are not weighted")
+    if has_unequal_weights(run.examples):
+        line("weighted by the column weight of the labels")
     else:
         line("if the labelled texts are a simple random sample; otherwise add a column weight to the labels")

@@ -141,9 +141,13 @@ def print_run(run: Run) -> None:
 
 def print_labelled(run: Run) -> None:
     """Print how many texts have a label, if not all have one: metrics are of these texts."""
+    from cascade_lab.label_files import has_unequal_weights
+
     is_labelled = run.examples["label"].notna()
     if not is_labelled.all():
         line(f"metrics: on the {is_labelled.sum():,} of {len(is_labelled):,} texts that have a label")
+    if has_unequal_weights(run.examples):
+        line("the labels have unequal weights, which these metrics leave out; `collect` and sampled_metrics use them")
 
 
 def _print_metrics(run: Run) -> None:

@@ -224,9 +224,9 @@ class TrafficLog:
         answered = [one for one in records if isinstance(one, Answered)]
         shadow = [one for one in records if isinstance(one, ShadowScores)]
         n_lost = self._n_unreported
-        for one in shadow:
-            self._part.write(shadow_batch(self._part.schema, one), n_lost=0)
-            self.n_shadow += len(one.ids)
+        for scores in shadow:
+            self._part.write(shadow_batch(self._part.schema, scores), n_lost=0)
+            self.n_shadow += len(scores.ids)
         if answered:
             batch = answered_batch(self._part.schema, answered, keep_texts=self.keep_texts)
             self._part.write(batch, n_lost=n_lost)
