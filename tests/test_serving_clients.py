@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ from test_serving_load import serving
 
 from cascade_lab import Cascade
 
-pytestmark = pytest.mark.slow
 DOCKERFILE = Path(__file__).parents[1] / "cascade_lab" / "serving" / "Dockerfile"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", [True, False])
 def test_tritons_client_reads_the_answers(tiny, binary):
     client = pytest.importorskip("tritonclient.http")
@@ -42,12 +43,30 @@ def test_tritons_client_reads_the_answers(tiny, binary):
             triton.infer("other", [sent])
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_fault(tiny, tmp_path):
     pytest.importorskip("schemathesis")
     with serving(tiny) as (process, port):
         checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{port}/openapi.json"]
         command += ["--checks", checks, "--max-examples", "1000", "--seed", "0"]
+        command += ["--header", "X-Request-Timeout: 10"]  # otherwise it also asks for 1 ms, which is answered with 504
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-5000:]
         assert process.poll() is None
+
+
+def test_the_dockerfile_copies_what_is_there_and_starts_a_known_command():
+    lines = [line.split(maxsplit=1) for line in DOCKERFILE.read_text().splitlines() if line and line[0] != "#"]
+    known = "FROM WORKDIR COPY RUN USER EXPOSE STOPSIGNAL HEALTHCHECK ENTRYPOINT CMD"
+    assert {name for name, _ in lines} <= set(known.split())
+    for name, rest in lines:
+        if name == "COPY" and not rest.startswith("--from"):
+            for source in rest.split()[:-1]:
+                assert (DOCKERFILE.parents[2] / source).exists(), source
+    command = json.loads(dict(lines)["ENTRYPOINT"])
+    health = json.loads(dict(lines)["HEALTHCHECK"].partition(" CMD ")[2])
+    compile(health[2], "health check", "exec")
+    assert command[1:] == ["serve", "--host", "0.0.0.0", "--port", "8000"]
+    assert ":8000/v2/health/ready" in health[2]
+    assert dict(lines)["USER"] == "10001"

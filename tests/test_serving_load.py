@@ -28,6 +28,7 @@ from cascade_lab.spec import CascadeSpec
 pytestmark = pytest.mark.slow
 N_REQUESTS = int(os.environ.get("SERVING_REQUESTS", "100000"))
 COMMAND = [sys.executable, "-c", "from cascade_lab.cli import main; main()"]
+POOL = texts(500, seed=11)
 SIZES, SHARES = [1, 2, 5, 20, 100], [0.6, 0.2, 0.1, 0.08, 0.02]
 
 
@@ -51,15 +52,21 @@ def cascades(spec: CascadeSpec) -> dict[str, CascadeSpec]:
     return {"given": spec, "strict": spec.with_thresholds({"gate": 0.9}), "short": replace(spec, stages=short)}
 
 
+@pytest.fixture(scope="module")
+def answers(tiny) -> dict[str, list[dict]]:
+    """What each of `cascades` predicts for `POOL`, row by row."""
+    found = {}
+    for name, spec in cascades(CascadeSpec.read(tiny)).items():
+        with Cascade.load(spec) as loaded:
+            found[name] = loaded.predict(POOL).to_dict("records")
+    return found
+
+
 class Load:
     """Sends requests of mixed sizes from several connections, and checks each answer against `predict`'s."""
 
-    def __init__(self, cascade: Path, *, n_pool: int = 500):
-        self.pool = texts(n_pool, seed=11)
-        self.answers = {}
-        for name, spec in cascades(CascadeSpec.read(cascade)).items():
-            with Cascade.load(spec) as loaded:
-                self.answers[name] = loaded.predict(self.pool).to_dict("records")
+    def __init__(self, answers: dict[str, list[dict]]):
+        self.answers = answers
         self.statuses: dict[int, int] = {}
         self.answered: list[str] = []
         self.seconds: list[float] = []
@@ -84,11 +91,11 @@ class Load:
         rng = np.random.default_rng(number)
         async with Connection(port) as connection:
             for request in range(n):
-                rows = rng.integers(0, len(self.pool), rng.choice(SIZES, p=SHARES)).tolist()
+                rows = rng.integers(0, len(POOL), rng.choice(SIZES, p=SHARES)).tolist()
                 ids = [f"{number}.{request}.{i}" for i in range(len(rows))]
                 started = time.perf_counter()
                 try:
-                    status, content = await connection.post(predict_body([self.pool[row] for row in rows], ids))
+                    status, content = await connection.post(predict_body([POOL[row] for row in rows], ids))
                 except (ConnectionError, asyncio.IncompleteReadError):
                     self.n_cut_off += 1
                     return
@@ -123,8 +130,8 @@ def every(seconds: float, action: Callable[[int], object]) -> Iterator[None]:
     thread.join()
 
 
-def test_every_answer_equals_predict_none_is_lost_none_doubled(tiny):
-    load = Load(tiny)
+def test_every_answer_equals_predict_none_is_lost_none_doubled(tiny, answers):
+    load = Load(answers)
     with serving(tiny) as (process, port):
         load.run(port, n=2000)
         memory = psutil.Process(process.pid).memory_info().rss
@@ -136,10 +143,10 @@ def test_every_answer_equals_predict_none_is_lost_none_doubled(tiny):
     assert grown < 1.03
 
 
-def test_reloads_every_second_drop_nothing(tiny, tmp_path):
+def test_reloads_every_second_drop_nothing(tiny, answers, tmp_path):
     spec, path = CascadeSpec.read(tiny), tmp_path / "cascade.toml"
     spec.write(path)
-    load, variants = Load(tiny), list(cascades(spec).values())
+    load, variants = Load(answers), list(cascades(spec).values())
     with serving(path) as (process, port):
 
         def reload(number: int) -> None:
@@ -156,10 +163,10 @@ def test_reloads_every_second_drop_nothing(tiny, tmp_path):
     assert len(set(load.answered)) == len(load.answered)
 
 
-def test_sigterm_in_the_middle_answers_what_was_accepted(tiny, tmp_path):
+def test_sigterm_in_the_middle_answers_what_was_accepted(tiny, answers, tmp_path):
     for round_number in range(5):
         folder = tmp_path / f"log{round_number}"
-        load = Load(tiny)
+        load = Load(answers)
         with serving(tiny, "--log", folder) as (process, port):
             threading.Timer(1 + 0.3 * round_number, process.send_signal, [signal.SIGTERM]).start()
             load.run(port, n=10**6)
@@ -170,8 +177,8 @@ def test_sigterm_in_the_middle_answers_what_was_accepted(tiny, tmp_path):
         assert set(logged) == set(load.answered), "accepted, answered and logged are the same texts"
 
 
-def test_a_full_queue_refuses_and_the_rest_is_right(tiny):
-    load = Load(tiny)
+def test_a_full_queue_refuses_and_the_rest_is_right(tiny, answers):
+    load = Load(answers)
     with serving(tiny, "--max-waiting-texts", 40) as (_, port):
         load.run(port, n=N_REQUESTS // 10, connections=64)
     assert set(load.statuses) == {200, 429}
@@ -179,8 +186,8 @@ def test_a_full_queue_refuses_and_the_rest_is_right(tiny):
     assert load.statuses[200] > load.statuses[429] / 10
 
 
-def test_a_full_log_disk_stops_the_log_and_not_the_service(tiny, small_disk):
-    load = Load(tiny)
+def test_a_full_log_disk_stops_the_log_and_not_the_service(tiny, answers, small_disk):
+    load = Load(answers)
     with serving(tiny, "--log", small_disk) as (_, port):
         load.run(port, n=max(N_REQUESTS // 20, 2000))
     assert set(load.statuses) == {200}

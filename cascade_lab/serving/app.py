@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -29,7 +30,7 @@ from cascade_lab.serving.live_cascade import LiveCascade
 from cascade_lab.serving.metrics import Metrics
 from cascade_lab.serving.openapi import description, page
 from cascade_lab.serving.pending import Answers
-from cascade_lab.serving.protocol import Limits, Problem, predict_response, read_predict
+from cascade_lab.serving.protocol import MIN_TIMEOUT, Limits, Problem, predict_response, read_predict
 from cascade_lab.serving.traffic_log import TrafficLog
 
 logger = logging.getLogger(__name__)
@@ -140,8 +141,8 @@ class Service:
             seconds = float(given)
         except ValueError:
             seconds = math.nan
-        if not 0 < seconds < math.inf:
-            raise Problem(422, f"the header {TIMEOUT_HEADER} must be seconds, such as 0.5")
+        if not MIN_TIMEOUT <= seconds < math.inf:
+            raise Problem(422, f"the header {TIMEOUT_HEADER} must be seconds, such as 0.5, at least {MIN_TIMEOUT}")
         return min(seconds, self.limits.timeout_seconds)
 
     async def reload(self) -> LiveCascade:
@@ -155,9 +156,10 @@ class Service:
                 live = await asyncio.to_thread(before.reload, self.spec_file)
                 self.batcher.replace(live)
                 self._api_key = key
-            except CascadeLabError as error:
+            except Exception as error:
                 self.metrics.count_reload("refused")
-                logger.error("reload refused, serving on as before: %s", error)
+                unforeseen = not isinstance(error, CascadeLabError)
+                logger.error("reload refused, serving on as before: %s", error, exc_info=unforeseen)
                 raise
             kind = "thresholds" if live.cascade.stages is before.cascade.stages else "models"
             self.metrics.count_reload(kind)
@@ -236,11 +238,14 @@ def create_app(
     async def show_metrics(request: Request) -> Response:
         return Response(service.metrics.page(), headers={"Content-Type": prometheus.CONTENT_TYPE})
 
+    def openapi() -> dict[str, Any]:
+        return description(service.limits, service.batcher.current.cascade.spec.name)
+
     async def show_openapi(request: Request) -> Response:
-        return Response(msgspec.json.encode(description(service.limits)), media_type=JSON)
+        return Response(msgspec.json.encode(openapi()), media_type=JSON)
 
     async def show_docs(request: Request) -> Response:
-        return HTMLResponse(page(description(service.limits)))
+        return HTMLResponse(page(openapi()))
 
     def route(
         path: str, endpoint: Endpoint, method: str = "GET", *, protocol: str | None = None, is_open: bool = False

@@ -9,7 +9,7 @@ import msgspec
 
 from cascade_lab import __version__
 from cascade_lab.serving.open_inference import InferRequest
-from cascade_lab.serving.protocol import MAX_ID, Limits, PredictRequest, PredictResponse, ProblemBody
+from cascade_lab.serving.protocol import MAX_ID, MIN_TIMEOUT, Limits, PredictRequest, PredictResponse, ProblemBody
 
 _REFUSALS = {
     "400": "The body cannot be read.",
@@ -23,8 +23,8 @@ _REFUSALS = {
 }
 
 
-def description(limits: Limits) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of a service with these limits."""
+def description(limits: Limits, cascade: str) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a service with these limits, for the cascade of that name."""
     _, schemas = msgspec.json.schema_components(
         [PredictRequest, PredictResponse, ProblemBody, InferRequest], ref_template="#/components/schemas/{name}"
     )
@@ -32,12 +32,12 @@ def description(limits: Limits) -> dict[str, Any]:
     properties = schemas["PredictRequest"]["properties"]
     properties["texts"] |= {**bounds, "items": {"type": "string", "maxLength": limits.max_characters}}
     properties["ids"]["anyOf"][0] |= {**bounds, "items": {"type": "string", "minLength": 1, "maxLength": MAX_ID}}
-    model = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    model = [{"name": "model", "in": "path", "required": True, "schema": {"enum": [cascade]}}]
     timeout = {
         "name": "X-Request-Timeout",
         "in": "header",
         "description": f"Seconds to wait for the answer, at most {limits.timeout_seconds:g}.",
-        "schema": {"type": "number", "exclusiveMinimum": 0},
+        "schema": {"type": "number", "minimum": MIN_TIMEOUT},
     }
     predict_refusals = tuple(_REFUSALS)
     paths = {

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cascade_lab.serving.pending import Answers
 
 MAX_ID = 200  # characters
+MIN_TIMEOUT = 0.001  # seconds
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class _Server(uvicorn.Server):
 
     def _start_reload(self) -> None:
         async def reload() -> None:
-            with suppress(CascadeLabError):  # it is logged
+            with suppress(Exception):  # it is logged
                 await self._app.state.service.reload()
 
         self._reload = asyncio.create_task(reload())
