@@ -23,6 +23,7 @@ from cascade_lab.json_files import check_keys, read_object
 from cascade_lab.provenance import environment, sha256
 from cascade_lab.rejector import score_of
 from cascade_lab.run import Run
+from cascade_lab.run_directory import check_run_output
 from cascade_lab.spec import CascadeSpec, StageSpec
 from cascade_lab.text import printable
 from cascade_lab.thresholds.objective import Goal
@@ -36,6 +37,7 @@ else:
 
 _FLAGS: dict[str, Any] = dataclasses.asdict(Flags())
 _AT_LEAST = {"num_train_epochs": 1, "train_batch_size": 1, "max_seq_length": 3, "save_checkpoints_steps": 1}
+_AT_MOST = {"warmup_proportion": 1, "seed": 2**31 - 1}
 _TABLES: dict[str, dict[str, Any]] = {
     "model": {"name": str, "train": str, "labels": list | None, "leave_out": list | None, "seeds": list | None},
     "scheme": {
@@ -154,6 +156,8 @@ def read_recipe(path: Path, required: Sequence[str]) -> dict[str, Any]:
                 values = table[key].values() if isinstance(table[key], dict) else table[key]
                 for value in values:
                     check_keys({key: value}, {key: _ITEMS[key]}, where, **options)
+            for seed in table.get("seeds", []):
+                check_flags({"seed": seed}, where)
     names = [model["name"] for model in recipe.get("model", [])]
     for scheme in recipe.get("scheme", []):
         _check_scheme(scheme, names, f"{path}: scheme '{scheme['name']}'")
@@ -192,9 +196,9 @@ def check_flags(flags: Mapping[str, Any], where: str) -> None:
         if type(value) is not kind and not (kind is float and type(value) is int):
             names = {bool: "true or false", int: "a whole number", float: "a number"}
             raise SpecError(f"{where}: {key} is {value!r}; it must be {names[kind]}")
-        least, most = _AT_LEAST.get(key, 0), 1 if key == "warmup_proportion" else float("inf")
-        if not least <= value <= most:
-            limit = f"from {least} to {most}" if most == 1 else f"at least {least}"
+        least, most = _AT_LEAST.get(key, 0), _AT_MOST.get(key)
+        if not (value >= least and (most is None or value <= most)):  # NaN too
+            limit = f"at least {least}" if most is None else f"from {least} to {most}"
             raise SpecError(f"{where}: {key} is {value}; it must be {limit}")
 
 
@@ -256,6 +260,7 @@ def score(spec: CascadeSpec, evalset: EvalSet, path: Path, *, keep_features: boo
     SpecError
         The run at `path` has other texts or labels.
     """
+    check_run_output(path, overwrite=True)  # removes what a killed process left
     if path.exists():
         run = Run.read(path)
         columns = ("example_id", "text", "label")

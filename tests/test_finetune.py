@@ -210,6 +210,9 @@ def test_settings_that_cannot_be_trained_are_refused(ground, tmp_path):
     refused(r"label 'empty' has no training text \(1 such labels\)", labels=(*KEYS, "empty"))
     refused("the labels must be at least two and all different", labels=("money", "money", "music", "sky"))
     refused("max_seq_length is 49, but the model has only 48 positions", flags=Flags(max_seq_length=49))
+    for seed in (-1, 2**31):
+        with pytest.raises(TrainingError, match="it must be from 0 to 2147483647"):
+            Flags(seed=seed)
     (tmp_path / "dev.tsv").write_text("text\tlabel\nhello\tnever seen\n")
     sets = [EvalSet.read(ground / "train.tsv"), EvalSet.read(tmp_path / "dev.tsv")]
     with pytest.raises(TrainingError, match=r"dev.tsv line 2: label 'never seen' is not one of the 3 labels"):

@@ -140,6 +140,7 @@ def check_rejector(output: Path, results: dict[str, Any]) -> None:
         (("num_train_epochs = 3", "num_train_epochs = 0"), "num_train_epochs is 0; it must be at least 1"),
         (("max_seq_length = 16", 'max_seq_length = "16"'), "max_seq_length is '16'; it must be a whole number"),
         (("max_seq_length = 16", "warmup_proportion = 2"), "warmup_proportion is 2; it must be from 0 to 1"),
+        (("seeds = [0, 1]", "seeds = [0, -1]"), "model 'two': seed is -1; it must be from 0 to 2147483647"),
         (('train = "full.json"\n', ""), "model 'two': has no train"),
         (('stages = ["two"]', "stages = []"), "scheme 'threshold': stages is empty"),
         (('maximize = "accuracy"', 'maximize = "accuracy"\nevidence = ["energy"]'), "has both maximize and evidence"),

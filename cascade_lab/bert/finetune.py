@@ -52,6 +52,7 @@ class Flags:
     save_checkpoints_steps : int
         The number of steps after which the training is saved.
     seed : int
+        From 0 to 2,147,483,647.
     threads : int
         The number of threads inside one operation of TensorFlow, and of operations in parallel. 0 lets TensorFlow
         choose. With 1, two trainings with the same seed have bit-identical weights.
@@ -66,6 +67,10 @@ class Flags:
     save_checkpoints_steps: int = 200
     seed: int = 0
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise TrainingError(f"seed is {self.seed}; it must be from 0 to {2**31 - 1}")
 
 
 @dataclass(frozen=True)
