@@ -137,7 +137,7 @@ name = "all"
 train = "full.json"
 
 [[scheme]]
-name = "one"
+name = "{scheme}"
 stages = ["all"]
 """
 
@@ -159,7 +159,8 @@ def tensorflow_commands(folder: Path) -> dict[str, Command]:
     frame.to_csv(folder / "texts.tsv", sep="\t", index=False)
     full = {split: frame.to_numpy().tolist() for split in ("train", "val", "test")}
     (folder / "full.json").write_text(json.dumps(full))
-    (folder / "study.toml").write_text(STUDY)
+    for scheme in ("old", "new"):  # of the same models and runs
+        (folder / f"{scheme}.toml").write_text(STUDY.format(scheme=scheme))
     cascade, evalset = folder / "cascade.toml", folder / "texts.tsv"
     kept = ("run", cascade, folder / "many.tsv", "--keep-features", "--no-report", "--output", folder / "kept")
     for made in (kept, ("export", cascade, "--format", "hf", "--output", folder / "hf")):
@@ -179,7 +180,7 @@ def tensorflow_commands(folder: Path) -> dict[str, Command]:
     )
     exported, attributed = ("export", cascade, "--format"), ("attribute", cascade, "pay my bill", "--n-steps")
     imported = ("import-hf", folder / "hf" / "gate"), ("import-hf", folder / "hf" / "intent")
-    study = ("study", folder / "study.toml", "--data", folder, "--init", folder / "init")
+    study = ("--data", folder, "--init", folder / "init")
     run, rejector = ("run", cascade, evalset), ("fit-rejector", folder / "kept", "--evidence")
     distance = ("gate,mahalanobis", "--train-run", folder / "kept")
     return {
@@ -191,7 +192,9 @@ def tensorflow_commands(folder: Path) -> dict[str, Command]:
         "import-hf": Command(*imported, ("out",)),
         "finetune": Command((*training, "--seed", 1), (*training, "--seed", 2), ("out",)),
         "attribute": Command((*attributed, 4), (*attributed, 5), ("out.html",)),
-        "study": Command(study, study, ("out",), False),
+        "study": Command(
+            ("study", folder / "new.toml", *study), ("study", folder / "old.toml", *study), ("out",), False
+        ),
     }
 
 
