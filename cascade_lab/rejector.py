@@ -21,8 +21,8 @@ _LARGEST = 1e100  # of a weight, so that no product with a score overflows
 _MAX_BYTES = 2**33  # of the arrays; a small file could declare more than fits into memory
 _WAY_OUT = "put the file there that `cascade-lab fit-rejector` wrote, or fit the rejector again"
 # What zipfile and NumPy raise at a damaged file; a RuntimeError is an encrypted one.
-_DAMAGE = (OSError, ValueError, LookupError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError)
-_DAMAGE += (zipfile.BadZipFile, zlib.error)
+_OF_NUMPY = (OSError, ValueError, LookupError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError)
+_DAMAGE = (*_OF_NUMPY, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
