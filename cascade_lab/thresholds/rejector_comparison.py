@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -242,7 +243,7 @@ def _rule_of_now(run: Run, at_least: float) -> np.ndarray:
     high.
     """
     try:
-        thresholds = choose_rejecting(run, at_least).thresholds
+        thresholds: Mapping[str, float | None] = choose_rejecting(run, at_least).thresholds
     except InfeasibleError:
         thresholds = run.spec.thresholds
     ratio, arrives = np.full(len(run.examples), np.inf), np.ones(len(run.examples), dtype=bool)
