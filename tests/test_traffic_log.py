@@ -162,10 +162,11 @@ def test_half_surrogate_pairs_and_other_scripts_are_logged(run, tmp_path):
 def test_records_that_cannot_be_written_do_not_stop_the_log(run, tmp_path):
     batches = answered_batches(run)
     with TrafficLog(tmp_path) as log:
-        log.add(replace(batches[0], scores={}))
+        for batch in (batches[1], replace(batches[0], scores={}), batches[2]):
+            log.add(batch)
         wait_for(lambda: log.n_lost == len(batches[0].ids))
-        log.add(batches[1])
-    assert log.n_written == len(batches[1].ids)
+        log.add(batches[3])
+    assert log.n_written == sum(len(batch.ids) for batch in batches[1:4])
     assert collect(tmp_path).n_lost == len(batches[0].ids)
 
 

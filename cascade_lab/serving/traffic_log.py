@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cascade_lab.cascade import Cascade
 
 _LOG = logging.getLogger(__name__)
-_FLUSH_SECONDS = 0.5  # at most one second of records may be lost to SIGKILL, the time of the writing included
+_FLUSH_SECONDS = 0.25  # at most one second of records may be lost to SIGKILL, also where all processors are busy
 _RETRY_SECONDS = 2.0  # on a full disk
 _BATCH = 16384  # texts in one record batch
 
@@ -29,9 +29,9 @@ _BATCH = 16384  # texts in one record batch
 class TrafficLog:
     """Writes what a service answers into a folder, as parts that `cascade-lab collect` makes a run of.
 
-    `add` only puts into a queue; a thread writes twice a second. So SIGKILL loses less than a second of records, and
-    `close` none. On a full disk the records wait in the queue until there is room again; those for which the queue has
-    no room are counted as lost. Several services may write into one folder: each has parts of its own.
+    `add` only puts into a queue; a thread writes four times a second. So SIGKILL loses less than a second of records,
+    and `close` none. On a full disk the records wait in the queue until there is room again; those for which the queue
+    has no room are counted as lost. Several services may write into one folder: each has parts of its own.
 
     Parameters
     ----------
@@ -193,11 +193,12 @@ class TrafficLog:
 
     def _write(self, pending: list[Answered | ShadowScores]) -> None:
         """Write records and take them out of `pending`; raises OSError, with the rest still in it."""
+        alone = False
         while pending:
             kind, cascade, n_texts, n = type(pending[0]), pending[0].cascade, 0, 0
             for records in pending:
                 is_alike = type(records) is kind and records.cascade.digest == cascade.digest
-                if not is_alike or (isinstance(records, ShadowScores) and n) or n_texts > _BATCH:
+                if not is_alike or (n and (alone or kind is ShadowScores)) or n_texts > _BATCH:
                     break
                 n, n_texts = n + 1, n_texts + len(records.ids)
             if self._part is not None and self._part.cascade.digest != cascade.digest:
@@ -210,6 +211,9 @@ class TrafficLog:
                     self._finish_part()
                 raise
             except Exception:  # the service goes on, whatever is wrong with these records
+                if n > 1:
+                    alone = True
+                    continue
                 _LOG.exception("%s: %d records cannot be logged", self.folder, n_texts)
                 self._lose(n_texts if kind is Answered else 0)
             del pending[:n]
