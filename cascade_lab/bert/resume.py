@@ -189,7 +189,8 @@ class UnfinishedTraining:
 
     def _read_state(self, prefix: str) -> dict[str, Any]:
         """Read the state that was saved with a checkpoint, and check that it belongs to it."""
-        path, options = Path(f"{prefix}.state.json"), {"error": TrainingError, "way_out": self._way_out}
+        path = Path(f"{prefix}.state.json")
+        options: Any = {"error": TrainingError, "way_out": self._way_out}
         state = read_object(path, **options)
         check_keys(state, _STATE, str(path), **options)
         for number, row in enumerate(state["curve"], 1):
