@@ -101,7 +101,7 @@ class Batcher:
     ):
         self._current = LiveCascade.of(cascade) if isinstance(cascade, Cascade) else cascade
         self._latest = self._current  # it may still be in the queue of arrivals
-        self._given = self._current if isinstance(cascade, Cascade) else None  # the caller closes it
+        self._of_caller = self._current if isinstance(cascade, Cascade) else None  # the caller closes it
         self._max_waiting_texts = max_waiting_texts
         self._log, self._observe, self._idle = log, observe, idle
         self._lock = threading.Lock()
@@ -228,7 +228,7 @@ class Batcher:
             if parts:
                 self._answer(parts, encodings)
                 self._close_replaced()
-        if self._given is None or self._current.cascade.stages != self._given.cascade.stages:
+        if self._of_caller is None or self._current.cascade.stages != self._of_caller.cascade.stages:
             self._current.cascade.close()
 
     def _receive(self, is_open: bool) -> bool:
@@ -359,12 +359,14 @@ class Batcher:
     def _close_replaced(self) -> None:
         """Close replaced cascades whose sessions no request needs any longer."""
         needed = [self._current, *(request.live for request in self._waiting if request.live)]
-        needed += [self._given] if self._given else []
+        needed += [self._of_caller] if self._of_caller else []
         stages = [live.cascade.stages for live in needed]
         for live in self._replaced:
             if live.cascade.stages not in stages:
                 live.cascade.close()
-        self._replaced = [live for live in self._replaced if live.cascade.stages in stages and live is not self._given]
+        self._replaced = [
+            live for live in self._replaced if live.cascade.stages in stages and live is not self._of_caller
+        ]
 
 
 def _answered(
