@@ -65,8 +65,8 @@ class Running:
     def get(self, path: str, **options) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=60, **options)
 
-    def raw(self, content: bytes, *, seconds: float = 30) -> bytes:
-        """Send bytes, and return all that comes until the connection is closed."""
+    def raw(self, content: bytes, *, seconds: float = 60) -> bytes:
+        """Send bytes, and return all that comes until the service closes the connection, which it must."""
         with socket.create_connection(("127.0.0.1", self.port)) as connection:
             connection.settimeout(seconds)
             received = b""
@@ -74,7 +74,7 @@ class Running:
                 connection.sendall(content)
                 while part := connection.recv(65536):
                     received += part
-            except (ConnectionError, TimeoutError):
+            except ConnectionError:
                 pass
             return received
 
@@ -208,15 +208,13 @@ def test_slow_and_broken_senders_are_cut_off_while_others_are_answered(running, 
         "no end of the chunks": head + b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"tex\r\n',
     }
     hostile = [b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", head + b"A: " + b"b" * 3_000_000, b"PRI * HTTP/2.0\r\n\r\n"]
-    started = time.perf_counter()
     with ThreadPoolExecutor(8) as clients:
         waiting = {name: clients.submit(running.raw, content) for name, content in slow.items()}
         cut = [clients.submit(running.raw, content) for content in hostile]
-        for _ in range(20):
+        for _ in range(5):
             assert_same(frame(running.post({"texts": ["pay my bill"]})), loaded.predict(["pay my bill"]))
         received = {name: request.result() for name, request in waiting.items()}
         assert all(request.result()[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 404") for request in cut)
-    assert time.perf_counter() - started < 25
     assert received["nothing"] == received["half of the headers"] == b""
     assert received["half of the body"].startswith(b"HTTP/1.1 408")
     assert received["no end of the chunks"].startswith(b"HTTP/1.1 408")
