@@ -103,11 +103,13 @@ def plain_commands(folder: Path) -> dict[str, Command]:
     report, notebooks = ("report", folder / "a", "--notebook"), (folder / "new.ipynb", folder / "old.ipynb")
     vocabulary = ("vocabulary", "--train", folder / "texts.tsv", "--size")
     rejector = ("fit-rejector", folder / "a", "--evidence")
+    watch = ("monitor", folder / "a", "--against", folder / "other")
     maximize = ("tune", folder / "a", "--write-anyway", "--maximize", "accuracy")
     calibrate, collected = ("calibrate", folder / "a"), ("collect", folder / "log")
     return {
         "import-logits": Command((*imported, *logits("a")), (*imported, *logits("b")), ("out",)),
         "collect": Command((*collected, "--sample"), collected, ("out",)),
+        "monitor": Command((*watch,), (*watch, "--maximize", "coverage"), ("out.toml",)),
         "tune": Command((*maximize, "--test", folder / "other"), (*maximize, "--stage", "last"), ("out.toml",)),
         "calibrate": Command((*calibrate, "--method", "auto"), calibrate, ("out.toml",)),
         "fit-rejector": Command((*rejector, "gate0,energy"), (*rejector, "margin"), ("out.toml",)),
@@ -496,7 +498,7 @@ def main(folder: str, *tasks: str) -> None:
 COMMANDS = {
     "plain_commands": {
         "import-logits", "tune", "fit-rejector", "calibrate", "correct", "audit", "compare", "vocabulary", "report",
-        "collect",
+        "collect", "monitor",
     },
     "tensorflow_commands": {
         "run", "latency", "export-saved-model", "export-hf", "import-hf", "finetune", "attribute", "study",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cascade_lab.analysis.metrics import confusion as confusion
     from cascade_lab.analysis.metrics import label_metrics as label_metrics
     from cascade_lab.analysis.metrics import metric_intervals as metric_intervals
+    from cascade_lab.analysis.monitoring import monitor as monitor
     from cascade_lab.analysis.paired import paired_metrics as paired_metrics
     from cascade_lab.analysis.slicing import find_slices as find_slices
     from cascade_lab.analysis.slicing import slices as slices
@@ -70,6 +71,7 @@ if not TYPE_CHECKING:
             "interval_notes": ".summary",
             "label_metrics": ".metrics",
             "metric_intervals": ".metrics",
+            "monitor": ".monitoring",
             "near_threshold": ".examples",
             "oracle_ladder": ".errors",
             "paired_metrics": ".paired",

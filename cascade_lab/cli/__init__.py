@@ -20,6 +20,7 @@ from cascade_lab.cli.import_hf import import_hf
 from cascade_lab.cli.import_logits import import_logits
 from cascade_lab.cli.inspect import inspect
 from cascade_lab.cli.latency import latency
+from cascade_lab.cli.monitor import monitor
 from cascade_lab.cli.predict import predict
 from cascade_lab.cli.report import report
 from cascade_lab.cli.run import run
@@ -54,6 +55,7 @@ COMMANDS = (
     compare,
     latency,
     serve,
+    monitor,
     verify_precision,
     audit,
     correct,

@@ -39,6 +39,13 @@ BATCH_SIZE = Annotated[
 STAGES = Annotated[
     list[str] | None, typer.Option("--stage", metavar="STAGE", help="Only this stage. Can be given several times.")
 ]
+AT_LEAST = Annotated[
+    list[str] | None, typer.Option(metavar="METRIC=VALUE", help="A lower bound, such as in_scope_accuracy=0.95.")
+]
+COST = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OUTCOME=COST", help='What an outcome costs, such as "false accept=5".'),
+]
 SHOWN_TEXTS = Annotated[int, typer.Option("--texts", min=0, help="How many changed texts to show, of each kind.")]
 DO_LOWER_CASE = Annotated[bool, typer.Option(help="Convert texts to lower case, for uncased models.")]
 TRAINING_SET = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.console import shows_progress
-from cascade_lab.cli.options import NEW_CASCADE, OVERWRITE, RUN, STAGES, read_numbers
+from cascade_lab.cli.options import AT_LEAST, COST, NEW_CASCADE, OVERWRITE, RUN, STAGES, read_numbers
 from cascade_lab.cli.printing import interval, line, number, print_labelled, show, signed, table
 from cascade_lab.text import exact
 
@@ -23,16 +23,11 @@ def tune(
     output: NEW_CASCADE,
     maximize: Annotated[str | None, typer.Option(help="The metric to maximize, such as reject_recall.")] = None,
     minimize: Annotated[str | None, typer.Option(help="The metric to minimize, such as mean_cost.")] = None,
-    at_least: Annotated[
-        list[str] | None, typer.Option(metavar="METRIC=VALUE", help="A lower bound, such as in_scope_accuracy=0.95.")
-    ] = None,
+    at_least: AT_LEAST = None,
     at_most: Annotated[
         list[str] | None, typer.Option(metavar="METRIC=VALUE", help="An upper bound, such as risk=0.05 or p95_ms=20.")
     ] = None,
-    cost: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OUTCOME=COST", help='What an outcome costs, such as "false accept=5".'),
-    ] = None,
+    cost: COST = None,
     cost_matrix: Annotated[
         Path | None,
         typer.Option(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cascade_lab.displays.cost_front import *
     from cascade_lab.displays.coverage import *
     from cascade_lab.displays.latency import *
+    from cascade_lab.displays.monitor import *
     from cascade_lab.displays.outcomes import *
     from cascade_lab.displays.reject_score import *
     from cascade_lab.displays.study import *
@@ -31,6 +32,7 @@ DISPLAYS = {
     "CounterfactualMatrixDisplay": "outcomes",
     "HeldOutDisplay": "study",
     "LengthLatencyDisplay": "latency",
+    "MonitorDisplay": "monitor",
     "OracleLadderDisplay": "outcomes",
     "OutcomeFlowDisplay": "outcomes",
     "PredictedCostDisplay": "latency",

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from cascade_lab.thresholds.pareto import cost_summary as cost_summary
     from cascade_lab.thresholds.per_label import PerLabelThresholds as PerLabelThresholds
     from cascade_lab.thresholds.per_label import per_label_thresholds as per_label_thresholds
+    from cascade_lab.thresholds.proposal import Proposal as Proposal
+    from cascade_lab.thresholds.proposal import propose_thresholds as propose_thresholds
     from cascade_lab.thresholds.rejector import FittedRejector as FittedRejector
     from cascade_lab.thresholds.rejector import fit_rejector as fit_rejector
     from cascade_lab.thresholds.rejector_comparison import RejectorComparison as RejectorComparison
@@ -53,6 +55,7 @@ if not TYPE_CHECKING:
             "Goal": ".objective",
             "Guarantee": ".guarantee",
             "PerLabelThresholds": ".per_label",
+            "Proposal": ".proposal",
             "RejectorComparison": ".rejector_comparison",
             "Surface": ".surfaces",
             "ThresholdBootstrap": ".resampling",
@@ -74,6 +77,7 @@ if not TYPE_CHECKING:
             "metrics_at": ".validation",
             "outcome_cost_matrix": "..analysis.costs",
             "per_label_thresholds": ".per_label",
+            "propose_thresholds": ".proposal",
             "surface": ".surfaces",
             "sweep": ".surfaces",
             "swept_stages": ".grid",

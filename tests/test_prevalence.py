@@ -1,0 +1,124 @@
+"""Prevalence and accuracy without labels: against EM, scikit-learn, and simulation with a known truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+
+from cascade_lab.analysis.prevalence import (
+    Labelled,
+    Unlabelled,
+    _fit,
+    black_box_prevalence,
+    estimate_shift,
+    fits_prevalence_shift,
+    shifted_prevalence,
+    threshold_accuracy,
+)
+
+
+def draw(rng: np.random.Generator, n: int, prevalence: float, *, moved: float = 0.0) -> Labelled:
+    """Return texts with one score; `moved` changes that of the texts in scope."""
+    out = rng.random(n) < prevalence
+    score = rng.normal(size=n) + np.where(out, 2.5, moved)
+    rejected, confidence = score > 1.6, expit(3 - 1.5 * score)
+    correct = np.where(out, rejected, ~rejected & (rng.random(n) < confidence))
+    confidence = np.where(rejected, expit(score), confidence)
+    return Labelled(score[:, None], rejected, rejected.astype(int), confidence, out, correct)
+
+
+def em(posterior: np.ndarray, prior: float) -> float:
+    """Return what the iteration of Saerens et al. (2002), equation 4, ends at."""
+    prevalence = prior
+    for _ in range(20_000):
+        odds = posterior / (1 - posterior) * (prevalence / prior) * ((1 - prior) / (1 - prevalence))
+        prevalence = (odds / (1 + odds)).mean()
+    return prevalence
+
+
+@pytest.mark.parametrize("prevalence", [0.02, 0.3, 0.8])
+def test_the_prevalence_is_what_em_converges_to(prevalence):
+    rng = np.random.default_rng(0)
+    out = rng.random(300) < prevalence
+    posterior = expit(rng.normal(np.where(out, 1.5, -1.5)))
+    assert shifted_prevalence(posterior, 0.5) == pytest.approx(em(posterior, 0.5), abs=1e-5)
+    weights = np.stack([np.ones(300), np.arange(300) % 3])
+    both = shifted_prevalence(posterior, 0.5, weights)
+    assert both[1] == pytest.approx(shifted_prevalence(np.repeat(posterior, np.arange(300) % 3), 0.5))
+
+
+def test_without_evidence_of_the_other_kind_the_prevalence_is_at_its_end():
+    assert shifted_prevalence([0.01] * 5, 0.5) == pytest.approx(0, abs=1e-8)
+    assert shifted_prevalence([0.99] * 5, 0.5) == pytest.approx(1, abs=1e-8)
+    assert np.isnan(shifted_prevalence([], 0.5))
+
+
+def test_the_regression_is_scikit_learns():
+    rng = np.random.default_rng(1)
+    texts = draw(rng, 500, 0.1)
+    values = np.column_stack([texts.evidence, rng.normal(size=500), np.zeros(500)])
+    weights, bias = _fit(values, texts.out_of_scope)
+    scaled = (values - values.mean(axis=0)) / np.where(values.std(axis=0) > 0, values.std(axis=0), 1)
+    model = LogisticRegression(tol=1e-10, max_iter=1000).fit(scaled, texts.out_of_scope)
+    assert expit(values @ weights + bias) == pytest.approx(model.predict_proba(scaled)[:, 1], abs=1e-5)
+    assert np.isfinite(_fit(np.arange(20.0)[:, None], np.arange(20) > 9)[0]).all()  # separable
+
+
+def test_black_box_estimation_solves_the_confusion_matrix():
+    """As Lipton et al. (2018) do: the joint shares C, and w = C^-1 mu; the prevalence is w times the old one."""
+    joint = np.array([[0.72, 0.05], [0.08, 0.15]])  # rows: answered, rejected; columns: in scope, out of scope
+    now = np.array([0.6, 0.4])
+    ratio = np.linalg.solve(joint, now)
+    recall, false_rate = joint[1, 1] / joint[:, 1].sum(), joint[1, 0] / joint[:, 0].sum()
+    assert black_box_prevalence(now[1], recall, false_rate) == pytest.approx(ratio[1] * joint[:, 1].sum())
+    assert black_box_prevalence(0.0, recall, false_rate) == 0
+    assert np.isnan(black_box_prevalence(0.3, 0.2, 0.2))
+
+
+def test_thresholded_confidence_gives_the_accuracy_of_the_same_texts():
+    rng = np.random.default_rng(2)
+    confidence, correct = rng.random(200), rng.random(200) < 0.7
+    assert threshold_accuracy(confidence, correct, confidence) == pytest.approx(correct.mean())
+    assert threshold_accuracy([0.5], [False], [0.9]) == 0
+    assert np.isnan(threshold_accuracy([], [], [0.9]))
+
+
+def _simulate(n_times: int, prevalence: float) -> np.ndarray:
+    """Return how often each interval contains the truth; the truth of the accuracies is that of all such texts."""
+    truth_of = draw(np.random.default_rng(9), 400_000, prevalence).correct.mean()
+    truth, rng, covered = np.array([prevalence, prevalence, truth_of, truth_of]), np.random.default_rng(0), []
+    for seed in range(n_times):
+        labelled, unlabelled = draw(rng, 1000, 0.1), Unlabelled(*draw(rng, 1500, prevalence)[:4])
+        table = estimate_shift(labelled, unlabelled, n_resamples=100, seed=seed)
+        covered.append((table["low"] <= truth) & (truth <= table["high"]))
+    return np.mean(covered, axis=0)
+
+
+def test_intervals_contain_a_known_prevalence():
+    assert (_simulate(15, 0.2) >= 0.7).all()  # 11 of 15; if 0.95 is true, P(fewer) < 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prevalence", [0.02, 0.1, 0.3])
+def test_intervals_contain_a_known_prevalence_as_often_as_they_say(prevalence):
+    covered = _simulate(300, prevalence)
+    assert (covered[:3] >= 0.90).all(), covered
+
+
+def test_the_test_of_the_assumption_is_quiet_under_another_prevalence_and_sees_other_texts():
+    rng, n_quiet, n_moved = np.random.default_rng(3), 0, 0
+    for seed in range(40):
+        labelled = draw(rng, 800, 0.15)
+        quiet, moved = (Unlabelled(*draw(rng, 1000, 0.3, moved=moved)[:4]) for moved in (0.0, 0.5))
+        n_quiet += fits_prevalence_shift(labelled, quiet, n_resamples=99, seed=seed) <= 0.1
+        n_moved += fits_prevalence_shift(labelled, moved, n_resamples=99, seed=seed) <= 0.1
+    assert n_quiet <= 11  # 4 are expected; P(more) < 0.001
+    assert n_moved >= 36
+
+
+def test_a_sample_of_one_kind_gives_no_prevalence():
+    rng = np.random.default_rng(4)
+    table = estimate_shift(draw(rng, 50, 0.0), Unlabelled(*draw(rng, 50, 0.1)[:4]), n_resamples=5)
+    assert table["now"].isna().tolist() == [True, True, True, False]
