@@ -131,7 +131,7 @@ def test_a_damaged_run_is_refused_in_one_line_or_read(kind, goods, tmp_path):
         ("predictions.parquet is timings.parquet, rehashed", "no column is named 'example_id'"),
         ("examples.parquet: a row twice", "example_id '0' occurs twice"),
         ("examples.parquet: no row", "has no example"),
-        ("predictions.parquet: one row", "has 1 rows, but there are 12 examples"),
+        ("predictions.parquet: one row", "has 1 rows, but there are 48 examples"),
         ("predictions.parquet: label one word", "its labels are not those of examples.parquet"),
         ("scores/last.parquet: example_id words", "example_id 'word 0' is not in examples.parquet"),
         ("scores/last.parquet: logits inf", "a logit is infinite or NaN"),

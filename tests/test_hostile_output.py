@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from cascade_lab import CascadeSpec, Run
 from cascade_lab.analysis import compare, error_summary, run_summary, slices
+from cascade_lab.bert import fast
 from cascade_lab.cli import app
 from cascade_lab.displays import (
     CascadeCalibrationDisplay,
@@ -163,7 +164,7 @@ def test_commands_that_load_a_cascade(tiny, tmp_path):
         ["latency", toml, rows, *study],
     ):
         assert MARKUP in shown(*command), command[0]
-    shown("verify-precision", toml, rows, "--limit", 4)
+    shown("verify-precision", toml, rows, "--limit", 4, code=0 if fast.has_bfloat16() else 2)
     lines = shown("predict", toml, "--json", EVIL).splitlines()
     assert [json.loads(line)["text"] for line in lines] == [EVIL]
     page = (tmp_path / f"{NAME}.html").read_text(encoding="utf-8")

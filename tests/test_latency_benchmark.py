@@ -161,7 +161,7 @@ def test_the_command_measures_keeps_and_shows(tiny, tiny_evalset, tmp_path):
     assert first.groupby("check")["n_examples"].sum().to_dict() == {False: 2 * 24, True: 5 * 2 * 24}
     lines = result.stdout.splitlines()
     assert sum("end to end" in row for row in lines) == 4
-    assert sum(row.rstrip().endswith("%") and "(" in row for row in lines) >= 10
+    assert sum(row.rstrip().endswith("%") and "(" in row for row in lines) >= 8  # batches of 1; of 8 texts are too few
     assert max(len(row) for row in lines if str(tmp_path) not in row) <= 80
     again = latency(tiny, tiny_evalset, "--output", output, *few)
     assert (again.exit_code, again.stderr.count("\n")) == (2, 1)

@@ -105,8 +105,10 @@ def test_intervals_of_a_ratio_cover_at_their_level(n, n_studies, within):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "deviation", "slow_fraction", "measured"),
-    [(15, 0.6, 0, 0.93), (30, 0.6, 0, 0.935), (75, 0.6, 0, 0.94), (15, 1.0, 0, 0.90), (75, 1.0, 0, 0.92)]
-    + [(15, 0.1, 0.05, 0.53), (30, 0.1, 0.05, 0.75), (200, 0.1, 0.05, 0.93)],
+    [
+        *((15, 0.6, 0, 0.93), (30, 0.6, 0, 0.935), (75, 0.6, 0, 0.94), (15, 1.0, 0, 0.90), (75, 1.0, 0, 0.92)),
+        *((15, 0.1, 0.05, 0.53), (30, 0.1, 0.05, 0.75), (200, 0.1, 0.05, 0.93)),
+    ],
 )
 def test_too_few_batches_do_not_show_the_slowest_ones(n, deviation, slow_fraction, measured):
     """What the docstring says of times that vary a lot: no method covers 0.95 here; 8,000 studies."""
