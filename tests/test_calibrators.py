@@ -299,6 +299,7 @@ def test_equal_texts_are_in_one_fold_and_count_once_in_the_standard_error():
         np.testing.assert_allclose(two[column], one[column], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_auto_takes_platt_for_a_biased_gate_and_mostly_a_temperature_where_that_is_the_truth():
     comparison = compare_calibrators(biased(spec_of(), n=1000, seed=6))
     assert comparison.chosen["gate"].calibrator.method in ("platt", "beta")
