@@ -15,7 +15,7 @@ weights 1 / (k (k + 1)) add up to 1, so the sum is a supermartingale too. An ala
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,16 +60,14 @@ def log_evidence(hits: np.ndarray, misses: np.ndarray, bound: float) -> np.ndarr
     return weight + tail - hits * np.log(bound) - misses * np.log1p(-bound)
 
 
-def watch(
-    then_hits: int, then_n: int, hits: Sequence[int], counts: Sequence[int], *, delta: float, fewer: bool = False
-) -> pd.DataFrame:
+def watch(then_hits: int, then_n: int, hits: Any, counts: Any, *, delta: float, fewer: bool = False) -> pd.DataFrame:
     """Watch the number of hits day by day for an increase over a reference.
 
     Parameters
     ----------
     then_hits, then_n : int
         Hits and texts of the reference.
-    hits, counts : sequence of int, shape (n_days,)
+    hits, counts : array-like of int, shape (n_days,)
         Hits and texts of each day, in order.
     delta : float
         The probability of an alarm, ever, if nothing changes.

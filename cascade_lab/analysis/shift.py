@@ -79,7 +79,7 @@ def fraction_change(then: Any, now: Any, *, level: float = 0.95) -> Change:
     """
     then, now = (np.asarray(values, dtype=bool) for values in (then, now))
     sides = [wilson(int(values.sum()), len(values), level=level) for values in (then, now)]
-    found = difference_interval(*sides, np.nan)
+    found = difference_interval(sides[0], sides[1], np.nan)
     counts = np.array([[values.sum(), (~values).sum()] for values in (then, now)])
     p_value = float(fisher_exact(counts).pvalue) if len(then) and len(now) else np.nan
     return Change(sides[0].value, sides[1].value, *found, _index_or_nan(*counts), p_value, "Fisher")
@@ -104,8 +104,8 @@ def score_change(then: Any, now: Any, *, level: float = 0.95) -> Change:
     """
     then, now = (np.asarray(values, dtype=np.float64) for values in (then, now))
     if not len(then) or not len(now):
-        means = (float(values.mean()) if len(values) else np.nan for values in (then, now))
-        return Change(*means, *[np.nan] * 5, "Kolmogorov-Smirnov")
+        means = [float(values.mean()) if len(values) else np.nan for values in (then, now)]
+        return Change(means[0], means[1], np.nan, np.nan, np.nan, np.nan, np.nan, "Kolmogorov-Smirnov")
     edges = np.unique(np.quantile(then, np.arange(1, N_BINS) / N_BINS))
     counts = (np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1) for values in (then, now))
     difference = float(now.mean() - then.mean())
@@ -138,7 +138,7 @@ def label_change(then: Any, now: Any, *, n_resamples: int = N_RESAMPLES, seed: i
     counts = label_counts(then, now).to_numpy().T
     n_then, n_now = counts.sum(axis=1)
     if not n_then or not n_now:
-        return Change(*[np.nan] * 7, "chi-square")
+        return Change(np.nan, np.nan, np.nan, np.nan, np.nan, np.nan, np.nan, "chi-square")
     totals = counts.sum(axis=0)
     rng = np.random.default_rng(seed)
     dealt = rng.multivariate_hypergeometric(totals, n_then, size=n_resamples, method="marginals")
@@ -174,7 +174,7 @@ def label_changes(then: Any, now: Any, *, level: float = 0.95) -> pd.DataFrame:
         sides = [wilson(k, size, level=level) for k, size in ((n_then, n[0]), (n_now, n[1]))]
         table = np.array([[n_then, n[0] - n_then], [n_now, n[1] - n_now]])
         p_value = float(fisher_exact(table).pvalue) if min(n) else np.nan
-        found = difference_interval(*sides, np.nan)
+        found = difference_interval(sides[0], sides[1], np.nan)
         rows[label] = Change(sides[0].value, sides[1].value, *found, _index_or_nan(*table), p_value, "Fisher")
     found = with_holm(pd.DataFrame.from_dict(rows, orient="index", columns=Change._fields).rename_axis("label"))
     by_size = found.assign(size=-found["difference"].abs()).sort_values(["p_value", "size"], kind="stable")

@@ -81,9 +81,8 @@ class MonitorDisplay(Display):
         high = upper["limit"].fillna(1.0).to_numpy()
         is_over = frame["alarm"] & frame["limit"].isna()  # after an alarm there is no band
         high = np.where(is_over.groupby(level="day").any().loc[upper.index], np.nan, high)
-        edges = np.arange(len(x) + 1) - 0.5
         band: Style = {"color": "#123c69", "alpha": 0.13, "linewidth": 0, "label": "no alarm, given the days before"}
-        ax.fill_between(edges, np.append(low, low[-1]), np.append(high, high[-1]), step="post", **band)
+        ax.bar(x, high - low, bottom=low, width=1.0, **band)
         reference: Style = {"color": "0.35", "linestyle": "--", "linewidth": 1.0}
         ax.axhline(upper["bound"].iloc[0], label="range of the reference", **reference)
         if lower is not None:
