@@ -172,7 +172,7 @@ def estimate_shift(
     """Estimate the prevalence and the accuracy of texts without labels, in two ways each.
 
     Intervals are from the bootstrap of both samples; the regression that turns the evidence into probabilities is
-    fitted again on each resample. They are somewhat too narrow: with 1,000 labelled texts of which 10% are out of scope,
+    fitted again on each resample. They are somewhat too narrow: with 1,000 labelled texts, 10% out of scope,
     95% intervals contained the true value in 87% to 97% of 60 simulations, of each estimate and two prevalences.
 
     Returns
