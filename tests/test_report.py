@@ -346,7 +346,8 @@ NOT_FROM_LOGITS = ("02_study_clinc150", "05_study_latency")
 def test_a_run_from_logits_has_the_reports(notebook, tmp_path):
     run = logits_run(tmp_path, seed=1)
     defaults = papermill.inspect_notebook(str(notebook_path(notebook)))
-    parameters = {"test_dir": str(logits_run(tmp_path, seed=2).directory)} if "test_dir" in defaults else {}
+    others = {"test_dir", "against_dir"} & defaults.keys()
+    parameters = {name: str(logits_run(tmp_path, seed=2).directory) for name in others}
     if "run_b" in defaults:
         parameters["run_b"] = str(run.with_thresholds({"gate0": 0.3}).write(tmp_path / "other").directory)
     report = write_report(run, notebook=notebook, parameters=parameters)
