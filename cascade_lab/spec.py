@@ -191,7 +191,7 @@ class CascadeSpec:
                 for table in (stage, stage.get("rejector", {})):
                     if key in table:
                         table[key] = Path(os.path.relpath(table[key], path.parent.resolve())).as_posix()
-        write_text(path, tomli_w.dumps(content, multiline_strings=False), error=SpecError)
+        write_text(path, tomli_w.dumps(_without_null(content), multiline_strings=False), error=SpecError)
 
     @property
     def last(self) -> StageSpec:
@@ -424,3 +424,12 @@ def _labels(value: Any, where: str, folder: Path) -> tuple[str, ...]:
     if len(labels) < 2:
         raise SpecError(f"{where}: a classifier needs at least 2 labels, not {len(labels)}")
     return tuple(labels)
+
+
+def _without_null(value: Any) -> Any:
+    """Leave out what is None, in tables of tables too: TOML has no null."""
+    if isinstance(value, Mapping):
+        return {key: _without_null(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list | tuple):
+        return [_without_null(part) for part in value if part is not None]
+    return value

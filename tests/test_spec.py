@@ -172,3 +172,16 @@ def test_a_missing_file_and_bytes_that_are_not_utf8(tmp_path):
     path.write_bytes(b'name = "\xff"')
     with pytest.raises(SpecError, match="byte 8 is not UTF-8"):
         CascadeSpec.read(path)
+
+
+def test_a_null_of_a_manifest_is_left_out_of_the_file(tmp_path):
+    spec = CascadeSpec.from_dict(
+        {
+            "name": "one",
+            "calibrated_on": {"last": {"run_id": None, "evalset": {"split": None, "parts": [None, {"n": None}, 3]}}},
+            "stage": [{"name": "last", "labels": ["a", "b"]}],
+        }
+    )
+    spec.write(tmp_path / "cascade.toml")
+    again = CascadeSpec.read(tmp_path / "cascade.toml")
+    assert again.calibrated_on == {"last": {"evalset": {"parts": [{}, 3]}}}
