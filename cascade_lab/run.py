@@ -147,7 +147,7 @@ class Run:
                 for stage in spec.stages
             },
             predictions=lambda: _with_confidence(read_predictions(path, digests, spec, run.examples), run),
-            timings=lambda: read_timings(path, digests, spec),
+            timings=lambda: read_timings(path, digests, spec, len(run.examples)),
             features={
                 stage.name: partial(
                     lambda name: read_features(path, name, digests, spec, run.examples, run.scores(name).scored),
@@ -490,8 +490,10 @@ class Run:
         Raises
         ------
         RunError
-            `output` exists already, or cannot be written.
+            The run has no example, or `output` exists already or cannot be written.
         """
+        if not len(self.examples):
+            raise RunError(f"{self.name}: has no example, and such a run cannot be read; nothing was written")
         with unfinished_run(output, overwrite=overwrite) as directory:
             self.write_into(directory)
         return Run.read(output)

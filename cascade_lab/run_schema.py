@@ -228,8 +228,8 @@ def check_predictions(predictions: pd.DataFrame, examples: pd.DataFrame, spec: C
     return predictions
 
 
-def check_timings(timings: pd.DataFrame, spec: CascadeSpec, path: Path) -> None:
-    """Raise RunError where a stage is unknown, or a time or a count is missing, negative or infinite."""
+def check_timings(timings: pd.DataFrame, spec: CascadeSpec, n_examples: int, path: Path) -> None:
+    """Raise RunError where a stage is unknown or scored too many texts, or a time or a count is missing or wrong."""
     if timings["stage"].isna().any():
         raise RunError(f"{path}: a row has no stage; {WAY_OUT}")
     _check_values(timings["stage"], [stage.name for stage in spec.stages], path, "is no stage of the cascade")
@@ -238,6 +238,10 @@ def check_timings(timings: pd.DataFrame, spec: CascadeSpec, path: Path) -> None:
         least = 1 if column == "n_examples" else 0
         if not (np.isfinite(values) & (values >= least)).all():
             raise RunError(f"{path}: {column} has a value that is below {least} or not a number; {WAY_OUT}")
+    scored = timings["n_examples"].astype(np.float64).groupby(timings["stage"]).sum()
+    if (scored > n_examples).any():
+        name = scored.idxmax()
+        raise RunError(f"{path}: stage '{name}' has more than the run's {n_examples:,} examples; {WAY_OUT}")
 
 
 def check_scored(values: np.ndarray, name: str, scored: np.ndarray, path: Path) -> None:

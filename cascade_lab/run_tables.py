@@ -120,10 +120,10 @@ def read_predictions(
     return run_schema.check_predictions(predictions, examples, spec, directory / "predictions.parquet")
 
 
-def read_timings(directory: Path, digests: Mapping[str, str], spec: CascadeSpec) -> pd.DataFrame:
-    """Read the timings of a run directory; raises RunError."""
+def read_timings(directory: Path, digests: Mapping[str, str], spec: CascadeSpec, n_examples: int) -> pd.DataFrame:
+    """Read the timings of a run directory with `n_examples` examples; raises RunError."""
     timings = _read_frame(directory, "timings.parquet", digests, spec)
-    run_schema.check_timings(timings, spec, directory / "timings.parquet")
+    run_schema.check_timings(timings, spec, n_examples, directory / "timings.parquet")
     return timings
 
 

@@ -137,6 +137,7 @@ def test_a_damaged_run_is_refused_in_one_line_or_read(kind, goods, tmp_path):
         ("scores/last.parquet: logits inf", "a logit is infinite or NaN"),
         ("timings.parquet: stage one word", "stage 'word' is no stage of the cascade"),
         ("timings.parquet: run_seconds NaN", "run_seconds has a value that is below 0 or not a number"),
+        ("timings.parquet: n_examples large numbers", "has more than the run's 48 examples"),
         ("examples.parquet a link out", "is a link to a file outside the run"),
         ("examples.parquet a pipe", "examples.parquet: is not a file"),
         ("manifest a device", "manifest.json: is not a file"),
