@@ -129,9 +129,15 @@ def knn(features: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     parts = []
     for start in range(0, len(features), _BLOCK):  # a table of all similarities could be too large
         x = np.asarray(features[start : start + _BLOCK], dtype=np.float32)
-        similarity = x @ neighbours.T / np.linalg.norm(x, axis=1, keepdims=True)
+        similarity = x @ neighbours.T / _norms(x)
         parts.append(np.partition(similarity, -k, axis=1)[:, -k].astype(np.float64))
     return np.concatenate([np.empty(0), *parts])
+
+
+def _norms(x: np.ndarray) -> np.ndarray:
+    """Return the Euclidean norm of each row, shape (n, 1); 1 for rows of zeros, whose cosine with any row is then 0."""
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.where(norms > 0, norms, 1)
 
 
 SCORES = {
@@ -186,7 +192,7 @@ def fit_arrays(features: np.ndarray, y_true: np.ndarray, names: set[str]) -> dic
         arrays["all_whitening"] = _whitening(LedoitWolf(store_precision=False).fit(x).covariance_)
         arrays["all_mean"] = x.mean(axis=0, keepdims=True) @ arrays["all_whitening"]
     if "neighbours" in names:
-        arrays["neighbours"] = x / np.linalg.norm(x, axis=1, keepdims=True)
+        arrays["neighbours"] = x / _norms(x)
     return {
         name: values.astype(np.float16 if name == "neighbours" else np.float32)
         for name, values in arrays.items()
