@@ -29,7 +29,7 @@ from cascade_lab.text import shorten
 
 @dataclass(frozen=True)
 class Collected:
-    """A run of a traffic log, and what is to be said about it.
+    """A run of a traffic log, and what a person should know about it.
 
     Attributes
     ----------
