@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -218,6 +219,27 @@ def test_slow_and_broken_senders_are_cut_off_while_others_are_answered(running, 
     assert received["nothing"] == received["half of the headers"] == b""
     assert received["half of the body"].startswith(b"HTTP/1.1 408")
     assert received["no end of the chunks"].startswith(b"HTTP/1.1 408")
+
+
+def test_what_is_not_http_gets_a_problem(running):
+    for content in (b"GET /nothing HTTP/9.9\r\n\r\n", b"\x00" * 100, b"GET / HTTP/1.1\r\nA: " + b"b" * 3_000_000):
+        head, _, body = running.raw(content).partition(b"\r\n\r\n")
+        assert head or len(content) > 10**6  # a client that still sends may miss the answer
+        if head:
+            assert head.startswith(b"HTTP/1.1 400")
+            assert b"content-type: application/problem+json" in head
+            assert json.loads(body)["status"] == 400
+
+
+def test_too_many_connections_get_503(running, monkeypatch):
+    monkeypatch.setattr("cascade_lab.serving.server.MAX_CONNECTIONS", 2)
+    with ExitStack() as closing:
+        for _ in range(2):
+            closing.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+        response = running.get("/v2/health/live")
+        assert (response.status_code, response.json()["status"]) == (503, 503)
+        assert response.headers["content-type"] == "application/problem+json"
+    assert running.get("/v2/health/live").status_code == 200
 
 
 def test_pipelined_requests_are_answered_in_order(running):
@@ -500,6 +522,18 @@ def test_the_command_refuses_what_cannot_work_in_one_line(tiny, options, says):
     assert done.exit_code == 2
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reload_that_is_asked_for_too_early_does_not_end_the_service(tiny, monkeypatch):
+    def load(path: object) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise CascadeLabError("loading went on")
+
+    before = signal.getsignal(signal.SIGHUP)
+    monkeypatch.setattr("cascade_lab.serving.live_cascade.LiveCascade.load", load)
+    done = CliRunner().invoke(app, ["serve", str(tiny), "--port", "0"])
+    assert (done.exit_code, "loading went on" in done.stderr) == (2, True)
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_port_in_use_is_refused():

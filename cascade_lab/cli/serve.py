@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -73,6 +74,8 @@ def serve(
         timeout_seconds=timeout,
     )
     with ExitStack() as closing:
+        if hasattr(signal, "SIGHUP"):  # until the server handles it, it must not end the process
+            closing.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
         listener = closing.enter_context(listen(host, port))
         traffic_log = None
         if log is not None:

@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -299,16 +298,12 @@ def _guarded(service: Service, endpoint: Endpoint, protocol: str | None, is_open
 
 async def _show_problem(request: Request, error: Exception) -> Response:
     """Answer an error of a request as problem+json; under /v2 it also has the member `error` of that protocol."""
-    if isinstance(error, Problem):
-        status, detail, headers = error.status, error.detail, error.headers
-    else:
-        assert isinstance(error, HTTPException)
-        status, headers = error.status_code, dict(error.headers or {})
+    if isinstance(error, HTTPException):
         detail = f"{request.method} {request.url.path[:200]}: {error.detail}; see /docs"
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    if request.url.path.startswith(f"{request.scope.get('root_path', '')}/v2"):
-        body["error"] = detail
-    return Response(msgspec.json.encode(body), status, headers, "application/problem+json")
+        error = Problem(error.status_code, detail, headers=dict(error.headers or {}))
+    assert isinstance(error, Problem)
+    is_v2 = request.url.path.startswith(f"{request.scope.get('root_path', '')}/v2")
+    return error.response(**({"error": error.detail} if is_v2 else {}))
 
 
 async def _show_fault(request: Request, error: Exception) -> Response:

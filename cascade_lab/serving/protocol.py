@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from starlette.responses import Response
 
 from cascade_lab.text import shorten
 
@@ -50,6 +52,12 @@ class Problem(Exception):
     def __init__(self, status: int, detail: str, *, headers: dict[str, str] | None = None):
         super().__init__(detail)
         self.status, self.detail, self.headers = status, detail, headers or {}
+
+    def response(self, **members: Any) -> Response:
+        """Return the answer, with further members."""
+        title = HTTPStatus(self.status).phrase
+        body = {"type": "about:blank", "title": title, "status": self.status, "detail": self.detail, **members}
+        return Response(msgspec.json.encode(body), self.status, self.headers, "application/problem+json")
 
 
 class PredictRequest(msgspec.Struct, forbid_unknown_fields=True):

@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cascade_lab.exceptions import CascadeLabError
+from cascade_lab.serving.protocol import Problem
 
 MAX_HEADER_BYTES = 32_768
 MAX_CONNECTIONS = 4096
@@ -69,7 +70,6 @@ def make_server(app: Starlette, *, drain_seconds: float) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
@@ -112,7 +112,7 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, which also cuts off a client that sends its headers too slowly, or too many of them."""
+    """uvicorn's HTTP, with limits: of connections, and of the size and the time of a request's headers."""
 
     def __init__(self, *args: Any, header_seconds: float, **options: Any):
         super().__init__(*args, **options)
@@ -142,7 +142,17 @@ class _Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        if len(self.connections) > MAX_CONNECTIONS:
+            headers = {"Connection": "close", "Retry-After": "1"}
+            self.app = Problem(503, "too many connections; try again", headers=headers).response()
         super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, and close the connection."""
+        response = Problem(400, msg, headers={"Connection": "close"}).response()
+        headers = [b"%s: %s\r\n" % header for header in response.raw_headers]
+        self.transport.write(b"".join([b"HTTP/1.1 400 Bad Request\r\n", *headers, b"\r\n", response.body]))
+        self.transport.close()
 
     def _start_timer(self) -> None:
         self._stop_timer()
