@@ -87,10 +87,10 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python tests/benchmarks/run.py --clinc150 $(CLINC150) --folder runs/benchmarks
 	cp runs/benchmarks/results.json tests/benchmarks/results.json
 
-# The service under load against `predict`, in turns, on CLINC150: about 15 minutes on two quiet cores.
-bench-serve: .venv/ready
-	$(BIN)/python tests/benchmarks/serve.py --clinc150 $(CLINC150) --output runs/serving.json
-	cp runs/serving.json tests/benchmarks/serving.json
+# The service under load against `predict`, LitServe and Ray Serve, in turns: about 25 minutes on two quiet cores.
+bench-serve: .venv-bench/ready
+	.venv-bench/bin/python tests/benchmarks/serve.py --clinc150 $(CLINC150) --folder runs/benchmarks
+	cp runs/benchmarks/serving.json tests/benchmarks/serving.json
 
 .venv-bench/ready: requirements.lock pyproject.toml tests/benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench

@@ -66,7 +66,21 @@ STUDY = [
     "--known-ratio 0.5 --out-of-scope ''", "--known-ratio 0.5 --out-of-scope nothing", "--seeds 0", "--accept 0.9",
     "--known-ratio 0.5 --data none", "--known-ratio 0.5 --init none", "--known-ratio 0.5 --evidence \x1b[31m",
 ]  # fmt: skip
-BAD = {"fit-rejector": FIT_REJECTOR, "calibrate": CALIBRATE, "tune": TUNE, "study": STUDY}
+MONITOR = [
+    "", "--against", "--against none", "--against ''", "--against {folder}", "--against {plain}/manifest.json",
+    "--against {other}/scores", "--against \x1b[31m", "--against {other} extra", "--agianst {other}",
+    "--against {other} --alpha 0", "--against {other} --alpha 0.6", "--against {other} --alpha nan",
+    "--against {other} --alpha x", "--against {other} --alpha -1", "--against {other} --alpha",
+    "--against {other} --maximize acuracy", "--against {other} --maximize ''",
+    "--against {other} --maximize accuracy --minimize risk", "--against {other} --maximize \x00",
+    "--against {other} --minimize x\u202e", "--against {other} --at-least accuracy", "--against {other} --at-least x=0.5",
+    "--against {other} --at-least accuracy=nan", "--against {other} --at-least accuracy=2",
+    "--against {other} --at-most risk=x", "--against {other} --at-most =0.5", "--against {other} --at-most risk=1e999",
+    "--against {other} --minimize mean_cost --cost x=5",
+    "--against {other} --minimize mean_cost --cost 'false accept=nan'",
+    "--against {other} --minimize mean_cost --cost 'false accept'", "--against {other} --overwrite=1",
+]  # fmt: skip
+BAD = {"fit-rejector": FIT_REJECTOR, "calibrate": CALIBRATE, "tune": TUNE, "study": STUDY, "monitor": MONITOR}
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def monitor(
     from cascade_lab.thresholds.proposal import propose_thresholds
 
     goal = Goal(
-        maximize=maximize if maximize or minimize else "accuracy",
+        maximize="accuracy" if maximize is None and minimize is None else maximize,
         minimize=minimize,
         at_least=read_numbers(at_least),
         at_most=read_numbers(at_most),

@@ -1,6 +1,6 @@
 """What the contenders load, made once: the same weights in every format, and the texts.
 
-    python tests/benchmarks/prepare.py CLINC150 FOLDER
+    python tests/benchmarks/prepare.py CLINC150 FOLDER [--without-base]
 
 makes `FOLDER/clinc150` (both stages of the CLINC150 cascade) and `FOLDER/base` (one stage of BERT-base's shape with
 random weights), each with `cascade-float32.toml`, `cascade-bfloat16.toml`, `hf/`, `onnx/` and `texts.json`; for the
@@ -38,7 +38,7 @@ N_LABELS = 150
 N_GROWN = 220_000  # texts for the measurement of how time grows with their number
 
 
-def main(clinc150: Path, folder: Path) -> None:
+def main(clinc150: Path, folder: Path, *, with_base: bool) -> None:
     spec = CascadeSpec.read(clinc150 / "cascade.toml")
     texts = EvalSet.read(clinc150 / "data_full.json", split="test").texts
     # A fixed order that is not the file's, so that any first n of them are a fair sample.
@@ -47,6 +47,8 @@ def main(clinc150: Path, folder: Path) -> None:
     _formats(spec, folder / "clinc150")
     _write_texts(folder / "clinc150", {"test": texts}, vocab)
     (folder / "clinc150" / "grown.json").write_text(json.dumps(_grown(texts)), encoding="utf-8")
+    if not with_base:
+        return
     base = _base(folder / "base", vocab)
     _formats(base, folder / "base")
     _write_texts(folder / "base", {name: _of_length(length, vocab) for name, length in BASE_LENGTHS.items()}, vocab)
@@ -149,4 +151,4 @@ def _write_texts(folder: Path, sets: dict[str, list[str]], vocab: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), with_base="--without-base" not in sys.argv)

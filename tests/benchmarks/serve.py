@@ -1,10 +1,13 @@
-"""Measure `cascade-lab serve` over loopback against `Cascade.predict` in a process of its own, on the same texts.
+"""Measure `cascade-lab serve` over loopback against `Cascade.predict`, and against LitServe and Ray Serve.
 
-    python tests/benchmarks/serve.py --clinc150 ../shared/clinc150 --output tests/benchmarks/serving.json [--quick]
+    python tests/benchmarks/serve.py --clinc150 ../shared/clinc150 --folder runs/benchmarks [--quick]
 
-The two take turns, round by round, so that a drift of the machine affects both; the median round counts. The load
-generator runs on the same cores. Besides the time that passed, the processor's time of each process is kept: it tells
-the same where other programs disturb the clock.
+`Cascade.predict` runs in a process of its own, on the same texts. All take turns, round by round, so that a drift of
+the machine affects all of them; the median round counts. The load generator runs on the same cores. Besides the time
+that passed, the processor's time of all processes is kept: it tells the same where other programs disturb the clock.
+LitServe and Ray Serve serve the same two models through OpenVINO. A short qualifying round finds the best setting of
+each. They are started for each round anew, since their processes use the processor while they wait.
+`serving.json` in the folder has every round.
 """
 
 from __future__ import annotations
@@ -12,11 +15,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import socket
 import subprocess
 import sys
-from itertools import cycle
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from itertools import cycle, product
 from pathlib import Path
-from time import perf_counter, process_time
+from time import perf_counter, process_time, sleep
 from typing import Any
 
 import numpy as np
@@ -24,12 +31,26 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from http_client import Connection, predict_body
+from run import HINTS
 
 from cascade_lab import EvalSet
 from cascade_lab.provenance import environment
 
+HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-c", "from cascade_lab.cli import main; main()"]
-LOADS = {"32 texts, 8 connections": (32, 8), "one text, 64 connections": (1, 64), "one text, one connection": (1, 1)}
+MANY, LARGE, LONE = "one text, 64 connections", "32 texts, 8 connections", "one text, one connection"
+LOADS = {LARGE: (32, 8), MANY: (1, 64), LONE: (1, 1)}
+CALLS_32, CALLS_1, HALF = "predict, calls of 32", "predict, calls of 1", "one text, half of the saturating load"
+HOSTILE = "one text, one connection, beside hostile clients"
+
+# The settings that each peer has to choose among: how long a batch waits, and how OpenVINO uses the cores.
+PEERS: dict[str, list[dict[str, Any]]] = {
+    "litserve": [
+        {"batch": 64, "wait": wait, "openvino": hint, "fast_queue": fast}
+        for wait, hint, fast in product((0.001, 0.005), HINTS, (False, True))
+    ],
+    "ray": [{"batch": 64, "wait": wait, "openvino": hint} for wait, hint in product((0.001, 0.005), HINTS)],
+}
 
 
 class Baseline:
@@ -75,17 +96,19 @@ def summary(seconds: list[float], total: float, n_texts: int, processor: float) 
 
 
 class Service:
-    """`cascade-lab serve` in a process of its own."""
+    """A service on a port of this machine, and all its processes."""
 
-    def __init__(self, cascade: Path, log: Path):
-        command = [*COMMAND, "serve", str(cascade), "--port", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True)
-        self.port = int(self.process.stdout.readline().split()[1].rpartition(":")[2])
-        self.about = psutil.Process(self.process.pid)
+    def __init__(self, process: subprocess.Popen, port: int):
+        self.process, self.port = process, port
+        self.about = psutil.Process(process.pid)
+
+    def processes(self) -> list[psutil.Process]:
+        return [self.about, *self.about.children(recursive=True)]
 
     def processor_seconds(self) -> float:
-        times = self.about.cpu_times()
-        return times.user + times.system + process_time()
+        """Return the processor's time of the service and of this process, which makes the load."""
+        times = [process.cpu_times() for process in self.processes()]
+        return sum(time.user + time.system for time in times) + process_time()
 
     def measure(self, texts: list[str], size: int, connections: int) -> dict[str, Any]:
         """Send requests of `size` texts, one after another on each connection."""
@@ -132,8 +155,84 @@ class Service:
         asyncio.run(clients())
         return summary(seconds, perf_counter() - start, len(texts), self.processor_seconds() - processor)
 
+    def answers(self, texts: list[str]) -> list[str]:
+        async def ask() -> bytes:
+            async with Connection(self.port) as connection:
+                return (await connection.post(predict_body(texts)))[1]
+
+        return [answer["predicted"] for answer in json.loads(asyncio.run(ask()))["answers"]]
+
     def memory_mb(self) -> float:
         return self.about.memory_info().rss / 2**20
+
+    def stop(self) -> None:
+        processes = self.processes()
+        self.process.terminate()
+        psutil.wait_procs(processes, timeout=30)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+
+def ours(cascade: Path, log: Path) -> Service:
+    """Start `cascade-lab serve`."""
+    command = [*COMMAND, "serve", str(cascade), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True)
+    return Service(process, int(process.stdout.readline().split()[1].rpartition(":")[2]))
+
+
+@contextmanager
+def peer(kind: str, folder: Path, settings: dict[str, Any]) -> Iterator[Service]:
+    """Start a peer, and wait until it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, str(HERE / "services.py"), kind, str(folder), str(port), json.dumps(settings)]
+    with (folder / f"{kind}.log").open("w") as log:
+        service = Service(subprocess.Popen(command, stdout=log, stderr=log), port)
+    try:
+        for _ in range(600):
+            with suppress(ConnectionError, asyncio.IncompleteReadError, KeyError, ValueError):
+                service.answers(["what is my balance"])
+                break
+            if service.process.poll() is not None:
+                raise SystemExit(f"{kind} ended; see {folder / f'{kind}.log'}")
+            sleep(0.2)
+        yield service
+    finally:
+        service.stop()
+
+
+def hostile(port: int) -> None:
+    """Send what no good client sends, from seven connections at a time, until this process is stopped."""
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\n"
+    good = predict_body(["what is my balance"])
+    bodies = {
+        "deep": b"[" * 200_000,
+        "deep texts": b'{"texts": [' + b"[" * 200_000,
+        "NUL": b"\x00" * 1000,
+        "surrogate": b'{"texts": ["\\ud800"]}',
+        "50 MB": b"x" * 50_000_000,
+    }
+    contents = {name: [head + b"Content-Length: %d\r\n\r\n" % len(body), body] for name, body in bodies.items()}
+    contents["slow"] = [b"%c" % byte for byte in head]
+    contents["pipelined"] = [(head + b"Content-Length: %d\r\n\r\n" % len(good) + good) * 50]
+
+    async def repeat(parts: list[bytes], pause: float) -> None:
+        while True:
+            with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.TimeoutError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                for part in parts:
+                    writer.write(part)
+                    await asyncio.sleep(pause)
+                await asyncio.wait_for(reader.read(2**20), 15)
+                writer.close()
+            await asyncio.sleep(0.05)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*[repeat(parts, 0.3 if name == "slow" else 0) for name, parts in contents.items()])
+
+    asyncio.run(all_of_them())
 
 
 def shuffled(evalset: Path) -> list[str]:
@@ -141,9 +240,9 @@ def shuffled(evalset: Path) -> list[str]:
     return [texts[row] for row in np.random.default_rng(0).permutation(len(texts))]
 
 
-def measure(cascade: Path, evalset: Path, *, rounds: int, n_texts: int, n_requests: tuple[int, int], log: Path) -> Any:
-    texts = shuffled(evalset)
-    reference, service = Baseline(cascade, evalset), Service(cascade, log)
+def measure(clinc150: Path, folder: Path, *, rounds: int, n_texts: int, n_requests: tuple[int, int]) -> dict[str, Any]:
+    cascade, evalset, log = clinc150 / "cascade.toml", clinc150 / "data_full.json", folder / "serve.log"
+    texts, prepared = shuffled(evalset), folder / "clinc150"
     results: dict[str, list[dict[str, Any]]] = {}
 
     def keep(name: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -151,58 +250,108 @@ def measure(cascade: Path, evalset: Path, *, rounds: int, n_texts: int, n_reques
         print(f"{name}: {result}", file=sys.stderr, flush=True)
         return result
 
+    best, equal = _best_settings(prepared, texts, cascade, log)
+    reference, service = Baseline(cascade, evalset), ours(cascade, log)
     try:
         service.measure(texts[:256], 32, 8)
         for number in range(rounds):
-            keep("predict, calls of 32", reference.measure(32, n_texts))
+            keep(CALLS_32, reference.measure(32, n_texts))
             for name, (size, connections) in LOADS.items():
-                saturated = keep(name, service.measure(texts[: n_texts if connections > 1 else 200], size, connections))
-                if connections == 64:
-                    rate = saturated["texts_per_second"] / 2
-            keep("predict, calls of 1", reference.measure(1, 200))
-            keep("one text, half of the saturating load", service.measure_open(texts[: n_texts // 2], rate, number))
+                keep(name, service.measure(texts[: n_texts if connections > 1 else 200], size, connections))
+            keep(CALLS_1, reference.measure(1, 200))
+            rate = results[MANY][-1]["texts_per_second"] / 2
+            keep(HALF, service.measure_open(texts[: n_texts // 2], rate, number))
+            for kind, settings in best.items():
+                with peer(kind, prepared, settings) as other:
+                    other.measure(texts[:256], 1, 64)
+                    keep(f"{kind}: {MANY}", other.measure(texts[: n_texts // 2], 1, 64))
         many, memory = cycle(texts), []
         for n in n_requests:
             service.measure([next(many) for _ in range(n)], 1, 64)
             memory.append(service.memory_mb())
+        for _ in range(rounds):
+            keep("alone", service.measure(texts[: n_texts // 4], 1, 1))
+            attack = subprocess.Popen([sys.executable, __file__, "--hostile", str(service.port)])
+            sleep(1)
+            keep(HOSTILE, service.measure(texts[: n_texts // 4], 1, 1))
+            attack.kill()
+            attack.wait()
     finally:
-        for process in (service.process, reference.process):
-            process.terminate()
-            process.wait()
-    middle = {
+        service.stop()
+        reference.process.terminate()
+    medians = {
         name: {key: float(np.median([row[key] for row in rows])) for key in rows[0]} for name, rows in results.items()
     }
-    calls, one, lone = (middle[name] for name in ("predict, calls of 32", "predict, calls of 1", list(LOADS)[2]))
+    return {
+        "ratios": _ratios(medians) | {f"memory after {n_requests[1]:,} / {n_requests[0]:,}": memory[1] / memory[0]},
+        "medians": medians,
+        "rounds": results,
+        "peers": {kind: {"version": version(kind), "settings": best[kind], "equal": equal[kind]} for kind in best},
+        "memory_mb": memory,
+        "environment": environment(),
+    }
+
+
+def _best_settings(
+    prepared: Path, texts: list[str], cascade: Path, log: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Return the setting of each peer with the most texts a second, and the share of answers that are as ours."""
+    best, equal = {}, {}
+    service = ours(cascade, log)
+    expected = service.answers(texts[:320])
+    service.stop()
+    for kind, choices in PEERS.items():
+        rates = []
+        for settings in choices:
+            with peer(kind, prepared, settings) as other:
+                equal[kind] = float(
+                    np.mean([a == b for a, b in zip(other.answers(texts[:320]), expected, strict=True)])
+                )
+                other.measure(texts[:128], 1, 64)
+                rates.append(other.measure(texts[:640], 1, 64)["texts_per_second"])
+            print(kind, settings, rates[-1], file=sys.stderr, flush=True)
+        best[kind] = choices[int(np.argmax(rates))]
+    return best, equal
+
+
+def _ratios(medians: dict[str, dict[str, float]]) -> dict[str, float]:
+    calls, lone = medians[CALLS_32], medians[LONE]
     ratios = {
-        f"{name} / predict, calls of 32 ({key})": middle[name][key] / calls[key]
-        for name in list(LOADS)[:2]
+        f"{name} / {CALLS_32} ({key})": medians[name][key] / calls[key]
+        for name in (LARGE, MANY)
         for key in ("texts_per_second", "texts_per_processor_second")
     }
-    ratios["one text, one connection: p50 ms above predict's"] = lone["p50_ms"] - one["p50_ms"]
-    half = middle["one text, half of the saturating load"]
-    ratios["half of the saturating load: p99 / p50 of one text alone"] = half["p99_ms"] / lone["p50_ms"]
-    ratios[f"memory after {n_requests[1]:,} requests / after {n_requests[0]:,}"] = memory[1] / memory[0]
-    return {"ratios": ratios, "medians": middle, "rounds": results, "memory_mb": memory, "environment": environment()}
+    for key in ("texts_per_second", "texts_per_processor_second"):
+        theirs = max(medians[f"{kind}: {MANY}"][key] for kind in PEERS)
+        ratios[f"{MANY} / the better peer ({key})"] = medians[MANY][key] / theirs
+    ratios["one text, one connection: p50 ms above predict's"] = lone["p50_ms"] - medians[CALLS_1]["p50_ms"]
+    ratios["half of the saturating load: p99 / p50 of one text alone"] = medians[HALF]["p99_ms"] / lone["p50_ms"]
+    ratios["p99 beside hostile clients / alone"] = medians[HOSTILE]["p99_ms"] / medians["alone"]["p99_ms"]
+    return ratios
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--baseline", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--hostile", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--clinc150", type=Path)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="few texts and one round: to see that it works")
     arguments = parser.parse_args()
     if arguments.baseline:
-        baseline(*arguments.baseline)
-        return
+        return baseline(*arguments.baseline)
+    if arguments.hostile:
+        return hostile(arguments.hostile)
     amount: dict[str, Any] = {"rounds": 5, "n_texts": 3840, "n_requests": (2_000, 200_000)}
     if arguments.quick:
         amount = {"rounds": 1, "n_texts": 320, "n_requests": (100, 200)}
-    folder = arguments.clinc150
-    log = arguments.output.with_suffix(".log")
-    results = measure(folder / "cascade.toml", folder / "data_full.json", log=log, **amount)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if not (arguments.folder / "clinc150" / "onnx").is_dir():
+        prepare = [sys.executable, str(HERE / "prepare.py"), arguments.clinc150, arguments.folder, "--without-base"]
+        subprocess.run(list(map(str, prepare)), check=True, stdout=subprocess.DEVNULL)
+    results = measure(arguments.clinc150, arguments.folder, **amount)
+    (arguments.folder / "serving.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results["ratios"], indent=1))
+    return None
 
 
 if __name__ == "__main__":
