@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,6 +89,8 @@ def read_numbers(pairs: Sequence[str] | None) -> dict[str, float]:
             numbers[name.strip()] = float(value)
         except ValueError as error:
             raise GoalError(f"'{pair}' is not NAME=NUMBER; write it like accuracy=0.95") from error
+        if not math.isfinite(numbers[name.strip()]):
+            raise GoalError(f"'{pair}': the number must be finite; write it like accuracy=0.95")
     return numbers
 
 
