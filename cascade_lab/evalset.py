@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cascade_lab.atomic import write_file
-from cascade_lab.evalset_files import Row, check_columns, check_keys, is_missing, read_rows
+from cascade_lab.evalset_files import Row, check_columns, check_headerless, check_keys, is_missing, read_rows
 from cascade_lab.evalset_parquet import read_parquet
 from cascade_lab.exceptions import EvalSetError, did_you_mean
 from cascade_lab.text import shorten
@@ -39,6 +39,8 @@ class EvalSet:
         Where each row was read, for messages: `"clinc.tsv line 17"`.
     source, split, sha256 : str or None
         The file, its split that was read, and the digest of the file.
+    read_as : mapping of str to str or None
+        The columns that were read as `text` and `label` and the digest of the map of labels, where any was named.
     """
 
     examples: pd.DataFrame
@@ -46,6 +48,7 @@ class EvalSet:
     source: str | None = None
     split: str | None = None
     sha256: str | None = None
+    read_as: Mapping[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -57,7 +60,10 @@ class EvalSet:
         *,
         split: str | None = None,
         unlabelled: bool = False,
+        text_column: str = "text",
         label_column: str = "label",
+        label_map: Mapping[str, str] | None = None,
+        columns: Sequence[str] | None = None,
         encoding: str | None = None,
     ) -> EvalSet:
         """Read an eval set. The ending of the file's name gives its format.
@@ -71,8 +77,12 @@ class EvalSet:
             Take only the rows whose column `split` has this value. In CLINC150's json, take the splits `S` and `oos_S`.
         unlabelled : bool
             Accept texts without a label. If the column `label` is missing, or a label is empty, it becomes None.
-        label_column : str
-            The column that the file must have. With another one than `label`, a row needs no `label`.
+        text_column, label_column : str
+            The columns that become `text` and `label`. A column of the file that has such a name already is left out.
+        label_map : mapping of str to str, optional
+            Label in the file to label of the cascade; a label that it lacks stays as it is.
+        columns : sequence of str, optional
+            The names of the columns of a tsv or csv that has no header.
         encoding : str, optional
             The encoding of a text file; by default UTF-8, or what its byte-order mark says.
 
@@ -89,18 +99,36 @@ class EvalSet:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise EvalSetError(f"{path}: cannot be read ({reason}); give an eval set") from error
-        required = ("text",) if unlabelled else ("text", label_column)
+        required = {text_column: "--text-column"}
+        if not unlabelled or label_column != "label":
+            required[label_column] = "--label-column"
         if path.suffix.lower() == ".parquet":
+            if columns is not None:
+                check_headerless(str(path))
             found = read_parquet(content, str(path), split=split, required=required)
         else:
-            found = read_rows(content, str(path), split=split, required=required, encoding=encoding)
+            found = read_rows(content, str(path), split=split, required=required, encoding=encoding, columns=columns)
         rows = [(f"{path} {where}", row) for where, row in found]
         if path.suffix.lower() in (".json", ".jsonl"):
             check_keys(rows, required, str(path))
         if not rows:
             raise EvalSetError(f"{path}: contains no example; give an eval set with at least one row")
-        evalset = cls._from_rows(rows, unlabelled=unlabelled or label_column != "label")
-        return replace(evalset, source=str(path), split=split, sha256=hashlib.sha256(content).hexdigest())
+        rows, read_as = _renamed(rows, text_column, label_column, str(path))
+        evalset = cls._from_rows(rows, unlabelled=unlabelled)
+        if label_map is not None:
+            evalset = evalset._with_labels(label_map, str(path))
+            read_as["label_map_sha256"] = hashlib.sha256(json.dumps(dict(label_map)).encode()).hexdigest()
+        digest = hashlib.sha256(content).hexdigest()
+        return replace(evalset, source=str(path), split=split, sha256=digest, read_as=read_as or None)
+
+    def _with_labels(self, label_map: Mapping[str, str], where: str) -> EvalSet:
+        """Return the set with the labels that the map gives; refuse a map that has none of the set's labels."""
+        labels = self.examples["label"]
+        if not labels.isin(list(label_map)).any():
+            shown = shorten(", ".join(map(str, dict.fromkeys(labels))), 80)
+            raise EvalSetError(f"{where}: the map of labels has none of its labels ({shown}); fix the map")
+        mapped = pd.Series([label_map.get(label, label) for label in labels], dtype=object)
+        return replace(self, examples=self.examples.assign(label=mapped))
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame, *, unlabelled: bool = False) -> EvalSet:
@@ -149,7 +177,8 @@ class EvalSet:
     @property
     def origin(self) -> dict[str, Any]:
         """What a manifest records about the set."""
-        return {"source": self.source, "split": self.split, "sha256": self.sha256, "n_examples": len(self)}
+        origin = {"source": self.source, "split": self.split, "sha256": self.sha256, "n_examples": len(self)}
+        return origin if self.read_as is None else {**origin, "read_as": dict(self.read_as)}
 
     def column(self, name: str) -> list[str]:
         """Return a column of labels.
@@ -221,7 +250,7 @@ class EvalSet:
             text, second, example_id = row.get("text"), row.get("text_b"), row.get("example_id")
             if not (isinstance(text, str) and text.isascii()):
                 if is_missing(text):
-                    raise EvalSetError(f"{where}: has no text; fill in the column 'text' or drop the row")
+                    raise EvalSetError(f"{where}: has no text; fill it in, or drop the row")
                 _check_text(text, where, "text")
             label = row.get("label")
             if not (label and isinstance(label, str) and label.isascii()):
@@ -244,6 +273,22 @@ class EvalSet:
         others = {column: _writable(column, [row.get(column) for _, row in rows]) for column in order[4:]}
         examples = pd.concat([examples, pd.DataFrame(others)], axis=1) if others else examples
         return cls(examples=examples, locations=tuple(where for where, _ in rows))
+
+
+def _renamed(rows: list[Row], text_column: str, label_column: str, path: str) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows with their columns renamed to `text` and `label`, and which columns these were."""
+    if text_column == label_column:
+        raise EvalSetError(f"{path}: the texts and the labels are both column '{text_column}'; name two columns")
+    names = {"text": text_column, "label": label_column}
+    changed = {key: name for key, name in names.items() if key != name}
+    if not changed:
+        return rows, {}
+    left_out = {*changed, *changed.values()}
+    renamed: list[Row] = []
+    for where, row in rows:
+        moved = {key: row[name] for key, name in changed.items() if name in row}
+        renamed.append((where, {**moved, **{name: value for name, value in row.items() if name not in left_out}}))
+    return renamed, {f"{key}_column": name for key, name in changed.items()}
 
 
 def _writable(name: str, cells: list[Any]) -> pd.Series:
@@ -308,8 +353,7 @@ def _label(value: Any, where: str, unlabelled: bool) -> str | None:
     if unlabelled:
         return None
     raise EvalSetError(
-        f"{where}: has no label; fill in the column 'label', drop the row, or read unlabelled texts with "
-        "unlabelled=True"
+        f"{where}: has no label; fill it in, drop the row, or read unlabelled texts with unlabelled=True"
     )
 
 

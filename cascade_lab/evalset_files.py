@@ -7,10 +7,11 @@ import csv
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,9 @@ from cascade_lab.text import shorten
 
 Row = tuple[str, dict[str, Any]]
 """The location of a row ("line 17"), and its columns."""
+
+Required: TypeAlias = Sequence[str] | Mapping[str, str]
+"""The columns that a file must have; in a mapping, each with the option that names another column ("--text-column")."""
 
 _OPTIONAL = ("text_b", "example_id", "label")
 _OTHER_WORDS = {
@@ -37,7 +41,13 @@ _BYTE_ORDER_MARKS = (
 
 
 def read_rows(
-    content: bytes, path: str, *, split: str | None = None, required: Sequence[str] = (), encoding: str | None = None
+    content: bytes,
+    path: str,
+    *,
+    split: str | None = None,
+    required: Required = (),
+    encoding: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """Read the rows of a text file.
 
@@ -48,10 +58,12 @@ def read_rows(
         The file's name, for messages; its ending gives the format: .tsv, .csv, .jsonl or .json.
     split : str, optional
         Take only the rows whose column `split` has this value; in CLINC150's json, the splits `S` and `oos_S`.
-    required : sequence of str
-        The columns that the file must have.
+    required : sequence of str, or mapping of str to str
+        The columns that the file must have; see `Required`.
     encoding : str, optional
         The encoding of the file; by default UTF-8, or what its byte-order mark says.
+    columns : sequence of str, optional
+        The names of the columns of a tsv or csv that has no header.
 
     Raises
     ------
@@ -59,6 +71,8 @@ def read_rows(
         The file cannot be read. The message names the file, and the row where there is one.
     """
     ending = Path(path).suffix.lower()
+    if columns is not None:
+        check_headerless(path)
     text = decode(content, path, encoding)
     if ending == ".json":
         value = _parse_whole(text, path)
@@ -66,8 +80,31 @@ def read_rows(
             return _clinc150(value, path, split)
         rows = _json(value, text, path)
     else:
-        rows = _TEXT_READERS[ending](text, path, required)
+        rows = _TEXT_READERS[ending](text, path, required, columns)
     return of_split(rows, split, path)
+
+
+def check_headerless(path: str) -> None:
+    """Raise EvalSetError if a file's format has names of columns in any case."""
+    if Path(path).suffix.lower() not in (".tsv", ".csv"):
+        raise EvalSetError(
+            f"{path}: --columns (columns=) names the columns of a tsv or csv without a header; this format has names "
+            "already, so omit it"
+        )
+
+
+def first_columns(rows: Iterator[Row]) -> dict[str, str]:
+    """Return which columns of the first row are probably the texts and the labels, if none has the usual name.
+
+    >>> first_columns(iter([("line 2", {"sentence": "pay my bill", "intent": "billing"})]))
+    {'text': 'sentence', 'label': 'intent'}
+    """
+    _, row = next(rows, ("", {}))
+    found = {}
+    for key, words in _OTHER_WORDS.items():
+        others = [name for name in row if str(name).casefold() in (key, *words)]
+        found[key] = key if key in row or not others else others[0]
+    return found
 
 
 def is_missing(value: Any) -> bool:
@@ -103,11 +140,11 @@ def decode(content: bytes, path: str, encoding: str | None = None) -> str:
         ) from error
 
 
-def check_columns(names: Sequence[str], required: Sequence[str], where: str) -> None:
+def check_columns(names: Sequence[str], required: Required, where: str) -> None:
     """Raise EvalSetError if a required column is missing, or if two columns have the same name."""
     for key in required:
         if key not in names:
-            way_out = _way_out(key, names, "the columns in the first row")
+            way_out = _way_out(key, names, "the columns in the first row", required)
             raise EvalSetError(f"{where}: no column '{key}'; it has {_listed(names)}{way_out}")
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
@@ -116,12 +153,12 @@ def check_columns(names: Sequence[str], required: Sequence[str], where: str) -> 
         )
 
 
-def check_keys(rows: Sequence[Row], required: Sequence[str], path: str) -> None:
+def check_keys(rows: Sequence[Row], required: Required, path: str) -> None:
     """Refuse JSON in which no object has a required key. A single row without it is refused by its location."""
     for key in required:
         if rows and not any(key in row for _, row in rows):
             keys = list(dict.fromkeys(name for _, row in rows[:100] for name in row))
-            way_out = _way_out(key, keys, f"a key '{key}'")
+            way_out = _way_out(key, keys, f"a key '{key}'", required)
             raise EvalSetError(f"{path}: no row has '{key}'; its keys are {_listed(keys)}{way_out}")
 
 
@@ -130,16 +167,23 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _way_out(key: str, names: Sequence[str], place: str) -> str:
-    folded = [name for name in names if str(name).strip().casefold() == key.casefold()]
-    if folded:
-        return f"; did you mean '{folded[0]}'? Rename it to '{key}'"
-    near = get_close_matches(key, [str(name) for name in names], n=1, cutoff=0.7)
-    near = near or [name for name in names if str(name).casefold() in _OTHER_WORDS.get(key, ())]
-    question = f"; did you mean '{shorten(near[0], 40)}'?" if near else ""
-    if key == "label":
-        return f"; add it, or read unlabelled texts with unlabelled=True{question}"
-    return f"; name {place}{question}"
+def _way_out(key: str, names: Sequence[str], place: str, required: Required) -> str:
+    option = required[key] if isinstance(required, Mapping) else ""
+    meaning = option.removeprefix("--").removesuffix("-column") or key
+    near = [name for name in names if str(name).strip().casefold() == key.casefold()]
+    near = near or get_close_matches(key, [str(name) for name in names], n=1, cutoff=0.7)
+    near = near or [name for name in names if str(name).casefold() in _OTHER_WORDS.get(meaning, ())]
+    if near and option:
+        name = shorten(str(near[0]), 40)
+        return f"; did you mean '{name}'? Pass {option} {shlex.quote(name)} ({meaning}_column={name!r}), or rename it"
+    if near:
+        return f"; did you mean '{shorten(str(near[0]), 40)}'? Rename it to '{key}'"
+    other = f", or name it with {option} ({meaning}_column=)" if option else ""
+    if meaning == "label":
+        return f"; add it{other}, or read unlabelled texts with unlabelled=True"
+    is_header = option and place.startswith("the columns")
+    header = "; if the first row is no header, name all columns with --columns (columns=)" if is_header else ""
+    return f"; name {place}{other}{header}"
 
 
 def of_split(rows: Iterator[Row], split: str | None, path: str) -> Iterator[Row]:
@@ -160,10 +204,15 @@ def _of_split(rows: Iterator[Row], split: str, path: str) -> Iterator[Row]:
         raise EvalSetError(f"{path}: no row has split '{split}'; {known}")
 
 
-def _table_rows(lines: Iterable[tuple[int, list[str]]], path: str, required: Sequence[str]) -> Iterator[Row]:
-    """Turn numbered lists of fields, of which the first is the header, into rows."""
+def _table_rows(
+    lines: Iterable[tuple[int, list[str]]], path: str, required: Required, columns: Sequence[str] | None
+) -> Iterator[Row]:
+    """Turn numbered lists of fields into rows; the first is the header, unless `columns` has the names."""
     lines = iter(lines)
-    first, names = next(((number, fields) for number, fields in lines if any(fields)), (1, [""]))
+    if columns is None:
+        first, names = next(((number, fields) for number, fields in lines if any(fields)), (1, [""]))
+    else:
+        first, names = 1, list(columns)
     header = [name.strip() for name in names]
     if "" in header:
         numbered = list(lines)
@@ -171,13 +220,13 @@ def _table_rows(lines: Iterable[tuple[int, list[str]]], path: str, required: Seq
         header = [header[i] for i in kept]
         lines = ((n, [f[i] for i in kept if i < len(f)] + f[len(names) :]) for n, f in numbered)
     check_columns(header, required, f"{path} line {first}")
-    n_columns = len(header)
+    n_columns, named_in = len(header), "the header has" if columns is None else "--columns names"
     for number, values in lines:
         if not any(values):  # a blank line, also as a spreadsheet writes it: separators alone
             continue
         if len(values) > n_columns and any(values[n_columns:]):
             raise EvalSetError(
-                f"{path} line {number}: has {len(values)} fields, but the header has {n_columns}; fix the row"
+                f"{path} line {number}: has {len(values)} fields, but {named_in} {n_columns}; fix the row"
             )
         row = dict(zip(header, values, strict=False))
         # An empty text is a text. In these optional columns an empty field means that there is no value.
@@ -198,14 +247,14 @@ _SEP_LINE = re.compile(r'"?sep=(.)"?\r?(?:\n|\Z)', re.IGNORECASE)
 _QUOTED = re.compile(r'"(?<![^\t\n]")([^"]*(?:""[^"]*)*)"(?=\t|\r?\n|\r?\Z)')
 
 
-def _tsv(text: str, path: str, required: Sequence[str]) -> Iterator[Row]:
+def _tsv(text: str, path: str, required: Required, columns: Sequence[str] | None) -> Iterator[Row]:
     if _SEP_LINE.match(text):
         raise EvalSetError(f"{path} line 1: '{text[:5]}' is a line that Excel reads in a csv; name the file .csv")
     _refuse_quoted(text, path)
     # Only a newline ends a row. str.splitlines would also split at form feeds and U+2028, which texts may contain.
     lines = text.removesuffix("\n").split("\n")
     fields = ((number, line.removesuffix("\r").split("\t")) for number, line in enumerate(lines, 1))
-    return _table_rows(fields, path, required)
+    return _table_rows(fields, path, required, columns)
 
 
 def _refuse_quoted(text: str, path: str) -> None:
@@ -250,13 +299,14 @@ def _have_tabs(text: str, n: int) -> bool:
     return all(line.count("\t") == n for line in text.split("\n") if line.strip("\r"))
 
 
-def _csv(text: str, path: str, required: Sequence[str]) -> Iterator[Row]:
+def _csv(text: str, path: str, required: Required, columns: Sequence[str] | None) -> Iterator[Row]:
     sep = _SEP_LINE.match(text)  # Excel's first line
     start_line = 1 if sep else 0
     body = text[sep.end() :] if sep else text
     header = re.sub(r'"[^"]*"', '""', re.split(r"[\r\n]", body.lstrip("\r\n"), maxsplit=1)[0])
     # In countries with a decimal comma, spreadsheets separate fields by semicolons.
-    delimiter = sep[1] if sep else max(",;\t", key=header.count)
+    n_commas = None if columns is None else len(columns) - 1  # a text in the first row may contain some too
+    delimiter = sep[1] if sep else max(",;\t", key=lambda char: (header.count(char) == n_commas, header.count(char)))
     after = header.split(delimiter)[1:]
     is_spaced = bool(after) and all(name.startswith(" ") for name in after)  # written with ", " between the fields
 
@@ -277,10 +327,10 @@ def _csv(text: str, path: str, required: Sequence[str]) -> Iterator[Row]:
             start, end = end + 1, start_line + reader.line_num
             yield start, values
 
-    return _table_rows(lines(), path, required)
+    return _table_rows(lines(), path, required, columns)
 
 
-def _jsonl(text: str, path: str, required: Sequence[str] = ()) -> Iterator[Row]:
+def _jsonl(text: str, path: str, *_: object) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -296,7 +346,7 @@ def _jsonl(text: str, path: str, required: Sequence[str] = ()) -> Iterator[Row]:
         yield f"line {number}", row
 
 
-_TEXT_READERS: Mapping[str, Callable[[str, str, Sequence[str]], Iterator[Row]]] = {
+_TEXT_READERS: Mapping[str, Callable[[str, str, Required, Sequence[str] | None], Iterator[Row]]] = {
     ".tsv": _tsv,
     ".csv": _csv,
     ".jsonl": _jsonl,

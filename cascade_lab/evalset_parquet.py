@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cascade_lab.evalset_files import Row, check_columns, of_split
+from cascade_lab.evalset_files import Required, Row, check_columns, of_split
 from cascade_lab.exceptions import EvalSetError
 from cascade_lab.json_files import parse
 from cascade_lab.text import shorten
@@ -16,7 +16,7 @@ from cascade_lab.text import shorten
 MAX_BYTES = 2**30  # of decoded values: a small parquet file can repeat a text a million times
 
 
-def read_parquet(content: bytes, path: str, *, split: str | None = None, required: Sequence[str] = ()) -> Iterator[Row]:
+def read_parquet(content: bytes, path: str, *, split: str | None = None, required: Required = ()) -> Iterator[Row]:
     """Read the rows of a parquet file; the parameters are those of `evalset_files.read_rows`.
 
     Where Hugging Face's datasets wrote numbers of classes (a ClassLabel), the rows have the names of the classes.
@@ -29,7 +29,7 @@ def read_parquet(content: bytes, path: str, *, split: str | None = None, require
     return of_split(_rows(content, path, required), split, path)
 
 
-def _rows(content: bytes, path: str, required: Sequence[str]) -> Iterator[Row]:
+def _rows(content: bytes, path: str, required: Required) -> Iterator[Row]:
     try:
         schema = pq.ParquetFile(pa.BufferReader(content)).schema_arrow
         names = [name.strip() for name in schema.names]

@@ -91,6 +91,33 @@ def read_labels(path: str | Path, *, encoding: str | None = None) -> LabelFile:
     return LabelFile(frame, tuple(where for where, _ in kept), str(path))
 
 
+def read_label_map(path: str | Path, *, encoding: str | None = None) -> dict[str, str]:
+    """Read which label of an eval set becomes which label of a cascade: a csv or tsv with the columns `from` and `to`.
+
+    Raises
+    ------
+    EvalSetError
+        The file cannot be read, a cell is empty, or a label is mapped twice.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        raise EvalSetError(f"{path}: unknown format of a map of labels; give a csv or tsv with the columns from and to")
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EvalSetError(f"{path}: cannot be read ({reason}); give a csv with the columns from and to") from error
+    mapped: dict[str, str] = {}
+    for place, row in read_rows(content, str(path), required=("from", "to"), encoding=encoding):
+        before, after = row.get("from"), row.get("to")
+        if not before or not after:
+            raise EvalSetError(f"{path} {place}: has no {'to' if before else 'from'}; fill it in, or drop the row")
+        if mapped.get(before, after) != after:
+            raise EvalSetError(f"{path} {place}: '{before}' becomes '{mapped[before]}' above; keep one of the rows")
+        mapped[before] = after
+    return mapped
+
+
 def join_labels(examples: pd.DataFrame, given: LabelFile, spec: CascadeSpec) -> pd.DataFrame:
     """Return `examples` with the labels of a file, by `example_id`; a text without one keeps its own.
 

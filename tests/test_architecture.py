@@ -74,7 +74,7 @@ def is_in(name: str, *packages: str) -> bool:
 @pytest.mark.parametrize(
     ("imported", "allowed"),
     [
-        (("cli",), ("cli",)),
+        (("cli",), ("cli", "__main__")),
         (("displays", "reporting"), ("displays", "reporting", "explorer", "cli")),
         (("bert", "stage", "cascade"), (
             "bert", "stage", "cascade", "latency_benchmark", "precision_check", "study", "held_out_labels", "export",

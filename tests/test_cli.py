@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,9 @@ from typer.testing import CliRunner
 
 from cascade_lab import Cascade, EvalSet, Run
 from cascade_lab.cli import COMMANDS, app
+from cascade_lab.cli.printing import next_step
 from cascade_lab.exceptions import EvalSetError
+from cascade_lab.leaderboard import leaderboard
 
 
 def cascade_lab(*arguments, stdin=None):
@@ -153,6 +157,65 @@ def test_help_shows_an_example(command):
     result = cascade_lab(*command.split(), "--help")
     assert result.exit_code == 0
     assert f"cascade-lab {command}" in result.stdout
+
+
+def test_every_command_ends_with_the_next_one_to_try(monkeypatch, tmp_path):
+    for command in COMMANDS:
+        assert "next_step(" in inspect.getsource(sys.modules[command.__module__]), command.__name__
+    shown = []
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("cascade_lab.cli.printing.line", shown.append)
+    next_step("run", tmp_path / "my cascade.toml", "EVALSET")
+    assert shown == [f"next: cascade-lab run '{tmp_path / 'my cascade.toml'}' EVALSET"]
+
+
+def test_flags_have_no_type_and_the_package_runs_as_a_module():
+    for command in ("--help", "run --help", "finetune --help"):
+        assert "<bool>" not in cascade_lab(*command.split()).stdout
+    assert "--install-completion" in cascade_lab("--help").stdout
+    expected = f"cascade-lab {version('cascade-lab')}\n"
+    assert cascade_lab("--version").stdout == expected
+    command = [sys.executable, "-m", "cascade_lab"]
+    assert subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout == expected
+    asked = {
+        **os.environ,
+        "_CASCADE_LAB_COMPLETE": "complete_bash",
+        "COMP_WORDS": "cascade-lab run --over",
+        "COMP_CWORD": "2",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=asked, check=False)
+    assert done.stdout.split() == ["--overwrite"]
+
+
+def test_runs_are_listed_the_best_first_and_a_damaged_one_is_one_line(tmp_path):
+    folder = tmp_path / "runs"
+    for name, skill in (("a", 1), ("inner/b", 4), ("damaged", 1)):
+        random_run(folder / name, n=60, seed=1, skill=skill)
+    shutil.copytree(folder / "a", folder / "c.unfinished")
+    rewritten = json.loads((folder / "a" / "manifest.json").read_text(encoding="utf-8"))
+    tuned = {"run_id": "x", "goal": "maximize accuracy", "evalset": rewritten["evalset"]}
+    rewritten["cascade"]["tuned_on"] = tuned
+    (folder / "a" / "manifest.json").write_text(json.dumps(rewritten), encoding="utf-8")
+    (folder / "damaged" / "predictions.parquet").write_bytes(b"PAR1")
+    result = cascade_lab("runs", folder)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["inner/b", "a"]
+    assert f"cannot be read: {folder / 'damaged'}/predictions.parquet: changed since the run" in result.stdout
+    assert "unfinished" not in result.stdout
+    assert "same texts: the thresholds were tuned on the texts of the run" in result.stdout
+    rows = [json.loads(line) for line in cascade_lab("runs", folder, "--json").stdout.splitlines()]
+    assert [row["run"] for row in rows] == [str(folder / name) for name in ("inner/b", "a", "damaged")]
+    metrics = Run.read(folder / "a").metrics["end_to_end"]
+    assert {key: rows[1][key] for key in metrics} == metrics
+    assert (rows[0]["tuned_on"], rows[1]["tuned_on"], rows[1]["same_texts"]) == (None, "random.tsv", True)
+    assert (rows[0]["n_labelled"], rows[2]["n_labelled"], rows[2]["accuracy"]) == (60, None, None)
+    lowest = leaderboard(folder, sort="reject_recall")["reject_recall"]
+    assert lowest.dropna().is_monotonic_decreasing
+    refused(cascade_lab("runs", folder, "--sort", "acuracy"), "did you mean 'accuracy'")
+    refused(cascade_lab("runs", tmp_path / "none"), "no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(cascade_lab("runs", tmp_path / "empty"), "has no run")
 
 
 def test_the_installed_command_hides_what_tensorflow_prints(tiny):

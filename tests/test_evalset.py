@@ -94,7 +94,7 @@ BAD = {
     "no text column": (
         "set.tsv",
         b"txt\tlabel\na\t1\n",
-        "line 1: no column 'text'; it has txt, label; name the",
+        "line 1: no column 'text'; it has txt, label; did you mean 'txt'\\? Pass --text-column txt",
     ),
     "no label column": (
         "set.csv",
@@ -104,7 +104,7 @@ BAD = {
     "row without text": ("set.tsv", b"label\ttext\n1\ta\n1\n", "line 3: has no text"),
     "null text": ("set.jsonl", b'{"text": null, "label": "1"}\n', "line 1: has no text"),
     "text is a number": ("set.jsonl", b'{"text": 5, "label": "1"}\n', "line 1: text is 5; it must be a string"),
-    "row without label": ("set.tsv", b"text\tlabel\na\n", "line 2: has no label; fill in .* with unlabelled=True"),
+    "row without label": ("set.tsv", b"text\tlabel\na\n", "line 2: has no label; fill it in.* with unlabelled=True"),
     "too many fields": ("set.tsv", b"text\tlabel\na\t1\tb\n", "line 2: has 3 fields, but the header has 2"),
     "doubled id": ("set.csv", b"text,label,example_id\na,1,x\nb,1,x\n", "line 3: example_id 'x' is at .* line 2 too"),
     "not UTF-8": ("set.tsv", b"text\tlabel\na\t1\n\xff\t1\n", "line 3: byte 15 is not UTF-8"),

@@ -13,6 +13,7 @@ import pytest
 
 from cascade_lab import EvalSet, evalset_parquet
 from cascade_lab.exceptions import EvalSetError
+from cascade_lab.label_files import read_label_map
 
 
 def read(folder, name, content, **options):
@@ -205,12 +206,68 @@ def test_a_label_that_is_a_list_or_an_object_is_refused_by_its_row(value, tmp_pa
         EvalSet.read(tmp_path / "set.parquet")
 
 
-def test_another_label_column_needs_no_label(tmp_path):
-    content = "text,category\nopen,door\npaint,light\n"
-    evalset = read(tmp_path, "set.csv", content, label_column="category")
-    assert evalset.column("category") == ["door", "light"]
-    assert evalset.examples["label"].tolist() == [None, None]
-    refused(tmp_path, "set.csv", content, "no column 'Category'; .*did you mean 'category'", label_column="Category")
+def test_other_columns_become_text_and_label(tmp_path):
+    content = "sentence,intent,label,id\nopen,door,x,1\npaint,light,y,2\n"
+    names = {"text_column": "sentence", "label_column": "intent"}
+    evalset = read(tmp_path, "set.csv", content, **names)
+    assert list(evalset.examples.columns) == ["example_id", "text", "text_b", "label", "id"]
+    assert evalset.examples[["text", "label"]].to_numpy().tolist() == [["open", "door"], ["paint", "light"]]
+    assert evalset.origin["read_as"] == names
+    rows = [{"sentence": "open", "intent": 1}, {"sentence": "paint", "intent": 2}]
+    assert read(tmp_path, "set.jsonl", "\n".join(map(json.dumps, rows)), **names).column("label") == ["1", "2"]
+    pd.DataFrame(rows).to_parquet(tmp_path / "set.parquet")
+    assert EvalSet.read(tmp_path / "set.parquet", **names).column("label") == ["1", "2"]
+    for header, options, message in (
+        ("sentence,intent", {}, "it has sentence, intent; did you mean 'sentence'. Pass --text-column sentence"),
+        (
+            "text,the intent",
+            {"label_column": "the intnt"},
+            "Pass --label-column 'the intent' .label_column='the intent'",
+        ),
+        ("open the door,door", {}, "it has open the door, door; name .* with --text-column .* with --columns"),
+        ("text,label", {"text_column": "label"}, "the texts and the labels are both column 'label'"),
+        ("text,intent", {"label_column": "intnt", "unlabelled": True}, "no column 'intnt'; .*did you mean 'intent'"),
+    ):
+        refused(tmp_path, "set.csv", f"{header}\na,b\n", message, **options)
+
+
+def test_a_file_without_a_header_is_read_with_the_names_of_its_columns(tmp_path):
+    for name, content in (
+        ("set.csv", "open; the door,door\npaint,light\n"),
+        ("set.csv", '"open; the door",door\n\npaint,light\n'),
+        ("set.tsv", "open; the door\tdoor\npaint\tlight\n"),
+    ):
+        examples = read(tmp_path, name, content, columns=["text", "label"]).examples
+        assert examples[["text", "label"]].to_numpy().tolist() == [["open; the door", "door"], ["paint", "light"]]
+    columns = {"columns": ["label", "sentence"], "text_column": "sentence"}
+    assert read(tmp_path, "set.tsv", "door\topen\n", **columns).texts == ["open"]
+    refused(
+        tmp_path, "set.csv", "open,door,x\n", "line 1: has 3 fields, but --columns names 2", columns=["text", "label"]
+    )
+    refused(tmp_path, "set.csv", "open\n", "line 1: has no label", columns=["text", "label"])
+    refused(tmp_path, "set.csv", "open,door\n", "no column 'text'; it has txt, label", columns=["txt", "label"])
+    refused(tmp_path, "set.csv", "open,door\n", "two columns have the same name", columns=["text", "text", "label"])
+    refused(tmp_path, "set.jsonl", '{"text": "a"}', "this format has names already", columns=["text", "label"])
+
+
+def test_labels_are_mapped_to_those_of_the_cascade(tmp_path):
+    (tmp_path / "map.csv").write_text("from,to\nTür,door\nLicht,light\n", encoding="utf-8")
+    label_map = read_label_map(tmp_path / "map.csv")
+    evalset = read(tmp_path, "set.csv", "text,label\na,Tür\nb,other\n", label_map=label_map)
+    assert evalset.column("label") == ["door", "other"]
+    assert set(evalset.origin["read_as"]) == {"label_map_sha256"}
+    refused(
+        tmp_path, "set.csv", "text,label\na,x\n", "the map of labels has none of its labels .x.", label_map=label_map
+    )
+    for name, content, message in (
+        ("map.csv", "a,b\n", "no column 'from'; it has a, b"),
+        ("map.csv", "from,to\nx,y\nx,z\n", "line 3: 'x' becomes 'y' above"),
+        ("map.csv", "from,to\nx,\n", "line 2: has no to"),
+        ("map.txt", "", "unknown format of a map of labels"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(EvalSetError, match=message):
+            read_label_map(tmp_path / name)
 
 
 def test_encodings_are_read_by_their_marks_or_named(tmp_path):

@@ -11,7 +11,7 @@ from cascade_lab.cli.audit import audit
 from cascade_lab.cli.calibrate import calibrate
 from cascade_lab.cli.collect import collect
 from cascade_lab.cli.compare import compare
-from cascade_lab.cli.console import Group
+from cascade_lab.cli.console import Command, Group
 from cascade_lab.cli.correct import correct
 from cascade_lab.cli.export import export
 from cascade_lab.cli.finetune import finetune
@@ -24,6 +24,7 @@ from cascade_lab.cli.monitor import monitor
 from cascade_lab.cli.predict import predict
 from cascade_lab.cli.report import report
 from cascade_lab.cli.run import run
+from cascade_lab.cli.runs import runs
 from cascade_lab.cli.serve import serve
 from cascade_lab.cli.study import study
 from cascade_lab.cli.tune import tune
@@ -34,7 +35,6 @@ from cascade_lab.cli.vocabulary import vocabulary
 app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,6 +46,7 @@ COMMANDS = (
     collect,
     predict,
     inspect,
+    runs,
     report,
     verify,
     tune,
@@ -67,9 +68,22 @@ COMMANDS = (
 )
 
 
+def _print_version(value: bool) -> None:
+    if value:
+        from cascade_lab.provenance import package_version
+
+        typer.echo(f"cascade-lab {package_version('cascade-lab')}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, and TensorFlow's messages.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """The lab bench for cascades of BERT classifiers.
 
@@ -88,9 +102,9 @@ def root(
 
 
 for command in COMMANDS:
-    app.command(command.__name__.replace("_", "-"))(command)
+    app.command(command.__name__.replace("_", "-"), cls=Command)(command)
 
 
 def main() -> None:
     """Run the command `cascade-lab`."""
-    app()
+    app(prog_name="cascade-lab")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cascade_lab.cli.console import shows_progress, spinner
+from cascade_lab.cli.options import read_columns
 
 if TYPE_CHECKING:
     from cascade_lab.cascade import Cascade
@@ -26,14 +27,35 @@ def default_directory(name: str) -> Path:
 
 
 def read_evalset(
-    path: Path, spec: CascadeSpec, *, split: str | None, limit: int | None, encoding: str | None = None
+    path: Path,
+    spec: CascadeSpec | None,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    encoding: str | None = None,
+    text_column: str = "text",
+    label_column: str = "label",
+    label_map: Path | None = None,
+    columns: str | None = None,
+    unlabelled: bool = False,
 ) -> EvalSet:
-    """Read labelled texts, check every label against the cascade, and keep at most `limit` texts."""
+    """Read texts, check every label against the cascade (if one is given), and keep at most `limit` texts."""
     from cascade_lab.decisions import check_labels
     from cascade_lab.evalset import EvalSet
+    from cascade_lab.label_files import read_label_map
 
-    evalset = EvalSet.read(path, split=split, encoding=encoding)
-    check_labels(spec, evalset.examples, evalset.locations)
+    evalset = EvalSet.read(
+        path,
+        split=split,
+        unlabelled=unlabelled,
+        text_column=text_column,
+        label_column=label_column,
+        label_map=None if label_map is None else read_label_map(label_map),
+        columns=read_columns(columns),
+        encoding=encoding,
+    )
+    if spec is not None:
+        check_labels(spec, evalset.examples, evalset.locations)
     return evalset if limit is None else evalset.limit(limit)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from cascade_lab.cli.console import spinner
 from cascade_lab.cli.options import CASCADE, OVERWRITE
-from cascade_lab.cli.printing import cell, line, show, table
+from cascade_lab.cli.printing import cell, line, next_step, show, table
 from cascade_lab.text import printable
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def attribute(
         _print_attribution(result, explained.name)
     if output is not None:
         line(f"page: {output}")
+    next_step("run", cascade, "EVALSET", "--output", "RUN")
 
 
 def _print_attribution(result: Attribution, stage: str) -> None:

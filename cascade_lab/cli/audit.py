@@ -9,7 +9,7 @@ import typer
 
 from cascade_lab.cli.console import shows_progress
 from cascade_lab.cli.options import ENCODING, OVERWRITE, RUN
-from cascade_lab.cli.printing import cell, line, number, show, table
+from cascade_lab.cli.printing import cell, line, next_step, number, show, table
 from cascade_lab.exceptions import CascadeLabError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def audit(
         write_audit(doubts, output)
     _print_audit(doubts, int(audited.examples["label"].notna().sum()))
     line(f"audit: {output}")
+    next_step("correct", run, output, "--output", "corrected.tsv")
 
 
 def _print_audit(doubts: pd.DataFrame, n_labelled: int) -> None:

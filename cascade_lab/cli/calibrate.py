@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.options import NEW_CASCADE, OVERWRITE, RUN, STAGES
-from cascade_lab.cli.printing import interval, line, number, show, table
+from cascade_lab.cli.printing import interval, line, next_step, number, show, table
 from cascade_lab.text import exact
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def calibrate(
     else:
         line("no answer of this run changes")
     line(f"cascade: {output}")
+    next_step("run", output, "EVALSET", "--output", "RUN")
 
 
 def _print_temperatures(temperatures: pd.DataFrame) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from cascade_lab.cli.actions import default_directory
 from cascade_lab.cli.options import ENCODING, NEW_RUN, OVERWRITE
-from cascade_lab.cli.printing import interval, line, number, print_run, show, table
+from cascade_lab.cli.printing import interval, line, next_step, number, print_run, show, table
 from cascade_lab.exceptions import CascadeLabError
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def collect(
         _print_sampled(run)
     for note in found.notes:
         line(f"note: {note}")
+    next_step("monitor", output, "--against", "RUN")
 
 
 def _read_time(value: str | None, option: str) -> datetime | None:

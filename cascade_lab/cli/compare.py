@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from cascade_lab.cli.options import OVERWRITE, SHOWN_TEXTS
-from cascade_lab.cli.printing import MAX_CELL, cell, interval, line, number, p_value, show, table, title
+from cascade_lab.cli.printing import MAX_CELL, cell, interval, line, next_step, number, p_value, show, table, title
 from cascade_lab.text import shorten
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def compare(
     _print_comparison(comparison, n_texts=texts)
     if output is not None:
         line(f"comparison: {output}")
+    next_step("report", run_a, "--notebook", "06_compare_runs", "-p", f"run_b={run_b}")
 
 
 def _print_comparison(comparison: Comparison, *, n_texts: int) -> None:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from cascade_lab.exceptions import CascadeLabError, CheckpointWarning, FontWarning
 from cascade_lab.text import printable
@@ -26,12 +26,22 @@ _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # UsageError of click, or of 
 _NOTICES = (CheckpointWarning, FontWarning)  # each is one line for people
 
 
+class Command(TyperCommand):
+    """A command whose help shows a flag without a type: it takes no value."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return _without_bool(super().get_params(ctx))
+
+
 class Group(TyperGroup):
     """A group of commands that shows an error of the user as one line on stderr, with exit code 2.
 
     SIGINT and SIGTERM end a command like an exception, so that it removes what it has not finished: one line, and exit
     code 130 or 143. A character that the output's encoding lacks is printed as "?".
     """
+
+    def get_params(self, ctx: Any) -> Any:
+        return _without_bool(super().get_params(ctx))
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -67,6 +77,14 @@ class Group(TyperGroup):
             number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
             typer.echo(f"error: stopped by {number.name}", err=True)
             raise typer.Exit(128 + number) from stop
+
+
+def _without_bool(params: Any) -> Any:
+    """Give every flag an empty name for its value, which the help would show as `<bool>`."""
+    for param in params:
+        if getattr(param, "is_bool_flag", False):
+            param.metavar = ""
+    return params
 
 
 def _without_middle(message: str, max_length: int = 1500) -> str:

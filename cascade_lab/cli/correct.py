@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cascade_lab.cli.options import ENCODING, OVERWRITE, RUN
-from cascade_lab.cli.printing import cell, line, show, table
+from cascade_lab.cli.printing import cell, line, next_step, show, table
 
 MAX_ROWS = 10
 
@@ -48,3 +48,4 @@ def correct(
         show(shown)
     line(f"{len(changed):,} of {len(labels):,} labels corrected")
     line(f"eval set: {output}")
+    next_step("run", "CASCADE", output, "--output", "RUN")

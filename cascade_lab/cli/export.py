@@ -8,7 +8,7 @@ import typer
 
 from cascade_lab.cli.console import spinner
 from cascade_lab.cli.options import CASCADE, NEW_DIRECTORY, OVERWRITE
-from cascade_lab.cli.printing import line
+from cascade_lab.cli.printing import line, next_step
 
 
 def export(
@@ -34,3 +34,4 @@ def export(
 
         export_cascade(spec, output, format=format, overwrite=overwrite)
     line(f"{output}: {', '.join(stage.name for stage in spec.stages)}")
+    next_step("serve", cascade)

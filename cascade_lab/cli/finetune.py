@@ -8,8 +8,17 @@ from typing import Annotated
 import typer
 
 from cascade_lab.cli.console import shows_progress, spinner
-from cascade_lab.cli.options import DO_LOWER_CASE, ENCODING, NEW_DIRECTORY, OVERWRITE, TRAINING_SET
-from cascade_lab.cli.printing import line
+from cascade_lab.cli.options import (
+    COLUMNS,
+    DO_LOWER_CASE,
+    ENCODING,
+    NEW_DIRECTORY,
+    OVERWRITE,
+    TEXT_COLUMN,
+    TRAINING_SET,
+    read_columns,
+)
+from cascade_lab.cli.printing import line, next_step
 from cascade_lab.exceptions import TrainingError
 
 
@@ -35,6 +44,8 @@ def finetune(
     train_split: Annotated[str | None, typer.Option(help="The split of the training file.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="The split of the evaluation file.")] = None,
     encoding: ENCODING = None,
+    text_column: TEXT_COLUMN = "text",
+    columns: COLUMNS = None,
     bert_config_file: Annotated[
         Path | None, typer.Option(help="The config [default: bert_config.json beside the checkpoint].")
     ] = None,
@@ -67,12 +78,19 @@ def finetune(
     """
     from cascade_lab.evalset import EvalSet
 
-    train_set = EvalSet.read(train, split=train_split, label_column=label_column, encoding=encoding).without(
-        leave_out or [], label_column
-    )
-    dev_set = EvalSet.read(dev, split=eval_split, label_column=label_column, encoding=encoding).without(
-        leave_out or [], label_column
-    )
+    def read(path: Path, split: str | None) -> EvalSet:
+        # Another column than `label` stays where it is: a file may have the labels of several stages.
+        read_set = EvalSet.read(
+            path,
+            split=split,
+            unlabelled=label_column != "label",
+            text_column=text_column,
+            columns=read_columns(columns),
+            encoding=encoding,
+        )
+        return read_set.without(leave_out or [], label_column)
+
+    train_set, dev_set = read(train, train_split), read(dev, eval_split)
     names = _read_labels(labels) if labels else sorted(set(train_set.column(label_column)))
     with spinner("loading TensorFlow"):
         from cascade_lab.bert.finetune import Flags, Init
@@ -103,6 +121,7 @@ def finetune(
     )
     best = record["curve"][record["best_epoch"] - 1]
     line(f"{output}: epoch {best['epoch']} of {num_train_epochs}, accuracy {best['dev_accuracy']:.4f} on {dev}")
+    next_step("init", "GATE", "INTENT", "EVALSET", "--output", "cascade.toml")
 
 
 def _read_labels(labels: str) -> list[str]:

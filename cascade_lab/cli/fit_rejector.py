@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.options import NEW_CASCADE, OVERWRITE, RUN
-from cascade_lab.cli.printing import interval, line, number, show, table
+from cascade_lab.cli.printing import interval, line, next_step, number, show, table
 from cascade_lab.text import exact
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def fit_rejector(
         _print_comparison(comparison)
     _print_fitted(fitted)
     line(f"cascade: {output}")
+    next_step("run", output, "EVALSET", "--output", "RUN")
 
 
 def _print_comparison(comparison: RejectorComparison) -> None:

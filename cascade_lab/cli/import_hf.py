@@ -10,7 +10,7 @@ import typer
 
 from cascade_lab.cli.console import spinner
 from cascade_lab.cli.options import NEW_DIRECTORY, OVERWRITE
-from cascade_lab.cli.printing import line
+from cascade_lab.cli.printing import line, next_step
 
 CASE = {True: "lower case", False: "case kept", None: "case not specified"}
 
@@ -36,3 +36,4 @@ def import_hf(
     n_rows = origin["n_rows_without_token"]
     unused = f", {n_rows} rows of the embedding have no token" if n_rows else ""
     line(f"{output}: {origin['architecture']}, activation {origin['hidden_act']}, {case}{unused}")
+    next_step("init", "GATE", "INTENT", "EVALSET", "--output", "cascade.toml")

@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cascade_lab.cli.actions import default_directory
-from cascade_lab.cli.options import CASCADE, ENCODING, EVALSET, NEW_RUN, OVERWRITE, SPLIT, read_pair
-from cascade_lab.cli.printing import line, print_run
+from cascade_lab.cli.actions import default_directory, read_evalset
+from cascade_lab.cli.options import (
+    CASCADE,
+    COLUMNS,
+    ENCODING,
+    EVALSET,
+    LABEL_COLUMN,
+    LABEL_MAP,
+    NEW_RUN,
+    OVERWRITE,
+    SPLIT,
+    TEXT_COLUMN,
+    read_pair,
+)
+from cascade_lab.cli.printing import line, next_step, print_run
 from cascade_lab.exceptions import CascadeLabError
 
 if TYPE_CHECKING:
@@ -30,6 +42,10 @@ def import_logits(
     ],
     split: SPLIT = None,
     encoding: ENCODING = None,
+    text_column: TEXT_COLUMN = "text",
+    label_column: LABEL_COLUMN = "label",
+    label_map: LABEL_MAP = None,
+    columns: COLUMNS = None,
     output: NEW_RUN = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="The files contain probabilities, not logits.")
@@ -45,7 +61,6 @@ def import_logits(
 
     Example: cascade-lab import-logits cascade.toml test.tsv --logits gate=gate.npy --logits intent=intent.parquet
     """
-    from cascade_lab.evalset import EvalSet
     from cascade_lab.logits import read_logits
     from cascade_lab.provenance import sha256
     from cascade_lab.run import Run
@@ -56,7 +71,18 @@ def import_logits(
     files = _read_files(logits, spec)
     output = output or default_directory(spec.name)
     check_run_output(output, overwrite=overwrite)
-    examples = EvalSet.read(evalset, split=split, unlabelled=True, encoding=encoding)
+    examples = read_evalset(
+        evalset,
+        None,
+        split=split,
+        limit=None,
+        encoding=encoding,
+        text_column=text_column,
+        label_column=label_column,
+        label_map=label_map,
+        columns=columns,
+        unlabelled=True,
+    )
     ids = examples.examples["example_id"].tolist()
     arrays = {name: read_logits(path, spec.stage(name), ids) for name, path in files.items()}
     run = Run.from_logits(
@@ -71,6 +97,7 @@ def import_logits(
         n_scored = int(run.scores(name).scored.sum())
         if n_scored < len(ids):
             line(f"{name}: scored {n_scored:,} of {len(ids):,} texts")
+    next_step("report", output)
 
 
 def _read_files(pairs: Sequence[str], spec: CascadeSpec) -> dict[str, Path]:

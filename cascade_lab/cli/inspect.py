@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.console import spinner
-from cascade_lab.cli.printing import cell, line, print_run, show, table, title
+from cascade_lab.cli.printing import cell, line, next_step, print_run, show, table, title
 
 if TYPE_CHECKING:
     from cascade_lab.spec import StageSpec
@@ -33,12 +33,15 @@ def inspect(
     """
     if path.suffix == ".toml":
         _print_cascade(path)
+        next_step("run", path, "EVALSET", "--output", "RUN")
     elif (path / "manifest.json").is_file():
         from cascade_lab.run import Run
 
         print_run(Run.read(path))
+        next_step("report", path, "--notebook", "03_analyse_errors")
     else:
         _print_checkpoint(path)
+        next_step("init", "GATE", "INTENT", "EVALSET", "--output", "cascade.toml")
 
 
 def _print_cascade(path: Path) -> None:

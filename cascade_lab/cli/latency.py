@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cascade_lab.cli.actions import default_directory, load_cascade
+from cascade_lab.cli.actions import default_directory, load_cascade, read_evalset
 from cascade_lab.cli.console import shows_progress
-from cascade_lab.cli.options import CASCADE, ENCODING, EVALSET, LIMIT, OVERWRITE, SPLIT
-from cascade_lab.cli.printing import UNDEFINED, line, number, percent, show, table, title
+from cascade_lab.cli.options import (
+    CASCADE,
+    COLUMNS,
+    ENCODING,
+    EVALSET,
+    LABEL_COLUMN,
+    LABEL_MAP,
+    LIMIT,
+    OVERWRITE,
+    SPLIT,
+    TEXT_COLUMN,
+)
+from cascade_lab.cli.printing import UNDEFINED, line, next_step, number, percent, show, table, title
 from cascade_lab.exceptions import CascadeLabError
 
 if TYPE_CHECKING:
@@ -27,6 +38,10 @@ def latency(
     evalset: EVALSET,
     split: SPLIT = None,
     encoding: ENCODING = None,
+    text_column: TEXT_COLUMN = "text",
+    label_column: LABEL_COLUMN = "label",
+    label_map: LABEL_MAP = None,
+    columns: COLUMNS = None,
     output: Annotated[
         Path | None, typer.Option(help="The directory to write [default: runs/latency-NAME-TIME].")
     ] = None,
@@ -46,14 +61,22 @@ def latency(
     """
     from cascade_lab.analysis.serving_latency import LATENCY_DIRECTORY
     from cascade_lab.atomic import check_directory, whole_directory
-    from cascade_lab.evalset import EvalSet
     from cascade_lab.latency_benchmark import check_sizes, measure
     from cascade_lab.spec import CascadeSpec
 
     # Everything that can be refused early is refused before TensorFlow is loaded.
     spec = CascadeSpec.read(cascade)
-    texts = EvalSet.read(evalset, split=split, encoding=encoding)
-    texts = texts if limit is None else texts.limit(limit)
+    texts = read_evalset(
+        evalset,
+        None,
+        split=split,
+        limit=limit,
+        encoding=encoding,
+        text_column=text_column,
+        label_column=label_column,
+        label_map=label_map,
+        columns=columns,
+    )
     sizes = _read_sizes(batch_sizes)
     check_sizes(sizes, len(texts))
     output = output or default_directory(f"latency-{spec.name}")
@@ -72,6 +95,7 @@ def latency(
         study.write_into(directory)
     _print_study(study)
     line(f"latency: {output}")
+    next_step("report", "RUN", "--notebook", "05_study_latency", "-p", f"latency_dir={output}")
 
 
 def _print_study(study: LatencyStudy) -> None:

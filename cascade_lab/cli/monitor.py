@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.options import AT_LEAST, COST, OVERWRITE, RUN, read_numbers
-from cascade_lab.cli.printing import cell, interval, line, number, p_value, show, table, title
+from cascade_lab.cli.printing import cell, interval, line, next_step, number, p_value, show, table, title
 from cascade_lab.text import exact
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def monitor(
         line(sentence)
     if output is not None:
         line(f"cascade: {output}")
+    next_step("report", run, "--notebook", "09_watch_traffic", "-p", f"against_dir={against}")
 
 
 def _print_monitoring(found: Monitoring) -> None:

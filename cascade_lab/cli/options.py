@@ -33,7 +33,18 @@ ENCODING = Annotated[
         metavar="NAME", help="The encoding of a text file, such as cp1252 [default: UTF-8, or its byte-order mark's]."
     ),
 ]
+TEXT_COLUMN = Annotated[str, typer.Option(metavar="NAME", help="The column of the texts.")]
+LABEL_COLUMN = Annotated[str, typer.Option(metavar="NAME", help="The column of the labels.")]
+LABEL_MAP = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A csv with the columns from and to: labels of the set, labels of the cascade."),
+]
+COLUMNS = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="The columns of a csv or tsv without a header, such as text,label."),
+]
 LIMIT = Annotated[int | None, typer.Option(min=1, help="Use at most this number of texts, evenly spaced over the set.")]
+AS_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object per line instead of a table.")]
 BATCH_SIZE = Annotated[
     int | None, typer.Option(min=1, help="The most texts in one batch of a stage [default: the fastest].")
 ]
@@ -74,6 +85,15 @@ def read_pair(pair: str, form: str) -> tuple[str, str]:
     if not equals or not name.strip():
         raise CascadeLabError(f"'{pair}' is not {form}; write a name, an equals sign and a value")
     return name.strip(), value
+
+
+def read_columns(names: str | None) -> list[str] | None:
+    """Read the names of columns.
+
+    >>> read_columns("text, label")
+    ['text', 'label']
+    """
+    return None if names is None else [name.strip() for name in names.split(",")]
 
 
 def read_numbers(pairs: Sequence[str] | None) -> dict[str, float]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import codecs
-import json
-import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cascade_lab.cli.actions import load_cascade
 from cascade_lab.cli.console import shows_progress
-from cascade_lab.cli.options import BATCH_SIZE, CASCADE
-from cascade_lab.cli.printing import cell, number, show, table
+from cascade_lab.cli.options import AS_JSON, BATCH_SIZE, CASCADE
+from cascade_lab.cli.printing import cell, next_step, number, print_json, show, table
 from cascade_lab.exceptions import CascadeLabError
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ def predict(
             metavar="TEXT...", help="Texts, or - to read one text per line from standard input.", show_default=False
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line instead of a table.")] = False,
+    as_json: AS_JSON = False,
     batch_size: BATCH_SIZE = None,
 ) -> None:
     """Predict labels of texts that have none.
@@ -51,23 +49,13 @@ def predict(
         _print_json(texts, predictions)
     else:
         _print_table(texts, predictions, spec)
+        if texts:
+            next_step("attribute", cascade, texts[0])
 
 
 def _print_json(texts: list[str], predictions: pd.DataFrame) -> None:
     for text, row in zip(texts, predictions.to_dict("records"), strict=True):
-        values = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-        print(_to_json({"text": text, **values}))
-
-
-def _to_json(values: dict[str, Any]) -> str:
-    """Return JSON on one line, in which a character that a terminal obeys, or that it cannot print, is escaped."""
-    text = json.dumps(values, ensure_ascii=False)
-    text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(values)
-    return text
+        print_json({"text": text, **row})
 
 
 def _print_table(texts: list[str], predictions: pd.DataFrame, spec: CascadeSpec) -> None:

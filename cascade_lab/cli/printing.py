@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions
@@ -19,7 +22,14 @@ if TYPE_CHECKING:
 
 UNDEFINED = "–"
 MAX_CELL = 200  # characters of a text in a table
-_FOLDED = ("text", "variable", "scheme")  # columns whose cells may take several lines
+_FOLDED = (
+    "text",
+    "variable",
+    "scheme",
+    "cascade",
+    "eval set",
+    "tuned on",
+)  # columns whose cells may take several lines
 
 
 def table(*columns: str, fold_first: bool = False) -> Table:
@@ -61,6 +71,24 @@ class _Printable:
 def line(text: str) -> None:
     """Print a text as one line, however long, so that it can be copied; control characters are replaced."""
     Console().print(printable(text), soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print an object as JSON on one line; NaN is null, and what a terminal obeys or cannot print is escaped."""
+    values = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+    text = json.dumps(values, ensure_ascii=False)
+    text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(values)
+    print(text)
+
+
+def next_step(*words: object) -> None:
+    """Print a command to try next, if standard output is a terminal. Words in capitals stand for the user's own."""
+    if sys.stdout.isatty():
+        line(f"next: cascade-lab {shlex.join(map(str, words))}")
 
 
 def cell(text: str, max_length: int = MAX_CELL) -> Text:

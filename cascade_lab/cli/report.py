@@ -9,7 +9,7 @@ import typer
 
 from cascade_lab.cli.actions import make_report
 from cascade_lab.cli.options import PARAMETERS, RUN, read_parameters
-from cascade_lab.cli.printing import line
+from cascade_lab.cli.printing import line, next_step
 
 
 def report(
@@ -33,3 +33,4 @@ def report(
 
     path = make_report(Run.read(run), output, notebook=notebook, parameters=read_parameters(parameter))
     line(f"report: {path}")
+    next_step("verify", path)

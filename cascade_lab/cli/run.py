@@ -8,8 +8,21 @@ import typer
 
 from cascade_lab.cli.actions import default_directory, load_cascade, make_report, read_evalset
 from cascade_lab.cli.console import shows_progress
-from cascade_lab.cli.options import BATCH_SIZE, CASCADE, ENCODING, EVALSET, LIMIT, NEW_RUN, OVERWRITE, SPLIT
-from cascade_lab.cli.printing import print_run
+from cascade_lab.cli.options import (
+    BATCH_SIZE,
+    CASCADE,
+    COLUMNS,
+    ENCODING,
+    EVALSET,
+    LABEL_COLUMN,
+    LABEL_MAP,
+    LIMIT,
+    NEW_RUN,
+    OVERWRITE,
+    SPLIT,
+    TEXT_COLUMN,
+)
+from cascade_lab.cli.printing import next_step, print_run
 
 
 def run(
@@ -17,6 +30,10 @@ def run(
     evalset: EVALSET,
     split: SPLIT = None,
     encoding: ENCODING = None,
+    text_column: TEXT_COLUMN = "text",
+    label_column: LABEL_COLUMN = "label",
+    label_map: LABEL_MAP = None,
+    columns: COLUMNS = None,
     output: NEW_RUN = None,
     limit: LIMIT = None,
     shadow: Annotated[
@@ -47,7 +64,17 @@ def run(
 
     # Everything that can be refused early is refused before TensorFlow is loaded.
     spec = CascadeSpec.read(cascade)
-    examples = read_evalset(evalset, spec, split=split, limit=limit, encoding=encoding)
+    examples = read_evalset(
+        evalset,
+        spec,
+        split=split,
+        limit=limit,
+        encoding=encoding,
+        text_column=text_column,
+        label_column=label_column,
+        label_map=label_map,
+        columns=columns,
+    )
     output = output or default_directory(spec.name)
     check_run_output(output, overwrite=overwrite)
     with load_cascade(spec, keep_features=keep_features) as loaded:
@@ -62,3 +89,4 @@ def run(
     if report:
         make_report(finished)
     print_run(finished)
+    next_step("report", output, *(["--notebook", "03_analyse_errors"] if report else []))

@@ -14,6 +14,7 @@ import typer
 
 from cascade_lab.cli.console import spinner
 from cascade_lab.cli.options import CASCADE
+from cascade_lab.cli.printing import next_step
 from cascade_lab.exceptions import CascadeLabError
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         print(f"ready: http://{shown}:{listener.getsockname()[1]}  (page: /docs)", flush=True)
         make_server(app, drain_seconds=drain).run(sockets=[listener])
+    if log is not None:
+        next_step("collect", log, "--output", "RUN")
 
 
 def _load(cascade: Path) -> LiveCascade:

@@ -9,7 +9,7 @@ import typer
 
 from cascade_lab.cli.console import shows_progress, spinner
 from cascade_lab.cli.options import NEW_DIRECTORY
-from cascade_lab.cli.printing import cell, line, number, show, table
+from cascade_lab.cli.printing import cell, line, next_step, number, show, table
 from cascade_lab.exceptions import CascadeLabError
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def _compare_schemes(recipe: Path, data: Path, init: str, output: Path) -> None:
         shown.add_row(cell(row["scheme"]), str(row["seed"]), *[number(value, ".3f") for value in metrics])
     show(shown)
     line(f"results: {output / 'results.json'}")
+    next_step("runs", output)
 
 
 def _hold_out(recipe: Path, folder: Path, init: str, output: Path, options: dict[str, Any]) -> None:
@@ -124,6 +125,7 @@ def _hold_out(recipe: Path, folder: Path, init: str, output: Path, options: dict
     show(shown)
     line("on test, the mean over the seeds; AUROC: how well the rule ranks known labels above unknown ones")
     line(f"results: {output / 'results.json'}")
+    next_step("runs", output)
 
 
 def _list(text: str, kind: Callable[[str], T], example: str) -> list[T]:

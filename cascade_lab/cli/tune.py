@@ -10,7 +10,7 @@ import typer
 
 from cascade_lab.cli.console import shows_progress
 from cascade_lab.cli.options import AT_LEAST, COST, NEW_CASCADE, OVERWRITE, RUN, STAGES, read_numbers
-from cascade_lab.cli.printing import interval, line, number, print_labelled, show, signed, table
+from cascade_lab.cli.printing import interval, line, next_step, number, print_labelled, show, signed, table
 from cascade_lab.text import exact
 
 if TYPE_CHECKING:
@@ -118,6 +118,10 @@ def tune(
     print_labelled(tuned_run)
     line(f"result: {tuning.verdict.sentence}")
     line(f"cascade: {output}" if is_written else "nothing is written; --write-anyway writes the chosen thresholds")
+    if is_written:
+        next_step("run", output, "EVALSET", "--output", "RUN")
+    else:
+        next_step("report", run, "--notebook", "03_analyse_errors")
 
 
 def _print_tuning(tuning: Tuning) -> None:

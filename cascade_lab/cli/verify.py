@@ -9,7 +9,7 @@ import typer
 
 from cascade_lab.cli.console import shows_progress
 from cascade_lab.cli.options import PARAMETERS, read_parameters
-from cascade_lab.cli.printing import MAX_CELL, line
+from cascade_lab.cli.printing import MAX_CELL, line, next_step
 from cascade_lab.text import shorten
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def verify(
         f"{name} was {_shown(before)}, is {_shown(after)}" for name, (before, after) in verdict.changed_packages.items()
     )
     line(f"{report}: {_result(verdict)}" + (f" ({versions})" if versions else ""))
+    next_step("runs")
     if not verdict.holds:
         raise typer.Exit(1)
 

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from cascade_lab.cli.actions import read_evalset
 from cascade_lab.cli.console import shows_progress, spinner
-from cascade_lab.cli.options import CASCADE, ENCODING, EVALSET, LIMIT, SHOWN_TEXTS, SPLIT
-from cascade_lab.cli.printing import cell, line, number, show, table
+from cascade_lab.cli.options import (
+    CASCADE,
+    COLUMNS,
+    ENCODING,
+    EVALSET,
+    LABEL_COLUMN,
+    LABEL_MAP,
+    LIMIT,
+    SHOWN_TEXTS,
+    SPLIT,
+    TEXT_COLUMN,
+)
+from cascade_lab.cli.printing import cell, line, next_step, number, show, table
 
 
 def verify_precision(
@@ -13,6 +24,10 @@ def verify_precision(
     evalset: EVALSET,
     split: SPLIT = None,
     encoding: ENCODING = None,
+    text_column: TEXT_COLUMN = "text",
+    label_column: LABEL_COLUMN = "label",
+    label_map: LABEL_MAP = None,
+    columns: COLUMNS = None,
     limit: LIMIT = None,
     texts: SHOWN_TEXTS = 10,
 ) -> None:
@@ -23,7 +38,17 @@ def verify_precision(
     from cascade_lab.spec import CascadeSpec
 
     spec = CascadeSpec.read(cascade)
-    examples = read_evalset(evalset, spec, split=split, limit=limit, encoding=encoding)
+    examples = read_evalset(
+        evalset,
+        spec,
+        split=split,
+        limit=limit,
+        encoding=encoding,
+        text_column=text_column,
+        label_column=label_column,
+        label_map=label_map,
+        columns=columns,
+    )
     with spinner("loading TensorFlow"):
         from cascade_lab.precision_check import verify_precision as check_precision
     check = check_precision(spec, examples, progress=shows_progress(), quiet=spinner)
@@ -38,3 +63,4 @@ def verify_precision(
         for row in check.changed.head(texts).itertuples():
             changed.add_row(cell(row.text), cell(row.label), cell(row.float32), cell(row.lower))
         show(changed)
+    next_step("latency", cascade, evalset)
