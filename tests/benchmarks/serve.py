@@ -103,7 +103,9 @@ class Service:
         self.about = psutil.Process(process.pid)
 
     def processes(self) -> list[psutil.Process]:
-        return [self.about, *self.about.children(recursive=True)]
+        with suppress(psutil.NoSuchProcess):
+            return [self.about, *self.about.children(recursive=True)]
+        return []
 
     def processor_seconds(self) -> float:
         """Return the processor's time of the service and of this process, which makes the load."""
@@ -187,7 +189,7 @@ def peer(kind: str, folder: Path, settings: dict[str, Any]) -> Iterator[Service]
     """Start a peer, and wait until it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, str(HERE / "services.py"), kind, str(folder), str(port), json.dumps(settings)]
+    command = [sys.executable, str(HERE / f"serve_{kind}.py"), str(folder), str(port), json.dumps(settings)]
     with (folder / f"{kind}.log").open("w") as log:
         service = Service(subprocess.Popen(command, stdout=log, stderr=log), port)
     try:
