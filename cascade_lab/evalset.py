@@ -16,7 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cascade_lab.atomic import write_file
-from cascade_lab.evalset_files import Row, check_columns, check_headerless, check_keys, is_missing, read_rows
+from cascade_lab.evalset_files import (
+    Row,
+    check_columns,
+    check_headerless,
+    check_keys,
+    first_columns,
+    is_missing,
+    read_rows,
+)
 from cascade_lab.evalset_parquet import read_parquet
 from cascade_lab.exceptions import EvalSetError, did_you_mean
 from cascade_lab.text import shorten
@@ -273,6 +281,20 @@ class EvalSet:
         others = {column: _writable(column, [row.get(column) for _, row in rows]) for column in order[4:]}
         examples = pd.concat([examples, pd.DataFrame(others)], axis=1) if others else examples
         return cls(examples=examples, locations=tuple(where for where, _ in rows))
+
+
+def guess_columns(
+    path: str | Path, *, columns: Sequence[str] | None = None, encoding: str | None = None
+) -> dict[str, str]:
+    """Return which columns of a file are probably its texts and labels: `text` and `label` where nothing tells."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        if path.suffix.lower() == ".parquet":
+            return first_columns(read_parquet(content, str(path)))
+        return first_columns(read_rows(content, str(path), encoding=encoding, columns=columns))
+    except (EvalSetError, OSError, ValueError, LookupError):  # `EvalSet.read` says what is wrong
+        return {"text": "text", "label": "label"}
 
 
 def _renamed(rows: list[Row], text_column: str, label_column: str, path: str) -> tuple[list[Row], dict[str, str]]:

@@ -182,6 +182,7 @@ def tensorflow_commands(folder: Path) -> dict[str, Command]:
     )
     exported, attributed = ("export", cascade, "--format"), ("attribute", cascade, "pay my bill", "--n-steps")
     imported = ("import-hf", folder / "hf" / "gate"), ("import-hf", folder / "hf" / "intent")
+    drafted = ("init", folder / "hf" / "gate", folder / "hf" / "intent", evalset)
     study = ("--data", folder, "--init", folder / "init")
     run, rejector = ("run", cascade, evalset), ("fit-rejector", folder / "kept", "--evidence")
     distance = ("gate,mahalanobis", "--train-run", folder / "kept")
@@ -192,6 +193,7 @@ def tensorflow_commands(folder: Path) -> dict[str, Command]:
         "export-saved-model": Command((*exported, "saved_model"), (*exported, "hf"), ("out",)),
         "export-hf": Command((*exported, "hf"), (*exported, "saved_model"), ("out",)),
         "import-hf": Command(*imported, ("out",)),
+        "init": Command(drafted, (*drafted, "--intent-labels", "1,0,2,3"), ("out.toml", "out-*")),
         "finetune": Command((*training, "--seed", 1), (*training, "--seed", 2), ("out",)),
         "attribute": Command((*attributed, 4), (*attributed, 5), ("out.html",)),
         "study": Command(
@@ -322,10 +324,10 @@ def is_new(found: Mapping[str, bytes], old: Mapping[str, bytes], new: Mapping[st
 def is_harmless(found: Mapping[str, bytes], old: Mapping[str, bytes], new: Mapping[str, bytes], root: Path) -> bool:
     """Return whether only the first of two files is new, and nobody takes the two for a pair.
 
-    It is a file of arrays that no cascade names yet, or the JSON of a report, which says that the HTML beside it is not
-    its page.
+    It is a file of arrays or a converted checkpoint that no cascade names yet, or the JSON of a report, which says that
+    the HTML beside it is not its page.
     """
-    if {name: digest for name, digest in found.items() if not name.endswith(".npz")} == old:
+    if old.items() <= found.items() and all(name.startswith("out-") for name in found.keys() - old.keys()):
         return True
     if not old or found != {"out.html": old.get("out.html"), "out.json": new.get("out.json")}:
         return found == {"out.json": new.get("out.json")}
@@ -501,7 +503,7 @@ COMMANDS = {
         "collect", "monitor",
     },
     "tensorflow_commands": {
-        "run", "latency", "export-saved-model", "export-hf", "import-hf", "finetune", "attribute", "study",
+        "run", "latency", "export-saved-model", "export-hf", "import-hf", "init", "finetune", "attribute", "study",
         "fit-rejector-distance",
     },
 }  # fmt: skip

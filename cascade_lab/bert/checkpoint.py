@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
@@ -378,6 +378,16 @@ def read_bert_weights(
 
 def check_case(where: str, do_lower_case: bool, folders: set[Path]) -> None:
     """Raise CheckpointError if a file beside the weights says that the model was trained with the other case."""
+    for path, saved in recorded_case(folders):
+        if saved != do_lower_case:
+            raise CheckpointError(
+                f"{where}: do_lower_case is {json.dumps(do_lower_case)}, but {path} says that the model was "
+                f"trained with {json.dumps(saved)}; set do_lower_case = {json.dumps(saved)}"
+            )
+
+
+def recorded_case(folders: set[Path]) -> Iterator[tuple[Path, bool]]:
+    """Return the files beside the weights that say whether texts are converted to lower case, and what each says."""
     for path in sorted(folder / name for folder in folders for name in _CASE_FILES):
         if not path.is_file():
             continue
@@ -385,11 +395,8 @@ def check_case(where: str, do_lower_case: bool, folders: set[Path]) -> None:
         if path.name == "training.json":
             content = content["flags"] if isinstance(content.get("flags"), dict) else {}
         saved = content.get("do_lower_case")
-        if isinstance(saved, bool) and saved != do_lower_case:
-            raise CheckpointError(
-                f"{where}: do_lower_case is {json.dumps(do_lower_case)}, but {path} says that the model was "
-                f"trained with {json.dumps(saved)}; set do_lower_case = {json.dumps(saved)}"
-            )
+        if isinstance(saved, bool):
+            yield path, saved
 
 
 # Files that record whether texts are converted to lower case: of import-hf, of finetune, of transformers.

@@ -18,6 +18,7 @@ from cascade_lab.cli.finetune import finetune
 from cascade_lab.cli.fit_rejector import fit_rejector
 from cascade_lab.cli.import_hf import import_hf
 from cascade_lab.cli.import_logits import import_logits
+from cascade_lab.cli.init import init
 from cascade_lab.cli.inspect import inspect
 from cascade_lab.cli.latency import latency
 from cascade_lab.cli.monitor import monitor
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 
 COMMANDS = (
+    init,
     run,
     import_logits,
     collect,
@@ -92,6 +94,8 @@ def root(
     kept logits.
 
     A first look:
+
+    * cascade-lab init GATE INTENT test.csv --output cascade.toml
 
     * cascade-lab inspect cascade.toml
 

@@ -17,9 +17,9 @@ from cascade_lab.cli.options import (
     TEXT_COLUMN,
     TRAINING_SET,
     read_columns,
+    read_labels,
 )
 from cascade_lab.cli.printing import line, next_step
-from cascade_lab.exceptions import TrainingError
 
 
 def finetune(
@@ -91,7 +91,7 @@ def finetune(
         return read_set.without(leave_out or [], label_column)
 
     train_set, dev_set = read(train, train_split), read(dev, eval_split)
-    names = _read_labels(labels) if labels else sorted(set(train_set.column(label_column)))
+    names = read_labels(labels) if labels else sorted(set(train_set.column(label_column)))
     with spinner("loading TensorFlow"):
         from cascade_lab.bert.finetune import Flags, Init
         from cascade_lab.bert.finetune import finetune as train_classifier
@@ -122,15 +122,3 @@ def finetune(
     best = record["curve"][record["best_epoch"] - 1]
     line(f"{output}: epoch {best['epoch']} of {num_train_epochs}, accuracy {best['dev_accuracy']:.4f} on {dev}")
     next_step("init", "GATE", "INTENT", "EVALSET", "--output", "cascade.toml")
-
-
-def _read_labels(labels: str) -> list[str]:
-    """Read labels from a list with commas, or from a file with one label per line."""
-    if "," in labels:
-        return labels.split(",")
-    try:
-        return Path(labels).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(
-            f"{labels}: cannot be read ({error}); give a file with one label per line, or a,b,c"
-        ) from error

@@ -96,6 +96,18 @@ def read_columns(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",")]
 
 
+def read_labels(labels: str) -> list[str]:
+    """Read labels from a list with commas, or from a file with one label per line."""
+    if "," in labels:
+        return labels.split(",")
+    try:
+        return Path(labels).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CascadeLabError(
+            f"{labels}: cannot be read ({error}); give a file with one label per line, or a,b,c"
+        ) from error
+
+
 def read_numbers(pairs: Sequence[str] | None) -> dict[str, float]:
     """Read NAME=NUMBER, once per name.
 
