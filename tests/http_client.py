@@ -27,10 +27,20 @@ class Connection:
         self._writer.write(
             b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(body)) + body
         )
-        head = await self._reader.readuntil(b"\r\n\r\n")
+        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
         status = int(head[9:12])
-        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n", 1)[0])
+        if b"transfer-encoding: chunked" in head:
+            return status, await self._chunks()
+        length = int(head.partition(b"content-length: ")[2].split(b"\r\n", 1)[0])
         return status, await self._reader.readexactly(length)
+
+    async def _chunks(self) -> bytes:
+        chunks = []
+        while length := int(await self._reader.readline(), 16):
+            chunks.append(await self._reader.readexactly(length))
+            await self._reader.readline()
+        await self._reader.readline()
+        return b"".join(chunks)
 
 
 def predict_body(texts: list[str], ids: list[str] | None = None) -> bytes:
