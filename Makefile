@@ -72,7 +72,7 @@ study: runs/minilm/bert_config.json
 	$(BIN)/cascade-lab study data/clinc150/study.toml --data $(CLINC150) --init runs/minilm --output runs/study
 	cp runs/study/results.json data/clinc150/results.json
 
-# Cascades with a rejector on CLINC150, three seeds: about two hours on two cores.
+# Cascades with a rejector on CLINC150, three seeds: about an hour and a half; one thread, for equal bits.
 study-rejectors: runs/minilm/bert_config.json
 	$(BIN)/cascade-lab study data/clinc150/rejectors.toml --data $(CLINC150) --init runs/minilm --output runs/rejectors
 	cp runs/rejectors/results.json data/clinc150/rejectors.json
