@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from helpers import texts
 from test_serving_load import serving
@@ -44,16 +45,31 @@ def test_tritons_client_reads_the_answers(tiny, binary):
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_no_fault(tiny, tmp_path):
+@pytest.mark.parametrize("with_key", [False, True])
+def test_schemathesis_finds_no_fault_and_the_service_does_not_grow(with_key, tiny, tmp_path):
     pytest.importorskip("schemathesis")
-    with serving(tiny) as (process, port):
+    key = tmp_path / "key"
+    key.write_text("0123456789abcdef\n")
+    with serving(tiny, *(["--api-key-file", key] if with_key else [])) as (process, port):
         checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{port}/openapi.json"]
-        command += ["--checks", checks, "--max-examples", "1000", "--seed", "0"]
-        command += ["--header", "X-Request-Timeout: 10"]  # otherwise it also asks for 1 ms, which is answered with 504
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout[-5000:]
-        assert process.poll() is None
+        command += ["--checks", checks, "--seed", "0"]
+        # Without a deadline it also asks for 1 ms, which is answered with 504.
+        command += [
+            "--header",
+            "X-Request-Timeout: 10",
+            *(["--header", f"Authorization: Bearer {key.read_text().strip()}"] if with_key else []),
+        ]
+        memory = []
+        for number in (200, 2000):
+            done = subprocess.run(
+                [*command, "--max-examples", str(number)], capture_output=True, text=True, check=False, cwd=tmp_path
+            )
+            assert done.returncode == 0, done.stdout[-5000:]
+            assert process.poll() is None
+            memory.append(psutil.Process(process.pid).memory_info().rss)
+        print(done.stdout[-1500:], f"memory {memory[1] / memory[0]:.3f}")
+        assert memory[1] < 1.05 * memory[0]
 
 
 def test_the_dockerfile_copies_what_is_there_and_starts_a_known_command():

@@ -40,10 +40,15 @@ def description(limits: Limits, cascade: str) -> dict[str, Any]:
         "schema": {"type": "number", "minimum": MIN_TIMEOUT},
     }
     predict_refusals = tuple(_REFUSALS)
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [2], "data": ["what is my balance", "play some music"]}
     paths = {
         "/predict": {
             "post": _operation(
-                "Answer texts", "PredictResponse", predict_refusals, body="PredictRequest", parameters=[timeout]
+                "Answer texts",
+                "PredictResponse",
+                predict_refusals,
+                body=("PredictRequest", {"texts": ["what is my balance", "play some music"]}),
+                parameters=[timeout],
             )
         },
         "/reload": {
@@ -64,7 +69,7 @@ def description(limits: Limits, cascade: str) -> dict[str, Any]:
                 "Answer texts in the Open Inference Protocol",
                 None,
                 predict_refusals,
-                body="InferRequest",
+                body=("InferRequest", {"inputs": [tensor]}),
                 parameters=[*model, timeout],
                 more=_NO_MODEL,
             )
@@ -90,6 +95,9 @@ def page(document: dict[str, Any]) -> str:
             for parameter in operation.get("parameters", ()):
                 about = parameter.get("description", f"in the {parameter['in']}")
                 parts.append(f"<p><code>{escape(parameter['name'])}</code> – {escape(about)}</p>")
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                example = msgspec.json.format(msgspec.json.encode(content["example"]), indent=2).decode()
+                parts.append(f"<p>For example:</p><pre>{escape(example)}</pre>")
             answers = {code: escape(answer["description"]) for code, answer in operation["responses"].items()}
             rows = "".join(f"<tr><td>{code}</td><td>{text}</td></tr>" for code, text in answers.items())
             parts.append(f"<table>{rows}</table>")
@@ -112,7 +120,7 @@ def _operation(
     answer: str | None,
     refusals: tuple[str, ...],
     *,
-    body: str | None = None,
+    body: tuple[str, Any] | None = None,
     parameters: list[dict[str, Any]] | None = None,
     more: dict[str, str] | None = None,
     media: str = "application/json",
@@ -125,7 +133,8 @@ def _operation(
     if parameters:
         operation["parameters"] = parameters
     if body:
-        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body}"}}}
+        name, example = body
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}, "example": example}}
         operation["requestBody"] = {"required": True, "content": content}
     return operation
 

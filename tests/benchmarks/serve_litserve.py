@@ -43,11 +43,9 @@ class Api(litserve.LitAPI):
         return output
 
 
-def main(
-    folder: Path, port: int, *, batch: int, wait: float, openvino: dict[str, Any], fast_queue: bool = False
-) -> None:
+def main(folder: Path, port: int, *, batch: int, wait: float, openvino: dict[str, Any]) -> None:
     api = Api(folder, openvino, max_batch_size=batch, batch_timeout=wait)
-    server = litserve.LitServer(api, accelerator="cpu", fast_queue=fast_queue)
+    server = litserve.LitServer(api, accelerator="cpu")
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning", access_log=False)
 
 
