@@ -174,6 +174,8 @@ def _labels_of(name: str, facts: CheckpointFacts, given: Sequence[str] | None) -
             f"--{name}-labels names {len(given)} labels, but {facts.init_checkpoint} has {facts.n_labels}; give one "
             "per row of its head"
         )
+    if given is not None and ("" in given or len(set(given)) < len(given)):
+        raise SpecError(f"--{name}-labels: a label is empty or occurs twice; give every class its own name")
     return facts.labels if given is None else given, facts.n_labels
 
 
@@ -268,7 +270,11 @@ def _toml(
 
     def stage(name: str, own: Mapping[str, tuple[Any, str]], names: Sequence[str]) -> str:
         fact = facts[name]
-        case = f"from {fact.case_file.name}" if fact.case_file else f"a guess from {fact.vocab_file.name}"
+        if fact.case_file is None:
+            case = f"a guess: {fact.vocab_file.name} has {'no ' if fact.do_lower_case else ''}capital letters"
+        else:
+            case = f"as recorded in {fact.case_file.name}"
+        length = f"in tokens; the texts of {where} fit, as far as the model has positions"
         listed: Any = list(names)
         if fact.labels_file is not None and tuple(names) == fact.labels:
             listed = path(fact.labels_file)
@@ -278,7 +284,7 @@ def _toml(
             "bert_config_file": (path(fact.bert_config_file), ""),
             "vocab_file": (path(fact.vocab_file), ""),
             "do_lower_case": (fact.do_lower_case, case),
-            "max_seq_length": (lengths[name], f"tokens; enough for the texts of {where}, or all that the model has"),
+            "max_seq_length": (lengths[name], length),
             **own,
             "labels": (listed, "in the order of the head's rows"),
         }
@@ -288,10 +294,10 @@ def _toml(
         "pass_label": (labels.pass_label, "a text goes on if probability(pass_label) >= threshold"),
         "threshold": (0.5, "a start; `cascade-lab tune` chooses it on a run"),
     }
-    of_intent = {"reject_label": (labels.reject_label, "the answer where no label reaches min_probability")}
+    of_intent = {"reject_label": (labels.reject_label, "the answer where no label reaches min_probability (below)")}
     name = output.stem if output.stem != "cascade" else folder.name or "cascade"
     return (
-        f"# Drafted by `cascade-lab init`. Paths are relative to this file; {_comment(where)} was looked at.\n"
+        f"# Drafted by `cascade-lab init` for the texts of {_comment(where)}. Paths are relative to this file.\n"
         + _line("name", name, "")
         + "\n"
         + stage("gate", of_gate, labels.gate)

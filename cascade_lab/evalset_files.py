@@ -220,7 +220,7 @@ def _table_rows(
         header = [header[i] for i in kept]
         lines = ((n, [f[i] for i in kept if i < len(f)] + f[len(names) :]) for n, f in numbered)
     check_columns(header, required, f"{path} line {first}")
-    n_columns, named_in = len(header), "the header has" if columns is None else "--columns names"
+    n_columns, named_in = len(header), "the header has" if columns is None else "--columns (columns=) names"
     for number, values in lines:
         if not any(values):  # a blank line, also as a spreadsheet writes it: separators alone
             continue

@@ -242,7 +242,11 @@ def test_a_file_without_a_header_is_read_with_the_names_of_its_columns(tmp_path)
     columns = {"columns": ["label", "sentence"], "text_column": "sentence"}
     assert read(tmp_path, "set.tsv", "door\topen\n", **columns).texts == ["open"]
     refused(
-        tmp_path, "set.csv", "open,door,x\n", "line 1: has 3 fields, but --columns names 2", columns=["text", "label"]
+        tmp_path,
+        "set.csv",
+        "open,door,x\n",
+        "line 1: has 3 fields, but --columns .columns=. names 2",
+        columns=["text", "label"],
     )
     refused(tmp_path, "set.csv", "open\n", "line 1: has no label", columns=["text", "label"])
     refused(tmp_path, "set.csv", "open,door\n", "no column 'text'; it has txt, label", columns=["txt", "label"])

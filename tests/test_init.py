@@ -119,7 +119,7 @@ def test_two_huggingface_directories_and_a_csv_become_a_report_in_three_commands
         (None, True, 32),
     ]
     written = cascade.read_text(encoding="utf-8")
-    assert "# from import.json\ndo_lower_case = true\n" in written
+    assert "# as recorded in import.json\ndo_lower_case = true\n" in written
     assert 'labels = "cascade-intent/labels.txt"' in written
     assert Run.read(run).metrics["stages"]["gate"]["auroc"] == 1
 
@@ -169,6 +169,8 @@ def test_bad_input_of_init_is_one_line_and_leaves_nothing(folder, tmp_path):
         ("model.safetensors", gate, tmp_path / "gate", data, *output),
         ("a cascade is a .toml file", gate, intent, data, "--output", tmp_path / "out"),
         ("--gate-labels names 3 labels, but", gate, intent, data, *output, "--gate-labels", "a,b,c"),
+        ("--gate-labels: a label is empty or occurs twice", gate, intent, data, *output, "--gate-labels", "a,a"),
+        ("--columns 'text,': a name is empty", gate, intent, data, *output, "--columns", "text,"),
         ("'c' is no label of the gate", gate, intent, data, *output, "--gate-labels", "a,b", "--pass-label", "c"),
         ("no column 'utterance'; it has sentence, intent", gate, intent, data, *output, "--text-column", "utterance"),
     ):  # fmt: skip

@@ -93,7 +93,10 @@ def read_columns(names: str | None) -> list[str] | None:
     >>> read_columns("text, label")
     ['text', 'label']
     """
-    return None if names is None else [name.strip() for name in names.split(",")]
+    columns = None if names is None else [name.strip() for name in names.split(",")]
+    if columns is not None and "" in columns:
+        raise CascadeLabError(f"--columns '{names}': a name is empty; name all columns, like text,label")
+    return columns
 
 
 def read_labels(labels: str) -> list[str]:
@@ -102,9 +105,10 @@ def read_labels(labels: str) -> list[str]:
         return labels.split(",")
     try:
         return Path(labels).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CascadeLabError(
-            f"{labels}: cannot be read ({error}); give a file with one label per line, or a,b,c"
+            f"{labels}: cannot be read ({reason}); give a file with one label per line, or a,b,c"
         ) from error
 
 
