@@ -14,6 +14,7 @@ from cascade_lab.analysis.tuned_on import is_tuning_set
 from cascade_lab.atomic import UNFINISHED
 from cascade_lab.exceptions import CascadeLabError, RunError, did_you_mean
 from cascade_lab.run import Run
+from cascade_lab.text import printable
 
 METRICS = ("accuracy", "in_scope_accuracy", "reject_recall", "reject_precision", "macro_f1")
 _COLUMNS = ("run", "cascade", "evalset", "date", "n_examples", "n_labelled", *METRICS, "tuned_on", "same_texts")
@@ -81,7 +82,7 @@ def _row(path: Path) -> dict[str, Any]:
             "same_texts": is_tuning_set(run),
         }
     except CascadeLabError as error:
-        return {"run": str(path), "problem": str(error)}
+        return {"run": str(path), "problem": printable(str(error))}
 
 
 def _set_name(evalset: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 from cascade_lab import Run
 from cascade_lab.cli import app
 from cascade_lab.exceptions import CascadeLabError, RunError
+from cascade_lab.leaderboard import leaderboard
 
 N_PARTS = 8
 DAMAGES = {"plain": every_damage(), "rejector": every_damage_with_rejector()}
@@ -182,6 +183,22 @@ def test_a_small_file_cannot_fill_the_memory(good, tmp_path, monkeypatch):
         assert (run / "examples.parquet").stat().st_size < 50_000
         with pytest.raises(RunError, match=r"its values take more than .* of memory"):
             Run.read(run).check()
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_run_is_one_row_of_the_list_of_runs(kind, goods, tmp_path):
+    """A fault of the logits alone is not seen: the list reads the examples and the predictions."""
+    for number, (_, damage) in enumerate(DAMAGES[kind]):
+        damaged(goods[kind], tmp_path / "runs" / str(number), damage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        listed = leaderboard(tmp_path / "runs")
+    assert len(listed) == len(DAMAGES[kind])
+    problems = listed["problem"].dropna()
+    assert len(problems) > len(listed) / 3
+    assert all(problem.isprintable() for problem in problems)
+    assert outcome(["runs", str(tmp_path / "runs")]) == "accepted"
 
 
 @pytest.mark.fuzz
