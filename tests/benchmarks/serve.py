@@ -263,10 +263,6 @@ def measure(clinc150: Path, folder: Path, *, rounds: int, n_texts: int, n_reques
                 with peer(kind, prepared, settings) as other:
                     other.measure(texts[:256], 1, 64)
                     keep(f"{kind}: {MANY}", other.measure(texts[: n_texts // 2], 1, 64))
-        many, memory = cycle(texts), []
-        for n in n_requests:
-            service.measure([next(many) for _ in range(n)], 1, 64)
-            memory.append(service.memory_mb())
         for _ in range(rounds):
             keep("alone", service.measure(texts[: n_texts // 4], 1, 1))
             attack = subprocess.Popen([sys.executable, __file__, "--hostile", str(service.port)])
@@ -274,6 +270,10 @@ def measure(clinc150: Path, folder: Path, *, rounds: int, n_texts: int, n_reques
             keep(HOSTILE, service.measure(texts[: n_texts // 4], 1, 1))
             attack.kill()
             attack.wait()
+        many, memory = cycle(texts), []
+        for n in n_requests:
+            service.measure([next(many) for _ in range(n)], 1, 64)
+            memory.append(service.memory_mb())
     finally:
         service.stop()
         reference.process.terminate()
