@@ -330,7 +330,7 @@ def test_areas_from_0_76_to_0_998_are_covered(m, n, distance):
         (10, 990, 1.5, 0.5, 0.996),
         (60, 240, 1.5, 0.5, 0.974),
         (10, 90, 3.0, 2.0, 0.937),
-        (10, 990, 3.0, 2.0, 0.913),
+        (10, 990, 3.0, 2.0, 0.903),
         (20, 80, 3.0, 2.0, 0.903),
         (60, 240, 3.0, 2.0, 0.940),
     ],
@@ -361,8 +361,13 @@ def test_the_metrics_of_runs_are_covered(tmp_path):
     assert np.mean(list(rates.values())) <= 0.975, rates
 
 
-WIDE = {("confidences of 200 texts", "aurc"): 0.985, ("confidences of 200 texts, each 5 times", "aurc"): 0.985}
-"""Above 0.97 as measured: few errors among the surest texts decide the area; a resample has them twice or never."""
+WIDE = {
+    ("confidences of 200 texts", "aurc"): 0.985,
+    ("confidences of 200 texts, each 5 times", "aurc"): 0.985,
+    ("outcomes of 100 texts, each 5 times", "reject_precision at 50% out of scope"): 0.989,
+}
+"""Above 0.97 as measured. Few errors among the surest texts decide the area; a resample has them twice or never. The
+precision is near 1, of few groups of texts (see `wilson`)."""
 
 
 @pytest.mark.slow
