@@ -68,6 +68,10 @@ class Batcher:
     One thread scores. It takes what is waiting, up to `MAX_BATCH_TOKENS`, and does not wait for more: a lone text is
     scored at once, and the next batch is what arrives meanwhile. Every waiting request has its turn in each batch.
 
+    The texts that a gate lets through do not wait for those of the next batch. Together they would take at most 4% less
+    of the processor's time (measured for two models of 22 million parameters, 64 texts in a batch of which the gate
+    stops 90% or more), but wait for another batch.
+
     Parameters
     ----------
     cascade : Cascade or LiveCascade
