@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from cascade_lab.run import Run
 from cascade_lab.serving.answered import Answered
 from cascade_lab.serving.collect import collect
 from cascade_lab.serving.log_files import SeenRows, ShadowScores
-from cascade_lab.serving.shadow import is_chosen
+from cascade_lab.serving.shadow import ShadowQueue, is_chosen
 from cascade_lab.serving.traffic_log import TrafficLog
 from cascade_lab.thresholds import Goal, choose
 
@@ -135,10 +136,55 @@ def test_shadow_scores_that_are_missing_are_counted(tmp_path):
     found = collect(tmp_path / "log", sample=True)
     assert found.n_unscored > 0
     assert len(found.run.examples) + found.n_unscored == is_chosen(run.examples["example_id"], 0.5).sum()
-    assert f"{found.n_unscored} texts of the sample are left out" in found.notes[0]
+    n_chosen = found.n_unscored + len(found.run.examples)
+    assert f"{found.n_unscored} of {n_chosen} texts of the sample are left out" in found.notes[0]
     log_run(tmp_path / "other", run)
     with pytest.raises(RunError, match="no --shadow"):
         collect(tmp_path / "other", sample=True)
+
+
+def scoring_cascade(run: Run):
+    """Return what scores texts as the cascade of a run did."""
+    row_of = {text: row for row, text in enumerate(run.examples["text"])}
+
+    def stage(spec):
+        logits = run.scores(spec.name).logits
+        return SimpleNamespace(
+            spec=spec,
+            encode=lambda texts, _: [row_of[text] for text in texts],
+            score=lambda rows: (SimpleNamespace(logits=logits[rows]), None),
+        )
+
+    return SimpleNamespace(spec=run.spec, stages=[stage(spec) for spec in run.spec.stages])
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_the_sample_of_a_busy_service_has_as_many_rejects_as_all_texts(reloaded, tmp_path, monkeypatch):
+    """The service gets to about a quarter of the chosen texts: the answers of these are like those of all texts."""
+    monkeypatch.setattr("cascade_lab.serving.shadow.MAX_WAITING", 100)
+    run = random_run(tmp_path / "run", n=8000)
+    cascade, served, queue = scoring_cascade(run), served_cascade(run), ShadowQueue(0.5)
+    with TrafficLog(tmp_path / "log", shadow=0.5) as log:
+        for i, batch in enumerate(answered_batches(run)):
+            log.add(batch)
+            queue.add(batch)
+            if reloaded and i % 100 > 25:  # by then another cascade answers, and what waits is dropped
+                queue.score(cascade, served_cascade(run.with_thresholds({"gate0": 0.9})), n_texts=1000)
+            elif reloaded or i % 4 == 0:
+                scores = queue.score(cascade, served, n_texts=4)
+                if scores is not None:
+                    log.add_shadow(scores)
+    found = collect(tmp_path / "log", sample=True)
+    n, n_chosen = len(found.run.examples), int(is_chosen(run.examples["example_id"], 0.5).sum())
+    assert n + found.n_unscored == n_chosen
+    assert 0.1 < n / n_chosen < 0.3
+    for column in ("decided_by", "predicted"):
+        for value in run.predictions[column].unique():
+            rate = (run.predictions[column] == value).mean()
+            tolerance = 3.5 * np.sqrt(rate * (1 - rate) / n)
+            assert abs((found.run.predictions[column] == value).mean() - rate) < tolerance, value
+    rows = pd.Index(run.examples["example_id"]).get_indexer(found.run.examples["example_id"])
+    same_answers(found.run.with_thresholds({"gate0": 0.9}), run.select(rows).with_thresholds({"gate0": 0.9}))
 
 
 def test_since_and_until_are_half_open(tmp_path):

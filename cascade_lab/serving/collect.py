@@ -43,7 +43,7 @@ class Collected:
         Texts for which a replay gives another answer than the service gave. 0 unless logits were changed, or another
         processor rounds differently.
     n_unscored : int
-        Texts of the sample that were left out, because not every stage has scored them.
+        Texts that were chosen for the sample and are left out: the service did not get to them.
     notes : tuple of str
         Sentences about these numbers and about parts that are not whole; none where there is nothing to say.
     """
@@ -79,8 +79,10 @@ def collect(
     digest : str
         The beginning of the digest of the cascade; needed where several ones answered.
     sample : bool
-        Take only the texts that the service chose for shadow scoring (`shadow.is_chosen`) and that every stage has
-        scored: a random sample of all texts, on which other thresholds can be replayed and tuned.
+        Take only the texts that the service chose (`shadow.is_chosen`) and that every stage has scored: a random
+        sample of all texts, on which other thresholds can be replayed and tuned. Chosen texts that the service did
+        not get to are left out, whichever stage answered them (`ShadowQueue`): so the sample has fewer texts of busy
+        times, and otherwise the texts that are left out are like the others.
     labels : LabelFile, optional
         Labels to join by id. Without them the run is unlabelled.
 
@@ -97,16 +99,16 @@ def collect(
     spec = _spec(cascade.manifest, parts[0].path)
     answered = _joined([part.answered for part in parts], folder)
     is_repeated = pd.Index(answered["example_id"].to_pylist()).duplicated()
-    scores, evidence = _scores(answered, _joined([part.shadow for part in parts], folder), spec, folder)
+    scores, evidence, had_turn = _scores(answered, _joined([part.shadow for part in parts], folder), spec, folder)
     rows, n_unscored = np.flatnonzero(~is_repeated), 0
     if sample:
         chosen = rows[is_chosen(answered["example_id"].take(pa.array(rows)).to_pylist(), _common_share(folder, parts))]
-        is_whole = np.all([one.scored for one in scores.values()], axis=0)
+        is_whole = np.all([had_turn, *(one.scored for one in scores.values())], axis=0)
         is_whole &= ~np.any([~is_whole, *map(np.isnan, evidence.values())], axis=0)
         rows = chosen[is_whole[chosen]]
         n_unscored = len(chosen) - len(rows)
         if not len(rows):
-            raise RunError(f"{folder}: no text of the sample was scored by every stage; collect without --sample")
+            raise RunError(f"{folder}: the service did not get to any text of the sample; collect without --sample")
     answered = answered.take(pa.array(rows))
     examples = _examples(answered)
     if labels is not None:
@@ -232,14 +234,19 @@ def _keys(table: pa.Table) -> pd.MultiIndex:
 
 def _scores(
     answered: pa.Table, shadow: pa.Table, spec: CascadeSpec, folder: Path
-) -> tuple[dict[str, StageScores], dict[str, np.ndarray]]:
-    """Return each stage's scores of the answered texts, shadow scores included, and the rejector's evidence."""
+) -> tuple[dict[str, StageScores], dict[str, np.ndarray], np.ndarray]:
+    """Return each stage's scores of the answered texts, shadow scores included, and the rejector's evidence.
+
+    And which texts had their turn in the sample: bool.
+    """
     keys, of_shadow = _keys(answered), _keys(shadow)
     first = np.flatnonzero(~keys.duplicated())
     rows = keys[first].get_indexer(of_shadow)
     rows = np.where(rows >= 0, first[rows], -1)
     # Where one request gave an id twice, it is not known whose shadow scores these are.
     is_used = (rows >= 0) & ~keys.duplicated(keep=False)[rows] & ~of_shadow.duplicated()
+    had_turn = np.zeros(len(answered), dtype=bool)
+    had_turn[rows[is_used]] = True
     scores = {}
     for stage in spec.stages:
         name, where = f"{LOGITS}{stage.name}", f"{folder}: stage '{stage.name}'"
@@ -255,7 +262,7 @@ def _scores(
         is_new = is_used & ~np.isnan(added) & np.isnan(values[rows])
         values[rows[is_new]] = added[is_new]
         evidence[name.removeprefix(EVIDENCE)] = values
-    return scores, evidence
+    return scores, evidence, had_turn
 
 
 def _logits(column: pa.ChunkedArray, n_labels: int, where: str) -> np.ndarray:
@@ -310,9 +317,11 @@ def _notes(found: Collected, parts: Sequence[_Part]) -> Iterator[str]:
     if found.n_repeated:
         yield f"{found.n_repeated:,} texts have the id of an earlier one and are left out"
     if found.n_unscored:
+        n_chosen = found.n_unscored + len(found.run.examples)
         yield (
-            f"{found.n_unscored:,} texts of the sample are left out: not every stage has scored them. The service was "
-            "not idle when they came, so busy times have too few texts"
+            f"{found.n_unscored:,} of {n_chosen:,} texts of the sample are left out, whichever stage answered them: "
+            "too many waited to be scored when they came, or the service ended first. So the sample has fewer texts of "
+            "busy times; a larger machine or a smaller --shadow leaves out fewer"
         )
     if found.n_differing:
         yield (

@@ -25,23 +25,25 @@ from cascade_lab.text import shorten
 ENDING = ".arrows"
 LOGITS, EVIDENCE = "logits.", "evidence."
 _HEADER, _LOST = b"cascade_lab.traffic", b"cascade_lab.lost"
-_VERSION = 1
+_VERSION = 2
 _WAY_OUT = "move the file out of the folder"
 
 
 class ShadowScores(NamedTuple):
-    """What later stages scored, when idle, of texts that ended before them.
+    """The texts of the sample whose turn came, and what later stages scored, when idle, of those that ended early.
 
     Attributes
     ----------
     cascade : ServedCascade
     ids : list of str
+        Those of texts that every stage has scored already too.
     times : ndarray of float64, shape (n,)
         When each text arrived, as in `Answered`: an id may be given twice.
     scores : mapping of str to SeenRows
         Stage name to what it scored; rows count in `ids`.
     evidence : mapping of str to ndarray of float64, shape (n,)
-        The rejector's scores of features, one per text. Empty unless a rejector needs them.
+        The rejector's scores of features, one per text; NaN where they are known already. Empty unless a rejector
+        needs them.
     """
 
     cascade: ServedCascade
@@ -63,7 +65,7 @@ class PartContent:
     shadow : float
         The share of the texts that was chosen for shadow scoring.
     batches : list of RecordBatch
-        One row per answered text; a row without `predicted` has shadow scores. See `part_schema`.
+        One row per answered text; a row without `predicted` is of `ShadowScores`. See `part_schema`.
     n_lost : int
         How many answered texts the service could not log meanwhile.
     n_whole_bytes : int
@@ -86,7 +88,7 @@ def part_schema(cascade: ServedCascade, *, shadow: float) -> pa.Schema:
     """Return the columns of a part, with the cascade and the shadow share as metadata.
 
     `example_id`; `time` (arrival, UTC); `text` and `text_b` (null unless texts are logged); `predicted` and
-    `decided_by` (null in a row of shadow scores); `probability` and `confidence`; `logits.<stage>` (null where the
+    `decided_by` (null in a row of `ShadowScores`); `probability` and `confidence`; `logits.<stage>` (null where the
     stage did not score the text); `evidence.<stage>.<score>`.
     """
     columns = {"example_id": pa.string(), "time": pa.timestamp("us", "UTC")}

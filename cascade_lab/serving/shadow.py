@@ -18,20 +18,24 @@ if TYPE_CHECKING:
     from cascade_lab.cascade import Cascade
 
 MAX_WAITING = 1000
-"""The most texts that wait for shadow scoring; of further ones nothing is kept."""
+"""The most chosen texts that wait for their turn; further ones get none."""
 
 
 class _Text(NamedTuple):
     cascade: ServedCascade
     example_id: str
     time: float
-    text: str
+    text: str  # empty where every stage has scored it already
     text_b: str | None
     scored_by: frozenset[str]
 
 
 class ShadowQueue:
-    """The texts that wait for shadow scoring. It may be used from several threads.
+    """The chosen texts, which wait until it is their turn. It may be used from several threads.
+
+    Each chosen text waits, also one that every stage has scored already. Such a text has nothing to be scored, but
+    without a turn it would always be in the sample, and a text that ended early only if there was time to score it.
+    So whether a text gets its turn depends on how many texts came before it, and not on its own answer.
 
     Parameters
     ----------
@@ -41,7 +45,7 @@ class ShadowQueue:
     Attributes
     ----------
     n_dropped : int
-        How many chosen texts were not scored: too many waited, or another cascade answered meanwhile.
+        How many chosen texts got no turn: too many waited, or another cascade answered meanwhile.
     """
 
     def __init__(self, share: float):
@@ -53,17 +57,14 @@ class ShadowQueue:
         return len(self._waiting)
 
     def add(self, answered: Answered) -> None:
-        """Let the chosen texts wait that some stage did not score."""
+        """Let the chosen texts wait."""
         if not self.share:
             return
-        n_scored = np.zeros(len(answered.ids), dtype=int)
-        for seen in answered.scores.values():
-            n_scored[seen.rows] += 1
-        early = np.flatnonzero(n_scored < len(answered.scores))
-        for row in early[is_chosen([answered.ids[row] for row in early], self.share)]:
+        for row in np.flatnonzero(is_chosen(answered.ids, self.share)):
             scored_by = frozenset(name for name, seen in answered.scores.items() if row in seen.rows)
-            second = None if answered.texts_b is None else answered.texts_b[row]
-            time, text = float(answered.times[row]), answered.texts[row]
+            time, text, second = float(answered.times[row]), "", None
+            if len(scored_by) < len(answered.scores):
+                text, second = answered.texts[row], None if answered.texts_b is None else answered.texts_b[row]
             with self._lock:
                 if len(self._waiting) < MAX_WAITING:
                     self._waiting.append(_Text(answered.cascade, answered.ids[row], time, text, second, scored_by))
@@ -71,7 +72,9 @@ class ShadowQueue:
                     self.n_dropped += 1
 
     def score(self, cascade: Cascade, served: ServedCascade, *, n_texts: int) -> ShadowScores | None:
-        """Score up to `n_texts` of the waiting texts; return None where none waits for this cascade.
+        """Take up to `n_texts` of the waiting texts, and score them with the stages that did not.
+
+        Returns None where none waits for this cascade.
 
         Parameters
         ----------
@@ -110,21 +113,26 @@ def is_chosen(ids: list[str] | pd.Series, share: float) -> np.ndarray:
 def _score(cascade: Cascade, served: ServedCascade, texts: list[_Text]) -> ShadowScores:
     """Score texts with the stages that did not score them; where a rejector needs features, with all stages."""
     needs_features = bool(cascade.spec.feature_evidence)
-    every, scores, outputs = np.arange(len(texts)), {}, {}
+    n_stages = len(cascade.stages)
+    early = [text for text in texts if len(text.scored_by) < n_stages]
+    texts = [*early, *(text for text in texts if len(text.scored_by) == n_stages)]
+    every, scores, outputs = np.arange(len(early)), {}, {}
     for stage in cascade.stages:
         name = stage.spec.name
-        missing = np.array([row for row in every if name not in texts[row].scored_by], dtype=int)
+        missing = np.array([row for row in every if name not in early[row].scored_by], dtype=int)
         rows = every if needs_features else missing
         if not len(rows):
             continue
-        chosen = [texts[row] for row in rows]
+        chosen = [early[row] for row in rows]
         second = [text.text_b for text in chosen]
         encodings = stage.encode([text.text for text in chosen], second if any(second) else None)
         output, _ = stage.score(encodings)
         outputs[name] = output
         scores[name] = SeenRows(missing, output.logits[missing] if needs_features else output.logits)
     evidence: dict[str, np.ndarray] = {}
-    for spec in cascade.spec.stages if needs_features else ():
+    for spec in cascade.spec.stages if needs_features and early else ():
         evidence |= cascade.decide(spec, outputs)[1]
+    rest = np.full(len(texts) - len(early), np.nan)
+    evidence = {name: np.append(values, rest) for name, values in evidence.items()}
     ids, times = [text.example_id for text in texts], np.array([text.time for text in texts])
     return ShadowScores(served, ids, times, scores, evidence)

@@ -40,7 +40,8 @@ class TrafficLog:
     keep_texts : bool
         Log the texts too. They are personal data.
     shadow : float
-        The share of the texts, from 0 to 1, that later stages score too where they ended earlier; see `score_shadow`.
+        The share of the texts, from 0 to 1, that is chosen for the sample: later stages score them too where they
+        ended earlier; see `score_shadow`.
     max_bytes, max_seconds : float
         A part is finished, and another one begun, when it is larger or older.
     max_waiting : int
@@ -51,7 +52,7 @@ class TrafficLog:
     n_written, n_lost : int
         Answered texts that are in the files, and that are not and never will be.
     n_shadow : int
-        Texts whose shadow scores are in the files.
+        Texts of the sample: their turn came, and every stage's scores are in the files.
     problem : str or None
         Why nothing can be written at present; None where all is well.
 
@@ -101,12 +102,12 @@ class TrafficLog:
 
     @property
     def n_shadow_waiting(self) -> int:
-        """Texts that wait for shadow scoring."""
+        """Chosen texts that wait for their turn."""
         return len(self._shadow)
 
     @property
     def n_shadow_dropped(self) -> int:
-        """Texts that were chosen for shadow scoring and were not scored."""
+        """Chosen texts that got no turn."""
         return self._shadow.n_dropped
 
     def add(self, answered: Answered) -> None:
@@ -114,7 +115,7 @@ class TrafficLog:
         self._put(answered, len(answered.ids))
 
     def score_shadow(self, cascade: Cascade, served: ServedCascade, *, n_texts: int = 8) -> bool:
-        """Score some of the texts that wait for shadow scoring, in the calling thread; return False where none waits.
+        """Score some of the chosen texts that wait, in the calling thread; return False where none waits.
 
         The service calls it when it is idle.
 
