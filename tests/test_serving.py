@@ -14,7 +14,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -27,7 +28,7 @@ from typer.testing import CliRunner
 
 from cascade_lab import Cascade
 from cascade_lab.cli import app
-from cascade_lab.exceptions import CascadeLabError
+from cascade_lab.exceptions import CascadeLabError, CheckpointError
 from cascade_lab.serving.api_key import read_api_key
 from cascade_lab.serving.app import create_app
 from cascade_lab.serving.protocol import Limits
@@ -242,6 +243,84 @@ def test_too_many_connections_get_503(running, monkeypatch):
     assert running.get("/v2/health/live").status_code == 200
 
 
+def test_no_connection_is_kept_by_what_nobody_reads(running):
+    """A body that the answer did not wait for, lines after a body in chunks, and a client that reads no answer."""
+    head = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n"
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
+    started = time.monotonic()
+    contents = [
+        head + b"Content-Length: 1000000\r\n\r\nx",
+        chunked,
+        chunked + b"A: b\r\n" * 1000,
+        chunked + b"A: " + b"b" * 3_000_000,
+    ]
+
+    def hear_nothing() -> None:
+        with socket.create_connection(("127.0.0.1", running.port)) as deaf, suppress(ConnectionError):
+            deaf.settimeout(20)
+            while time.monotonic() < started + 60:
+                deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
+
+    with ThreadPoolExecutor(5) as clients:
+        deaf = clients.submit(hear_nothing)
+        for received in clients.map(partial(running.raw, seconds=20), contents):
+            assert not received or received.startswith((b"HTTP/1.1 200", b"HTTP/1.1 400"))
+        deaf.result()
+    assert time.monotonic() < started + 60
+    assert running.get("/v2/health/live").status_code == 200
+
+
+def test_what_follows_a_body_in_chunks_is_no_header(loaded, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("0123456789abcdef")
+    with Running(create_app(loaded, api_key_file=key)) as running:
+        body = b"POST /predict HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        body += b'10\r\n{"texts": ["a"]}\r\n0\r\nAuthorization: Bearer 0123456789abcdef\r\n\r\n'
+        assert running.raw(body).startswith(b"HTTP/1.1 401")
+        assert running.post({"texts": ["a"]}, headers={"Authorization": "bearer 0123456789abcdef"}).status_code == 200
+
+
+def test_headers_are_counted_from_their_own_beginning(running):
+    """Not from that of a body before them, in the same bytes."""
+    body = json.dumps({"texts": ["pay"] * 40, "ids": [f"{i:0900d}"[:199] + str(i) for i in range(40)]}).encode()
+    first = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (len(body) + 30_000)
+    content = first + body + b" " * 30_000 + b"GET /v2/health/live HTTP/1.1\r\nHo"
+    with socket.create_connection(("127.0.0.1", running.port)) as connection:
+        connection.sendall(content)
+        time.sleep(0.2)
+        connection.sendall(b"st: a\r\nConnection: close\r\n\r\n")
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+    assert received.count(b"HTTP/1.1 ") == 2
+    assert b"HTTP/1.1 400" not in received
+
+
+def test_all_bodies_together_have_a_limit(loaded, monkeypatch):
+    monkeypatch.setattr("cascade_lab.serving.app.MAX_BODIES", 2)
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\n"
+    limits = Limits(max_body_bytes=10_000, receive_seconds=2.0)
+    with Running(create_app(loaded, limits=limits)) as running, ExitStack() as closing:
+        for _ in range(2):
+            waiting = closing.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+            waiting.sendall(head + b" " * 8999)
+        time.sleep(0.3)
+        assert running.post({"texts": ["x" * 5000]}).status_code == 503
+        time.sleep(2.5)  # the others were cut off
+        assert running.post({"texts": ["x" * 5000]}).status_code == 200
+
+
+def test_the_services_log_quotes_no_text(loaded, monkeypatch, caplog):
+    def fail(encodings: object, texts: list[str], *_: object) -> None:
+        raise CheckpointError(f"the text {texts[0]} gets the logit nan")
+
+    monkeypatch.setattr(loaded, "answer", fail)
+    with Running(create_app(loaded)) as running:
+        assert running.post({"texts": ["my secret"]}).status_code == 500
+    assert "CheckpointError" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_pipelined_requests_are_answered_in_order(running):
     bodies = [json.dumps({"texts": ["pay my bill"], "ids": [f"r{i}"]}).encode() for i in range(50)]
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n\r\n"
@@ -437,6 +516,9 @@ def test_the_open_inference_protocol(running, loaded):
         (infer_body(["x" * 501]), 422, "501"),
         (infer_body([]), 422, "no text"),
         ({**infer_body(["a"]), "outputs": [{"name": "answer"}]}, 400, "answer"),
+        ({**infer_body(["a"]), "outputs": [{"name": "predicted"}] * 1000}, 400, "twice"),
+        (infer_body(["a"], shape=[9] * 20_000), 400, "shape"),
+        (infer_body(["a"] * 41), 422, "more than 40"),
         ({**infer_body(["a"]), "id": "x" * 181}, 422, "id"),
     ],
 )

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 
 import numpy as np
@@ -136,7 +137,7 @@ def test_a_full_queue_refuses_but_a_large_request_alone_is_accepted(loaded, monk
         batcher.predict(["pay"])
 
 
-def test_texts_of_a_caller_who_waits_no_longer_are_not_scored(loaded, monkeypatch):
+def test_texts_of_a_caller_who_no_longer_waits_are_not_scored(loaded, monkeypatch):
     gate = Gate(loaded, monkeypatch)
     with Batcher(loaded) as batcher, ThreadPoolExecutor(3) as clients:
         first = clients.submit(batcher.predict, ["pay my bill"])
@@ -275,3 +276,45 @@ def test_what_is_no_text_fails_alone(loaded):
             batcher.predict([None])
         assert len(batcher.predict(["pay"])) == 1
         assert batcher.n_waiting_texts == 0
+
+
+def test_no_text_is_counted_twice_when_its_request_is_cancelled_and_fails(loaded, monkeypatch):
+    gate = Gate(loaded, monkeypatch)
+    with Batcher(loaded) as batcher, ThreadPoolExecutor(4) as clients:
+        first = clients.submit(batcher.predict, ["pay"])
+        assert gate.arrived.wait(10)
+        late = clients.submit(batcher.predict, texts(100), timeout=0.2)
+        with pytest.raises((TimeoutError, FutureTimeoutError)):
+            late.result(10)
+        monkeypatch.setattr(loaded, "answer", lambda *_: 1 / 0)
+        failing = clients.submit(batcher.predict, texts(100))
+        gate.opened.set()
+        first.result(10)
+        with pytest.raises(ZeroDivisionError):
+            failing.result(10)
+        assert batcher.n_waiting_texts == 0
+
+
+def test_other_thresholds_again_and_again_are_not_all_kept(tiny):
+    live = LiveCascade.load(tiny)
+    with Batcher(live) as batcher:
+        for number in range(20):
+            spec = live.cascade.spec.with_thresholds({"gate": number / 20})
+            batcher.replace(LiveCascade(live.cascade.with_spec(spec), live.served))
+            batcher.predict(["pay"])
+        assert len(batcher._replaced) <= 1
+
+
+def test_the_end_of_scoring_is_told(loaded, monkeypatch):
+    def fail(*_: object) -> None:
+        raise SystemExit
+
+    batcher = Batcher(loaded)
+    monkeypatch.setattr(batcher, "_next_batch", fail)
+    with pytest.raises(RuntimeError, match="scoring has ended"):
+        batcher.predict(["pay"])
+    batcher.close()
+    assert batcher.has_failed
+    assert not batcher.is_ready
+    with pytest.raises(ClosedError):
+        batcher.predict(["pay"])

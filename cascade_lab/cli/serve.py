@@ -92,6 +92,7 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         print(f"ready: http://{shown}:{listener.getsockname()[1]}  (page: /docs)", flush=True)
         make_server(app, drain_seconds=drain).run(sockets=[listener])
+        closing.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_IGN))  # it is ending
     if log is not None:
         next_step("collect", log, "--output", "RUN")
 

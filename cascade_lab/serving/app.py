@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 JSON = "application/json"
 TIMEOUT_HEADER = "x-request-timeout"
+UNSCORED = "the texts could not be scored; the service's log says more"
+MAX_BODIES = 32  # all bodies that are being received may have this many times the bytes of the largest one
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -63,6 +65,7 @@ class Service:
         self.limits, self._api_key_file, self.spec_file = limits, api_key_file, spec_file
         self._api_key = None if api_key_file is None else read_api_key(api_key_file)
         self._reloading = asyncio.Lock()
+        self._n_received = 0  # bytes of the bodies that are being received
         self.batcher = Batcher(
             cascade,
             max_waiting_texts=limits.max_waiting_texts,
@@ -83,8 +86,8 @@ class Service:
         """Raise Problem (401) unless the request has the API key, or none is needed."""
         if self._api_key is None:
             return
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), b"Bearer " + self._api_key):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._api_key):
             raise Problem(
                 401,
                 "the API key is missing or wrong; send the header Authorization: Bearer KEY",
@@ -92,7 +95,7 @@ class Service:
             )
 
     async def read_body(self, request: Request) -> bytes:
-        """Return the body; raise Problem (413, 408) beyond the limits of size and time."""
+        """Return the body; raise Problem (413, 408, 503) beyond the limits of size, time and memory."""
         limit = self.limits.max_body_bytes
         too_large = Problem(413, f"the request body has more than {limit} bytes", headers={"Connection": "close"})
         length = request.headers.get("content-length", "")
@@ -101,12 +104,18 @@ class Service:
 
         async def receive() -> bytes:
             parts, size = [], 0
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise too_large
-                parts.append(part)
-            return b"".join(parts)
+            try:
+                async for part in request.stream():
+                    size += len(part)
+                    self._n_received += len(part)
+                    if size > limit:
+                        raise too_large
+                    if self._n_received > MAX_BODIES * limit:
+                        raise Problem(503, "too many large requests at once; try again", headers={"Retry-After": "1"})
+                    parts.append(part)
+                return b"".join(parts)
+            finally:
+                self._n_received -= size
 
         try:
             return await asyncio.wait_for(receive(), self.limits.receive_seconds)
@@ -131,6 +140,8 @@ class Service:
             raise Problem(503, str(error), headers={"Connection": "close"}) from error
         except asyncio.TimeoutError as error:
             raise Problem(504, f"no answer within {seconds:g} seconds; what was not scored is dropped") from error
+        except Exception:  # the batcher has logged it; its message may quote a text, so it is not logged again
+            raise Problem(500, UNSCORED) from None
 
     def _timeout(self, request: Request) -> float:
         given = request.headers.get(TIMEOUT_HEADER)
@@ -307,4 +318,4 @@ async def _show_problem(request: Request, error: Exception) -> Response:
 
 
 async def _show_fault(request: Request, error: Exception) -> Response:
-    return await _show_problem(request, Problem(500, "the texts could not be scored; the service's log says why"))
+    return await _show_problem(request, Problem(500, UNSCORED))

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
+from traceback import format_tb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,12 +52,15 @@ class ScoredBatch(NamedTuple):
 
     Attributes
     ----------
+    live : LiveCascade
+        The cascade that scored it.
     result : ChunkResult
     n_tokens : int
         Of the first stage.
     seconds : float
     """
 
+    live: LiveCascade
     result: ChunkResult
     n_tokens: int
     seconds: float
@@ -79,7 +83,8 @@ class Batcher:
     max_waiting_texts : int
         A request that would make more texts wait is refused, unless nothing waits.
     log : callable, optional
-        Called in the scoring thread with each batch, as `Answered`. It must not block.
+        Called in the scoring thread with each batch, as `Answered`. It must not block. The texts of a caller that no
+        longer waits are among them if they were scored.
     observe : callable, optional
         Called in the scoring thread with each batch, as `ScoredBatch`.
     idle : callable, optional
@@ -109,7 +114,7 @@ class Batcher:
         self._max_waiting_texts = max_waiting_texts
         self._log, self._observe, self._idle = log, observe, idle
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._is_closed = self._has_failed = False
         self._n_accepted = self._n_finished = 0  # texts; each is written by one side only
         self._rate = 100.0  # texts per second, of recent batches
         self._arrivals: SimpleQueue[PendingRequest | LiveCascade | None] = SimpleQueue()
@@ -138,6 +143,11 @@ class Batcher:
     def is_ready(self) -> bool:
         """Whether requests are accepted and scored."""
         return not self._is_closed and self._thread.is_alive()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether scoring has ended by an error that it cannot survive; the process should be started anew."""
+        return self._has_failed
 
     def predict(
         self,
@@ -225,6 +235,20 @@ class Batcher:
     # The rest runs in the scoring thread.
 
     def _work(self) -> None:
+        try:
+            self._answer_all()
+        except BaseException as error:  # such as MemoryError; without this thread nothing is answered
+            logger.critical("scoring has ended: %s\n%s", type(error).__name__, "".join(format_tb(error.__traceback__)))
+            with self._lock:
+                self._is_closed = self._has_failed = True
+            while not self._arrivals.empty():
+                arrival = self._arrivals.get_nowait()
+                if isinstance(arrival, PendingRequest):
+                    self._waiting.append(arrival)
+            for request in [*self._waiting]:
+                self._fail(request, error if isinstance(error, Exception) else RuntimeError("scoring has ended"))
+
+    def _answer_all(self) -> None:
         is_open = True
         while is_open or self._waiting:
             is_open = self._receive(is_open) and is_open
@@ -279,8 +303,8 @@ class Batcher:
         n_tokens, live = 0, None
         while self._waiting and n_tokens < MAX_BATCH_TOKENS:
             request = self._waiting.popleft()
-            if request.future.done():  # the caller waits no longer
-                self._n_finished += request.n_left
+            if request.future.done():  # the caller no longer waits
+                self._finish(request)
                 continue
             request.live = request.live or self._current
             live = live or request.live
@@ -337,19 +361,30 @@ class Batcher:
             start = stop
             if last == len(request.texts):
                 complete.append(request)
-        self._n_finished += sum(part.stop - part.start for part in parts if not part.request.has_failed)
+        for request, first, last in parts:
+            self._finish(request, last - first)
         deliver([(request, Answers(request.ids, request.columns, live.served)) for request in complete])
-        self._tell(self._observe, lambda: ScoredBatch(result, sum(len(e.input_ids) for e in encodings), seconds))
+        self._tell(self._observe, lambda: ScoredBatch(live, result, sum(len(e.input_ids) for e in encodings), seconds))
         self._tell(self._log, lambda: _answered(live.served, parts, texts, texts_b, result))
 
     def _fail(self, request: PendingRequest, error: Exception) -> None:
         """Deliver an error, and drop what is left of the request."""
-        logger.error("a request failed: %s", error, exc_info=not isinstance(error, CascadeLabError))
-        self._n_finished += len(request.texts) - len(request.columns.get("predicted", ()))
+        if request.has_failed:
+            return
+        # Without the error's message, which may quote a text.
+        logger.error("a request failed: %s\n%s", type(error).__name__, "".join(format_tb(error.__traceback__)))
+        self._finish(request)
         request.has_failed = True
         if request in self._waiting:
             self._waiting.remove(request)
         deliver([(request, error)])
+
+    def _finish(self, request: PendingRequest, n: int | None = None) -> None:
+        """Count `n` more texts of a request as finished, by default all that are left; each text once."""
+        n_left = len(request.texts) - request.n_finished
+        n = n_left if n is None else min(n, n_left)
+        request.n_finished += n
+        self._n_finished += n
 
     def _tell(self, listener: Callable[[Any], object] | None, make: Callable[[], Any]) -> None:
         """Call a listener; its failure does not stop the service."""
@@ -361,16 +396,21 @@ class Batcher:
             logger.exception("a listener of the batches failed")
 
     def _close_replaced(self) -> None:
-        """Close replaced cascades whose sessions no request needs any longer."""
-        needed = [self._current, *(request.live for request in self._waiting if request.live)]
-        needed += [self._of_caller] if self._of_caller else []
-        stages = [live.cascade.stages for live in needed]
+        """Close replaced cascades whose sessions no request needs any longer, and forget those that share sessions."""
+        others = [self._current, *([self._of_caller] if self._of_caller else [])]  # they are closed at the end
+        seen = [live.cascade.stages for live in others]
+        waited_for = [request.live.cascade.stages for request in self._waiting if request.live]
+        kept = []
         for live in self._replaced:
-            if live.cascade.stages not in stages:
+            stages = live.cascade.stages
+            if stages in seen:
+                continue
+            seen.append(stages)
+            if stages in waited_for:
+                kept.append(live)
+            else:
                 live.cascade.close()
-        self._replaced = [
-            live for live in self._replaced if live.cascade.stages in stages and live is not self._of_caller
-        ]
+        self._replaced = kept
 
 
 def _answered(

@@ -43,7 +43,7 @@ class Metrics:
         self._batch_texts = histogram("batch_texts", "Texts in a batch.", _TEXTS)
         self._batch_tokens = histogram("batch_tokens", "Tokens in a batch, of the first stage.", _TOKENS)
         self._requests = counter("requests", "Requests, by protocol and HTTP status.", "protocol", "status")
-        self._request_seconds = histogram("request_seconds", "Seconds from a whole request to its answer.", _SECONDS)
+        self._request_seconds = histogram("request_seconds", "Seconds from the headers to the answer.", _SECONDS)
         self._reloads = counter("reloads", "Reloads of the cascade, by result.", "result")
         waiting = Gauge("cascade_lab_waiting_texts", "Texts accepted and not answered.", registry=self._registry)
         waiting.set_function(n_waiting_texts)
@@ -63,7 +63,7 @@ class Metrics:
     def count_batch(self, batch: ScoredBatch) -> None:
         """Count a batch; the scoring thread calls it."""
         routed = batch.result.routed
-        rejects = np.isin(routed.predicted.astype(str), self._current().cascade.spec.reject_labels)
+        rejects = np.isin(routed.predicted.astype(str), batch.live.cascade.spec.reject_labels)
         for stage, scored in batch.result.scored.items():
             decided = routed.decided_by == stage
             self._answered.labels(stage).inc(int(decided.sum()))

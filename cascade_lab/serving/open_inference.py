@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +55,8 @@ def routes(service: Service, route: Any) -> list[Route]:
     """Return the protocol's routes; `route` makes one."""
 
     async def live(request: Request) -> Response:
+        if service.batcher.has_failed:
+            raise Problem(503, "scoring has ended by an error; start the process anew")
         return _json({"live": True})
 
     async def ready(request: Request) -> Response:
@@ -94,6 +95,8 @@ def routes(service: Service, route: Any) -> list[Route]:
         infer_request, texts, texts_b = read_infer(body, request.headers.get(BINARY_HEADER), service.limits)
         outputs = output_types([stage.name for stage in service.batcher.current.cascade.spec.stages])
         wanted = [output.name for output in infer_request.outputs or ()] or list(outputs)
+        if len(set(wanted)) < len(wanted):
+            raise Problem(400, "an output is asked for twice")
         for output in wanted:
             if output not in outputs:
                 raise Problem(400, f"there is no output '{shorten(output, 60)}'; there are {', '.join(outputs)}")
@@ -175,13 +178,15 @@ def read_infer(
             size = tensor.parameters.get("binary_data_size")
             if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(body) - start:
                 raise Problem(400, f"input '{name}' has neither data nor a binary_data_size that fits the body")
-            values = _binary_strings(body[start : start + size], name)
+            values = _binary_strings(body[start : start + size], name, limits.max_texts)
             start += size
         else:
             values = tensor.data
+        if len(values) > limits.max_texts:
+            raise Problem(422, f"input '{name}' has more than {limits.max_texts} elements")
         if not all(isinstance(value, str) for value in values):
             raise Problem(400, f"input '{name}' has an element that is no string, or is nested; give a flat list")
-        if any(length < 0 for length in tensor.shape) or math.prod(tensor.shape) != len(values):
+        if tensor.shape not in ([len(values)], [len(values), 1]):
             raise Problem(400, f"input '{name}' has shape {tensor.shape[:8]}, but {len(values)} elements")
         found[tensor.name] = values
     if "text" not in found:
@@ -208,9 +213,11 @@ def infer_response(name: str, request_id: str | None, answers: Answers, wanted: 
     return response if request_id is None else {**response, "id": request_id}
 
 
-def _binary_strings(content: bytes, name: str) -> list[str]:
-    strings, start = [], 0
-    while start < len(content):
+def _binary_strings(content: bytes, name: str, limit: int) -> list[str]:
+    """Return the strings of binary data; no more than `limit` and one, since more are refused."""
+    strings: list[str] = []
+    start = 0
+    while start < len(content) and len(strings) <= limit:
         if start + 4 > len(content):
             raise Problem(400, f"input '{name}': its binary data end in the middle of a length")
         (size,) = struct.unpack_from("<I", content, start)

@@ -18,7 +18,7 @@ _REFUSALS = {
     "413": "The body is too large.",
     "422": "The texts are not usable, or beyond the limits.",
     "429": "Too many texts are waiting; the header Retry-After says when to try again.",
-    "503": "The service is closing.",
+    "503": "The service is closing, or has too much to do.",
     "504": "No answer in time.",
 }
 
@@ -52,11 +52,16 @@ def description(limits: Limits, cascade: str) -> dict[str, Any]:
             )
         },
         "/reload": {
-            "post": _operation("Read cascade.toml again", None, ("401", "503"), more={"403": "No API key is set."})
+            "post": _operation(
+                "Read cascade.toml again",
+                None,
+                ("401", "503"),
+                more={"403": "No API key is set.", "409": "cascade.toml cannot be used; the service is as before."},
+            )
         },
         "/metrics": {"get": _operation("Show Prometheus metrics", None, ("401",), media="text/plain")},
         "/v2": {"get": _operation("Describe the server", None, ())},
-        "/v2/health/live": {"get": _operation("Say whether the process lives", None, ())},
+        "/v2/health/live": {"get": _operation("Say whether the process lives", None, ("503",))},
         "/v2/health/ready": {"get": _operation("Say whether requests are accepted", None, ("503",))},
         "/v2/models/{model}": {
             "get": _operation("Describe the cascade", None, ("401",), parameters=model, more=_NO_MODEL)
@@ -75,7 +80,6 @@ def description(limits: Limits, cascade: str) -> dict[str, Any]:
             )
         },
     }
-    paths["/reload"]["post"]["responses"]["409"] = _problem("cascade.toml cannot be used; the service is as before.")
     key = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",

@@ -44,10 +44,11 @@ class PendingRequest:
     texts_b: list[str | None] | None
     ids: list[str]
     arrived: float  # seconds since 1970
-    future: Any  # a Future of concurrent.futures or of asyncio; done if the caller waits no longer
+    future: Any  # a Future of concurrent.futures or of asyncio; done if the caller no longer waits
     loop: asyncio.AbstractEventLoop | None  # the loop of the future; None for concurrent.futures
     live: LiveCascade | None = None  # that of its first text; the whole request has one
     n_taken: int = 0
+    n_finished: int = 0
     has_failed: bool = False
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -88,7 +89,7 @@ def deliver(results: Sequence[tuple[PendingRequest, Answers | Exception]]) -> No
 
 def _set_results(futures: Sequence[tuple[Any, Answers | Exception]]) -> None:
     for future, result in futures:
-        with suppress(asyncio.InvalidStateError, InvalidStateError):  # cancelled: the caller waits no longer
+        with suppress(asyncio.InvalidStateError, InvalidStateError):  # cancelled: the caller no longer waits
             if isinstance(result, Exception):
                 future.set_exception(result)
             else:

@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise CascadeLabError(f"--host {host}: is no address ({error}); give one, such as 127.0.0.1") from error
+        raise CascadeLabError(f"--host {host}: is not an address ({error}); give one, such as 127.0.0.1") from error
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
@@ -62,9 +62,12 @@ def make_server(app: Starlette, *, drain_seconds: float) -> uvicorn.Server:
     drain_seconds : float
         After that many seconds, requests that are still not answered are given up.
     """
+    limits = app.state.service.limits
+    max_bytes = MAX_HEADER_BYTES + 8 * limits.max_body_bytes  # chunks of one byte have seven more
+    _allow_connections()
     config = uvicorn.Config(
         app,
-        http=partial(_Protocol, header_seconds=app.state.service.limits.receive_seconds),  # type: ignore[arg-type]
+        http=partial(_Protocol, seconds=limits.receive_seconds, max_bytes=max_bytes),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,
@@ -76,8 +79,20 @@ def make_server(app: Starlette, *, drain_seconds: float) -> uvicorn.Server:
     return _Server(config, app)
 
 
+def _allow_connections() -> None:
+    """Let this process open as many files as it takes connections, as far as the system permits it."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_CONNECTIONS + 512
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 class _Server(uvicorn.Server):
-    """uvicorn's server, with a second signal that it knows not: SIGHUP; and a SIGTERM that ends it without an error."""
+    """uvicorn's server, which also handles SIGHUP, and which SIGTERM ends without an error."""
 
     def __init__(self, config: uvicorn.Config, app: Starlette):
         super().__init__(config)
@@ -112,40 +127,86 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with limits: of connections, and of the size and the time of a request's headers."""
+    """HTTP of uvicorn, with limits on connections, on the time and size of a request, and on clients that read slowly.
 
-    def __init__(self, *args: Any, header_seconds: float, **options: Any):
+    `_timer` runs while a request is received: `seconds` for its headers, and three times that for its body, so that
+    the application can answer before. It also runs while the client does not read its answer.
+    """
+
+    def __init__(self, *args: Any, seconds: float, max_bytes: int, **options: Any):
         super().__init__(*args, **options)
-        self._header_seconds = header_seconds
+        self._seconds, self._max_bytes = seconds, max_bytes
         self._timer: TimerHandle | None = None
-        self._n_header_bytes = 0
+        self._write_timer: TimerHandle | None = None
+        self._in_headers, self._n_begun, self._n_bytes = True, 0, 0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_timer()
+        about = transport.get_extra_info("socket")
+        if about is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # what a client never reads is given up
+            with suppress(OSError):
+                about.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(3000 * self._seconds))
+        self._start_timer(self._seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        n_begun = self._n_begun
         super().data_received(data)
-        if self._timer is not None:  # the headers are not complete
-            self._n_header_bytes += len(data)
-            if self._n_header_bytes > MAX_HEADER_BYTES:
+        if self.transport.is_closing():
+            return
+        # A request that begins in these bytes is counted from the next ones on.
+        if self._timer is not None and self._n_begun == n_begun:
+            self._n_bytes += len(data)
+            if self._in_headers and self._n_bytes > MAX_HEADER_BYTES:
                 self.send_400_response("The headers are too large.")
+            elif self._n_bytes > self._max_bytes:
+                self.transport.abort()
+        is_idle = self._timer is None and (self.cycle is None or self.cycle.response_complete)
+        if is_idle and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._n_header_bytes = 0
-        self._start_timer()
+        self._in_headers, self._n_bytes = True, 0
+        self._n_begun += 1
+        self._start_timer(self._seconds)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:  # what follows a body in chunks is not a header
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._stop_timer()
+        self._in_headers, self._n_bytes = False, 0
+        self._start_timer(3 * self._seconds)
         if len(self.connections) > MAX_CONNECTIONS:
             headers = {"Connection": "close", "Retry-After": "1"}
             self.app = Problem(503, "too many connections; try again", headers=headers).response()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._stop_timer()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self._timer is not None:  # reading may have paused meanwhile, for the requests before
+            self._start_timer(3 * self._seconds)
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(3 * self._seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, and close the connection."""
@@ -154,9 +215,9 @@ class _Protocol(HttpToolsProtocol):
         self.transport.write(b"".join([b"HTTP/1.1 400 Bad Request\r\n", *headers, b"\r\n", response.body]))
         self.transport.close()
 
-    def _start_timer(self) -> None:
+    def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
-        self._timer = self.loop.call_later(self._header_seconds, self.transport.close)
+        self._timer = self.loop.call_later(seconds, self.transport.abort)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
