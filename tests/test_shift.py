@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,6 +34,38 @@ def test_scores_are_compared_like_scipy_does():
     assert change.p_value == pytest.approx(ks_2samp(then, now, method="asymp").pvalue)
     welch = ttest_ind(now, then, equal_var=False).confidence_interval(0.95)
     assert (change.low, change.high) == pytest.approx((welch.low, welch.high), abs=0.002)
+
+
+@pytest.mark.parametrize(("n", "m", "smallest"), [(1, 1, 1), (1, 3, 1 / 2), (2, 2, 1 / 3), (3, 3, 1 / 10)])
+def test_small_samples_that_do_not_overlap_have_the_exact_p_value(n, m, smallest):
+    """All n ranks are the lowest or the highest: 2 of the choices of n out of n + m, which is 1 and not 2 for 1 v 1."""
+    then, now = np.arange(n) / 10, 1 + np.arange(m) / 10
+    assert score_change(then, now).p_value == pytest.approx(smallest)
+    assert score_change(now, then).p_value == pytest.approx(smallest)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 30), (2, 2), (3, 3), (5, 8)])
+def test_small_samples_that_do_not_differ_are_rarely_significant(n, m):
+    """Each choice of n out of n + m ranks is equally likely; 300 of them where there are more."""
+    rng, ranks = np.random.default_rng(3), np.arange(n + m) / (n + m)
+    choices = [list(chosen) for chosen in combinations(range(n + m), n)]
+    shown = rng.permutation(len(choices))[:300]
+    p_values = [score_change(ranks[choices[i]], np.delete(ranks, choices[i])).p_value for i in shown]
+    assert np.mean(np.array(p_values) <= 0.05) <= (0.05 if len(choices) <= 300 else 0.09)
+
+
+def test_ties_make_the_exact_p_value_too_large():
+    rng = np.random.default_rng(4)
+    p_values = [score_change(rng.integers(0, 3, 6), rng.integers(0, 3, 9)).p_value for _ in range(200)]
+    assert np.mean(np.array(p_values) <= 0.05) <= 0.05
+
+
+def test_a_large_sample_with_a_small_one_is_compared_exactly_and_two_large_ones_without_a_warning():
+    rng = np.random.default_rng(5)
+    then, now = rng.normal(size=400), rng.normal(size=2)
+    assert score_change(then, now).p_value == pytest.approx(ks_2samp(then, now, method="exact").pvalue)
+    then, now = np.linspace(0, 1, 60), np.linspace(2, 3, 70)
+    assert score_change(then, now).p_value < 1e-9
 
 
 def test_labels_are_compared_by_chi_square():
