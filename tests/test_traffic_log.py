@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import killed_services
 import numpy as np
@@ -20,7 +21,7 @@ from cascade_lab.exceptions import CascadeLabError
 from cascade_lab.serving.batching import Batcher
 from cascade_lab.serving.collect import collect
 from cascade_lab.serving.log_files import PartWriter, answered_batch, list_parts, read_part
-from cascade_lab.serving.shadow import MAX_WAITING, is_chosen
+from cascade_lab.serving.shadow import MAX_WAITING, ShadowQueue, is_chosen
 from cascade_lab.serving.traffic_log import TrafficLog
 from cascade_lab.thresholds import fit_rejector
 
@@ -293,6 +294,25 @@ def test_too_many_texts_for_shadow_scoring_are_dropped_and_counted(run, tmp_path
         wait_for(lambda: log.n_written == 30 * 200)
         assert log.n_shadow_waiting == MAX_WAITING
         assert log.n_shadow_dropped == 30 * 200 - MAX_WAITING
+
+
+@pytest.mark.parametrize("second", ["", None])
+def test_a_second_text_that_is_empty_is_scored_as_one(second, run):
+    """As when it is answered: "" is a second text, and None is none."""
+    batch, given = answered_batches(run)[0], []
+    queue = ShadowQueue(1.0)
+    queue.add(replace(batch, texts_b=[second] * len(batch.ids)))
+    stages = [
+        SimpleNamespace(
+            spec=spec,
+            encode=lambda texts, texts_b: given.append(texts_b) or texts,
+            score=lambda texts, n=len(spec.labels): (SimpleNamespace(logits=np.zeros((len(texts), n))), None),
+        )
+        for spec in run.spec.stages
+    ]
+    queue.score(SimpleNamespace(spec=run.spec, stages=stages), batch.cascade, n_texts=100)
+    assert given
+    assert all(one is None if second is None else set(one) == {""} for one in given)
 
 
 def test_the_log_keeps_no_file_open(run, tmp_path):

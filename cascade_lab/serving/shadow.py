@@ -125,7 +125,9 @@ def _score(cascade: Cascade, served: ServedCascade, texts: list[_Text]) -> Shado
             continue
         chosen = [early[row] for row in rows]
         second = [text.text_b for text in chosen]
-        encodings = stage.encode([text.text for text in chosen], second if any(second) else None)
+        encodings = stage.encode(
+            [text.text for text in chosen], second if any(one is not None for one in second) else None
+        )
         output, _ = stage.score(encodings)
         outputs[name] = output
         scores[name] = SeenRows(missing, output.logits[missing] if needs_features else output.logits)
