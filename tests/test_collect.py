@@ -233,7 +233,10 @@ def test_of_texts_with_one_id_the_first_is_kept_with_its_own_scores(tmp_path):
     log_run(tmp_path / "log", run, shadow=1.0)
     found = collect(tmp_path / "log", sample=True)
     assert found.n_repeated == 100
-    assert found.notes == ("100 texts have the id of an earlier one and are left out",)
+    assert found.notes == (
+        "100 texts have the id of an earlier one and are left out; give each request an id of its own (KServe: `id`), "
+        "or none",
+    )
     same_answers(found.run, run)
     for stage in run.spec.stages:
         np.testing.assert_array_equal(found.run.scores(stage.name).logits, run.scores(stage.name).logits)
@@ -392,7 +395,9 @@ def test_the_sample_of_a_log_can_be_tuned(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--since", "yesterday"), "--since yesterday: is no time; write it like 2026-11-26"),
+        (("--since", "yesterday"), "--since yesterday: is not a time; write it like 2026-11-26"),
+        (("--since", "0001-01-01T00:00+05:00"), "--since 0001-01-01T00:00+05:00: is not a time"),
+        (("--until", "9999-12-31T23:00-05:00"), "--until 9999-12-31T23:00-05:00: is not a time"),
         (("--digest", "ff"), "no cascade's digest begins with 'ff'"),
         (("--sample",), "the service had no --shadow"),
         (("--labels", "nowhere.tsv"), "nowhere.tsv: cannot be read"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,9 +87,12 @@ def _read_time(value: str | None, option: str) -> datetime | None:
     if value is None:
         return None
     try:
-        return datetime.fromisoformat(value.removesuffix("Z") + ("+00:00" if value.endswith("Z") else ""))
-    except ValueError as error:
-        raise CascadeLabError(f"{option} {value}: is no time; write it like 2026-11-26 or 2026-11-26T07:30") from error
+        time = datetime.fromisoformat(value.removesuffix("Z") + ("+00:00" if value.endswith("Z") else ""))
+        return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+    except (ValueError, OverflowError) as error:  # in UTC the year may be 0 or 10000
+        raise CascadeLabError(
+            f"{option} {value}: is not a time; write it like 2026-11-26 or 2026-11-26T07:30"
+        ) from error
 
 
 def _print_sampled(run: Run) -> None:

@@ -315,7 +315,10 @@ def _notes(found: Collected, parts: Sequence[_Part]) -> Iterator[str]:
     if found.n_lost:
         yield f"{found.n_lost:,} answered texts are not in the log: the disk was full, or too many texts waited"
     if found.n_repeated:
-        yield f"{found.n_repeated:,} texts have the id of an earlier one and are left out"
+        yield (
+            f"{found.n_repeated:,} texts have the id of an earlier one and are left out; give each request an id of "
+            "its own (KServe: `id`), or none"
+        )
     if found.n_unscored:
         n_chosen = found.n_unscored + len(found.run.examples)
         yield (
