@@ -131,7 +131,7 @@ def every(seconds: float, action: Callable[[int], object]) -> Iterator[None]:
 
 
 def test_every_answer_equals_predict_none_is_lost_none_doubled(tiny, answers):
-    load, n_first = Load(answers), N_REQUESTS // 5  # TensorFlow keeps a program for each shape that it has run
+    load, n_first = Load(answers), N_REQUESTS * 2 // 5  # TensorFlow keeps a program for each shape that it has run
     with serving(tiny) as (process, port):
         load.run(port, n=n_first)
         memory = psutil.Process(process.pid).memory_info().rss
