@@ -18,6 +18,8 @@ from helpers import answered_batches, mixed_run, random_run, texts
 
 from cascade_lab import Cascade, EvalSet
 from cascade_lab.exceptions import CascadeLabError
+from cascade_lab.locks import MAY_LOCK, try_lock
+from cascade_lab.serving import log_files
 from cascade_lab.serving.batching import Batcher
 from cascade_lab.serving.collect import collect
 from cascade_lab.serving.log_files import PartWriter, answered_batch, list_parts, read_part
@@ -115,6 +117,55 @@ def test_two_services_write_into_one_folder(run, tmp_path):
     digest = answered_batches(run)[0].digest
     assert collect(tmp_path, digest=digest).run.examples["example_id"].tolist() == run.examples["example_id"].tolist()
     assert n_unfinished(tmp_path) == 0
+
+
+@pytest.mark.skipif(not MAY_LOCK, reason="the system has no locks")
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_part_that_a_starting_service_took_for_a_left_one_gets_another_name(deleted, run, tmp_path, monkeypatch):
+    """The other service locks the new file while it is empty, and has deleted it already, or is about to."""
+    batch, taken, opened = answered_batches(run)[0], [], []
+
+    def lock_late(descriptor: int) -> bool | None:
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            opened.append(os.open(taken[0], os.O_RDWR))
+            assert try_lock(opened[0])
+            if deleted:
+                taken[0].unlink()
+                os.close(opened[0])
+        return try_lock(descriptor)
+
+    monkeypatch.setattr(log_files, "try_lock", lock_late)
+    with TrafficLog(tmp_path) as log:
+        log.add(batch)
+        wait_for(lambda: log.n_written)
+        taken[0].unlink(missing_ok=True)
+    if not deleted:
+        os.close(opened[0])
+    assert collect(tmp_path).run.examples["example_id"].tolist() == batch.ids
+
+
+def test_without_locks_a_part_is_binary_and_is_closed_before_it_is_renamed(run, tmp_path, monkeypatch):
+    """As Windows needs it."""
+    batch, flags, opened = answered_batches(run)[0], [], os.open
+    monkeypatch.setattr(log_files, "MAY_LOCK", False)
+    monkeypatch.setattr(os, "O_BINARY", os.O_SYNC, raising=False)
+
+    def noted(path, flag, mode=0o777, **options):
+        flags.append(flag)
+        return opened(path, flag, mode, **options)
+
+    monkeypatch.setattr(os, "open", noted)
+    part = PartWriter(tmp_path, batch.cascade, shadow=0.0)
+    monkeypatch.setattr(os, "open", opened)
+    part.write(answered_batch(part.schema, [batch], keep_texts=False), n_lost=0)
+    events, rename, close = [], os.rename, os.close
+    monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
+    monkeypatch.setattr(os, "close", lambda descriptor: (events.append("close"), close(descriptor)))
+    part.finish()
+    assert flags[0] & os.O_SYNC == os.O_SYNC
+    assert events == ["close", "rename"]
+    assert [path.suffix for path in list_parts(tmp_path)] == [".arrows"]
 
 
 def test_a_part_that_is_being_written_is_read_too(run, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from cascade_lab.atomic import UNFINISHED
 from cascade_lab.exceptions import RunError
-from cascade_lab.locks import try_lock
+from cascade_lab.locks import MAY_LOCK, try_lock
 from cascade_lab.rejector import score_of
 from cascade_lab.serving.answered import Answered, SeenRows, ServedCascade
 from cascade_lab.text import shorten
@@ -71,7 +72,7 @@ class PartContent:
     n_whole_bytes : int
         Where the last whole record batch ends.
     is_finished, is_damaged : bool
-        Whether the service closed the part; whether it did, and yet not every record batch can be read.
+        Whether the service closed the part; finished, but a record batch cannot be read.
     """
 
     path: Path
@@ -149,13 +150,9 @@ class PartWriter:
         self.cascade, self.started = cascade, time.monotonic()
         self.schema = part_schema(cascade, shadow=shadow)
         self._header = self.schema.serialize()
-        name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(4)}{ENDING}"
-        self.path = folder / f"{name}{UNFINISHED}"
         self.n_bytes = 0
-        # The log tells what people wrote: nobody but the service's user reads it.
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self.path, self._descriptor = _new_part(folder)
         try:
-            try_lock(self._descriptor)
             self._append(self._header)
         except BaseException:
             os.close(self._descriptor)
@@ -174,13 +171,19 @@ class PartWriter:
     def finish(self) -> None:
         """Close the part and give it the name of a whole one; without a record batch, delete it."""
         try:
-            if self.n_bytes > self._header.size:
-                os.fsync(self._descriptor)
-                os.rename(self.path, _finished(self.path))
-            else:
-                os.unlink(self.path)
+            os.fsync(self._descriptor)
+            if MAY_LOCK:  # while it is locked, no starting service takes it for the part of a killed one
+                self._rename()
         finally:
             os.close(self._descriptor)
+        if not MAY_LOCK:  # Windows renames no open file
+            self._rename()
+
+    def _rename(self) -> None:
+        if self.n_bytes > self._header.size:
+            os.rename(self.path, _finished(self.path))
+        else:
+            os.unlink(self.path)
 
     def _append(self, content: pa.Buffer) -> None:
         rest = memoryview(content)
@@ -192,6 +195,33 @@ class PartWriter:
             os.lseek(self._descriptor, self.n_bytes, os.SEEK_SET)
             raise
         self.n_bytes += len(content)
+
+
+def _new_part(folder: Path) -> tuple[Path, int]:
+    """Make the file of a part and lock it; return its path and descriptor."""
+    for _ in range(10):
+        name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(4)}{ENDING}"
+        path = folder / f"{name}{UNFINISHED}"
+        # The log tells what people wrote: nobody but the service's user reads it.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        try:
+            # A starting service may take the file, while it is empty, for the part of a killed one, and delete it.
+            if try_lock(descriptor) is not False and _is_at(path, descriptor):
+                return path, descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        with suppress(OSError):
+            path.unlink()
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def list_parts(folder: Path) -> list[Path]:
