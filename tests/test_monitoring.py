@@ -103,6 +103,24 @@ def test_a_reference_without_labels_shows_changes_and_alarms_only(reference):
     assert not found.has_days
 
 
+def test_one_text_gives_no_estimate_and_no_thresholds(reference, tmp_path):
+    reference.write(tmp_path / "val")
+    traffic(9, n=1).write(tmp_path / "one")
+    options = ("monitor", tmp_path / "one", "--against", tmp_path / "val")
+    shown = cascade_lab(*options).stdout
+    assert "100.0%" not in shown
+    assert "Prevalence and accuracy are not estimated: at least 20 labelled texts" in shown
+    assert "the prevalence is not known" in shown
+    assert cascade_lab(*options, "--output", tmp_path / "new.toml").exit_code == 2
+
+
+def test_the_summary_says_which_texts_the_accuracy_leaves_out(reference):
+    only_gate = reference.select(np.flatnonzero(reference.predictions["decided_by"] == "gate0"))
+    found = monitor(reference, only_gate, n_resamples=2)
+    n = (reference.predictions["decided_by"] == "last").sum()
+    assert f"leaves out {n:,} of 1,200 texts" in found.summary()[-1]
+
+
 def test_runs_that_cannot_be_compared_are_refused(reference, tmp_path):
     with pytest.raises(RunError, match="stages or their labels"):
         monitor(random_run(tmp_path / "a", n=20, n_labels=3), reference)

@@ -7,11 +7,13 @@ import pytest
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from cascade_lab.analysis.bootstrap import wilson
 from cascade_lab.analysis.prevalence import (
     Labelled,
     Unlabelled,
     _fit,
     black_box_prevalence,
+    estimate_notes,
     estimate_shift,
     fits_prevalence_shift,
     shifted_prevalence,
@@ -122,3 +124,57 @@ def test_a_sample_of_one_kind_gives_no_prevalence():
     rng = np.random.default_rng(4)
     table = estimate_shift(draw(rng, 50, 0.0), Unlabelled(*draw(rng, 50, 0.1)[:4]), n_resamples=5)
     assert table["now"].isna().tolist() == [True, True, True, False]
+
+
+def test_few_texts_give_no_estimate_and_a_sentence():
+    rng = np.random.default_rng(5)
+    labelled, texts = draw(rng, 400, 0.1), Unlabelled(*draw(rng, 40, 0.1)[:4])
+    one = Unlabelled(*(values[:1] for values in texts))
+    table = estimate_shift(labelled, one, n_resamples=5)
+    assert table[["now", "low", "high"]].isna().all(axis=None)
+    assert np.isnan(fits_prevalence_shift(labelled, one))
+    assert estimate_notes(labelled, one) == [
+        "Prevalence and accuracy are not estimated: at least 20 labelled texts and 20 texts of the traffic are needed; "
+        "there are 400 and 1."
+    ]
+    few = draw(rng, 400, 0.0)._replace(out_of_scope=np.arange(400) < 9)
+    assert estimate_shift(few, texts, n_resamples=5)["low"].isna().tolist() == [True, True, True, False]
+    assert "there are 391 and 9" in estimate_notes(few, texts)[0]
+    assert estimate_notes(labelled, texts) == []
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_constant_evidence_gives_no_prevalence(noise):
+    rng = np.random.default_rng(6)
+    labelled, texts = draw(rng, 300, 0.3), Unlabelled(*draw(rng, 200, 0.3)[:4])
+    same = [0.1 + noise * rng.normal(size=(n, 3)) for n in (300, 200)]  # 0.1 is not the mean of 300 times 0.1
+    labelled, texts = (each._replace(evidence=x) for each, x in zip((labelled, texts), same, strict=True))
+    table = estimate_shift(labelled, texts, n_resamples=5)
+    assert table.loc[["prevalence_em", "accuracy_reweighted"], ["now", "low", "high"]].isna().all(axis=None)
+    assert table.loc[["prevalence_black_box", "accuracy_atc"]].notna().all(axis=None)
+    assert np.isnan(fits_prevalence_shift(labelled, texts))
+    assert "do not tell" in estimate_notes(labelled, texts)[0]
+
+
+def test_a_stage_without_labelled_texts_is_left_out_of_the_accuracy():
+    rng = np.random.default_rng(7)
+    labelled, texts = draw(rng, 300, 0.1), Unlabelled(*draw(rng, 200, 0.1)[:4])
+    with_new = texts._replace(stage=np.append(texts.stage[:-1], 2))
+    others = Unlabelled(*(values[:-1] for values in texts))
+    found, expected = (
+        estimate_shift(labelled, each, n_resamples=2).loc["accuracy_atc", "now"] for each in (with_new, others)
+    )
+    assert found == pytest.approx(expected)
+    assert "leaves out 1 of 200 texts" in estimate_notes(labelled, with_new)[0]
+    nowhere = texts._replace(stage=np.full(200, 2))
+    assert np.isnan(estimate_shift(labelled, nowhere, n_resamples=2).loc["accuracy_atc", "now"])
+
+
+def test_intervals_at_the_ends_are_as_wide_as_those_of_labelled_texts():
+    rng = np.random.default_rng(8)
+    labelled, texts = draw(rng, 400, 0.2), Unlabelled(*draw(rng, 40, 0.0, moved=-3.0)[:4])
+    table = estimate_shift(labelled, texts, n_resamples=20)
+    ends = wilson(0, 40)
+    for name in ("prevalence_em", "prevalence_black_box"):
+        assert table.loc[name, ["now", "low"]].tolist() == [0, 0]
+        assert table.loc[name, "high"] >= ends.high

@@ -15,6 +15,7 @@ from cascade_lab.analysis.prevalence import (
     N_RESAMPLES,
     Labelled,
     Unlabelled,
+    estimate_notes,
     estimate_shift,
     fits_prevalence_shift,
 )
@@ -56,6 +57,8 @@ class Monitoring:
         Prevalence and accuracy: see `prevalence.estimate_shift`. None if the reference has no labels.
     fit_p_value : float
         Of the test that another prevalence alone explains the scores: see `prevalence.fits_prevalence_shift`.
+    notes : tuple of str
+        Why estimates are undefined, and which texts they leave out: see `prevalence.estimate_notes`.
     """
 
     run: Run
@@ -67,6 +70,7 @@ class Monitoring:
     has_days: bool
     estimates: pd.DataFrame | None
     fit_p_value: float
+    notes: tuple[str, ...] = ()
 
     @property
     def raised(self) -> pd.DataFrame:
@@ -136,7 +140,7 @@ def monitor(
     _check(run, against, alpha)
     reference = against if against.spec == run.spec else against.with_spec(run.spec)
     by_day, has_days = _days(run, days)
-    estimates, fit_p_value = _estimate(run, reference, n_resamples=n_resamples, level=level, seed=seed)
+    estimates, fit_p_value, notes = _estimate(run, reference, n_resamples=n_resamples, level=level, seed=seed)
     return Monitoring(
         run=run,
         reference=reference,
@@ -147,6 +151,7 @@ def monitor(
         has_days=has_days,
         estimates=estimates,
         fit_p_value=fit_p_value,
+        notes=notes,
     )
 
 
@@ -227,10 +232,12 @@ def _alarms(run: Run, reference: Run, days: np.ndarray, alpha: float) -> pd.Data
     return pd.concat(tables, names=["watch"])
 
 
-def _estimate(run: Run, reference: Run, *, n_resamples: int, level: float, seed: int) -> tuple[Any, float]:
-    """Return the estimates and the p-value of their assumption; None and NaN without labels."""
+def _estimate(
+    run: Run, reference: Run, *, n_resamples: int, level: float, seed: int
+) -> tuple[pd.DataFrame | None, float, tuple[str, ...]]:
+    """Return the estimates, the p-value of their assumption, and notes; None, NaN and no notes without labels."""
     if not reference.examples["label"].notna().any():
-        return None, np.nan
+        return None, np.nan, ()
     reference = reference.labelled
     label = reference.examples["label"]
     labelled = Labelled(
@@ -240,7 +247,8 @@ def _estimate(run: Run, reference: Run, *, n_resamples: int, level: float, seed:
     )
     unlabelled = _sample(run)
     estimates = estimate_shift(labelled, unlabelled, n_resamples=n_resamples, level=level, seed=seed)
-    return estimates, fits_prevalence_shift(labelled, unlabelled, seed=seed)
+    fit_p_value = fits_prevalence_shift(labelled, unlabelled, seed=seed)
+    return estimates, fit_p_value, tuple(estimate_notes(labelled, unlabelled))
 
 
 def _sample(run: Run) -> Unlabelled:
@@ -287,7 +295,8 @@ def _estimate_sentences(found: Monitoring) -> list[str]:
     em, _, reweighted, atc = (found.estimates.loc[name] for name in ESTIMATES)
     if np.isnan(em["now"]):
         shown = percent_interval(atc["now"], atc["low"], atc["high"])
-        return [f"Accuracy by confidence alone: {shown}. Prevalence needs labelled texts in scope and out of scope."]
+        by_confidence = [] if np.isnan(atc["now"]) else [f"Accuracy by confidence alone: {shown}."]
+        return [*by_confidence, *found.notes]
     values = (percent_interval(row["now"], row["low"], row["high"]) for row in (em, reweighted, atc))
     sentences = [
         "Out of scope: {}, and {} in the reference.".format(next(values), percent(em["then"])),
@@ -301,4 +310,4 @@ def _estimate_sentences(found: Monitoring) -> list[str]:
             f"{found.fit_p_value:.3f}). Texts in scope, or out of scope, look different now. Label a sample of the "
             "traffic."
         )
-    return sentences
+    return sentences + list(found.notes)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.costs import run_codes
+from cascade_lab.analysis.prevalence import N_LEAST, N_LEAST_OF_KIND
 from cascade_lab.atomic import refuse_existing
 from cascade_lab.exceptions import GoalError
 from cascade_lab.thresholds.grid import ThresholdGrid
@@ -87,7 +88,10 @@ def propose_thresholds(run: Run, goal: Goal, prevalence: Sequence[float]) -> Pro
         As `ThresholdGrid.from_run`.
     """
     if np.isnan(prevalence).any():
-        raise GoalError(f"{run.name}: the prevalence is not known; it needs labelled texts in scope and out of scope")
+        raise GoalError(
+            f"{run.name}: the prevalence is not known; it needs {N_LEAST} texts, {N_LEAST_OF_KIND} labelled texts in "
+            f"scope and {N_LEAST_OF_KIND} out of scope, and scores that tell them apart"
+        )
     estimate, *ends = (float(value) for value in np.clip(prevalence, LEAST, 1 - LEAST))
     run = run.labelled
     if fitted_on_itself(run):
