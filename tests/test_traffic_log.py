@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -252,6 +254,41 @@ def test_a_full_disk_stops_the_log_and_more_room_starts_it_again(run, small_disk
     found = collect(small_disk / "log")
     assert (len(found.run.examples), found.n_lost) == (log.n_written, log.n_lost)
     assert f"{log.n_lost:,} answered texts are not in the log" in found.notes[0]
+
+
+@pytest.mark.parametrize("what", ["part", "folder", "moved folder"])
+def test_another_part_is_begun_where_somebody_deletes_or_moves_it(what, run, tmp_path, caplog):
+    batches, folder = answered_batches(run), tmp_path / "log"
+    with TrafficLog(folder) as log:
+        log.add(batches[0])
+        wait_for(lambda: log.n_written)
+        if what == "part":
+            list_parts(folder)[0].unlink()
+        elif what == "folder":
+            shutil.rmtree(folder)
+        else:
+            folder.rename(tmp_path / "moved")
+        log.add(batches[1])
+    assert log.n_lost == 0
+    assert collect(folder).run.examples["example_id"].tolist() == batches[1].ids
+    if what == "moved folder":
+        assert collect(tmp_path / "moved").run.examples["example_id"].tolist() == batches[0].ids
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "was deleted or moved; the traffic log begins another part"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.EIO, "see that the folder can be written"), (errno.EDQUOT, "free some space")]
+)
+def test_the_advice_is_of_the_error(number, advice, run, tmp_path, monkeypatch, caplog):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(PartWriter, "write", fail)
+    with TrafficLog(tmp_path) as log:
+        log.add(answered_batches(run)[0])
+    assert caplog.messages[0] == f"{tmp_path}: the traffic log has stopped ({os.strerror(number)}); {advice}"
 
 
 def test_a_disk_that_stays_full_loses_only_what_had_no_room(run, small_disk):

@@ -168,6 +168,10 @@ class PartWriter:
         # Without the schema, which is in the file already, and the end of the stream, which `close` would write.
         self._append(sink.getvalue()[self._header.size :])
 
+    def is_in_place(self) -> bool:
+        """Return whether the part is still where it was begun; False where somebody deleted or moved it."""
+        return _is_at(self.path, self._descriptor)
+
     def finish(self) -> None:
         """Close the part and give it the name of a whole one; without a record batch, delete it."""
         try:

@@ -50,7 +50,7 @@ class TrafficLog:
     Attributes
     ----------
     n_written, n_lost : int
-        Answered texts that are in the files, and that are not and never will be.
+        Answered texts that are in the files; not written, and not to be written.
     n_shadow : int
         Texts of the sample: their turn came, and every stage's scores are in the files.
     problem : str or None
@@ -181,6 +181,7 @@ class TrafficLog:
                 pending, self._waiting = pending + self._waiting, []
             if closing or time.monotonic() >= retry_at:
                 try:
+                    self._leave_deleted_part()
                     self._write(pending)
                     if closing or self._is_part_full():
                         self._finish_part()
@@ -241,6 +242,13 @@ class TrafficLog:
             with self._lock:
                 self._n_unreported -= n_lost
 
+    def _leave_deleted_part(self) -> None:
+        """Forget a part that somebody deleted or moved, so that another one is begun."""
+        if self._part is not None and not self._part.is_in_place():
+            _LOG.warning("%s: was deleted or moved; the traffic log begins another part", self._part.path)
+            with suppress(OSError):
+                self._finish_part()
+
     def _is_part_full(self) -> bool:
         part = self._part
         if part is None:
@@ -255,9 +263,12 @@ class TrafficLog:
     def _note(self, error: OSError | None) -> None:
         """Remember what is wrong, and say when that begins and ends."""
         if error is not None:
+            what = error.strerror or str(error)
             if self.problem is None:
-                _LOG.warning("%s: the traffic log has stopped (%s); free some space", self.folder, error.strerror)
-            self.problem = error.strerror or str(error)
+                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                advice = "free some space" if is_full else "see that the folder can be written"
+                _LOG.warning("%s: the traffic log has stopped (%s); %s", self.folder, what, advice)
+            self.problem = what
         elif self.problem is not None:
             _LOG.warning("%s: the traffic log goes on; %d texts are lost so far", self.folder, self.n_lost)
             self.problem = None
