@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,6 +121,27 @@ def test_the_summary_says_which_texts_the_accuracy_leaves_out(reference):
     found = monitor(reference, only_gate, n_resamples=2)
     n = (reference.predictions["decided_by"] == "last").sum()
     assert f"leaves out {n:,} of 1,200 texts" in found.summary()[-1]
+
+
+def test_one_text_is_counted_in_the_singular(reference):
+    found = monitor(traffic(9, n=1), reference, n_resamples=2)
+    assert "(1 text against 1,200;" in found.summary()[0]
+    assert MonitorDisplay(monitor(reference, traffic(9, n=1))).title.endswith("against 1 text")
+
+
+def test_labels_that_changed_together_only_are_in_the_summary(reference):
+    found = monitor(traffic(2), reference, n_resamples=2)
+    assert "No quantity differs by more than chance" in str(found.summary())
+    changes = found.changes.copy()
+    changes.loc["predicted labels", ["difference", "p_holm"]] = 0.125, 0.01
+    summary = replace(found, changes=changes, labels=found.labels.assign(p_holm=0.2)).summary()
+    assert (
+        "Changed: predicted labels (total variation distance 0.125), but no single label differs by more than chance."
+        in summary
+    )
+    assert "No quantity differs" not in str(summary)
+    singly = replace(found, changes=changes, labels=found.labels.assign(p_holm=0.01)).summary()
+    assert "Changed: predicted labels" not in str(singly)
 
 
 def test_runs_that_cannot_be_compared_are_refused(reference, tmp_path):

@@ -264,7 +264,8 @@ def _sample(run: Run) -> Unlabelled:
 
 
 def _sentences(found: Monitoring) -> list[str]:
-    texts = f"{len(found.run.examples):,} texts against {len(found.reference.examples):,}"
+    n = len(found.run.examples)
+    texts = f"{n:,} {'text' if n == 1 else 'texts'} against {len(found.reference.examples):,}"
     sentences = []
     for row in found.raised.itertuples():
         day = f" on {row.day}; the change began about {row.began}" if found.has_days else ""
@@ -284,6 +285,12 @@ def _sentences(found: Monitoring) -> list[str]:
         shown = (f"{label} ({points(row.difference)} points)" for label, row in list(labels.iterrows())[:3])
         more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
         sentences.append(f"Predicted more or less often: {', '.join(shown)}{more}.")
+    elif "predicted labels" in changed.index:
+        distance = found.changes.loc["predicted labels", "difference"]
+        sentences.append(
+            f"Changed: predicted labels (total variation distance {distance:.3f}), but no single label differs by more "
+            "than chance."
+        )
     if not len(changed):
         sentences.append("No quantity differs by more than chance (Holm's correction, p < 0.05).")
     return sentences + _estimate_sentences(found)

@@ -43,7 +43,8 @@ class MonitorDisplay(Display):
 
     def __init__(self, monitoring: Monitoring, *, title: str = "", low_confidence: bool = False):
         self.monitoring = monitoring
-        self.title = title or f"{monitoring.run.spec.name}: against {len(monitoring.reference.examples):,} texts"
+        n = len(monitoring.reference.examples)
+        self.title = title or f"{monitoring.run.spec.name}: against {n:,} {'text' if n == 1 else 'texts'}"
         self.low_confidence = low_confidence
 
     @classmethod
