@@ -224,6 +224,19 @@ def test_records_that_cannot_be_written_do_not_stop_the_log(run, tmp_path):
     assert collect(tmp_path).n_lost == len(batches[0].ids)
 
 
+def test_texts_that_cannot_be_chosen_for_shadow_scores_are_logged_once(run, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(ShadowQueue, "add", fail)
+    with TrafficLog(tmp_path, shadow=1.0) as log:
+        for batch in answered_batches(run):
+            log.add(batch)
+    found = collect(tmp_path)
+    assert (log.n_written, log.n_lost, found.n_lost, found.n_repeated) == (200, 0, 0, 0)
+    assert found.run.examples["example_id"].tolist() == run.examples["example_id"].tolist()
+
+
 # The disk.
 
 

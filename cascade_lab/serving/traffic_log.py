@@ -218,6 +218,8 @@ class TrafficLog:
                     continue
                 _LOG.exception("%s: %d records cannot be logged", self.folder, n_texts)
                 self._lose(n_texts if kind is Answered else 0)
+            else:
+                self._choose(pending[:n])
             del pending[:n]
             with self._lock:
                 self._n_waiting -= n_texts
@@ -236,11 +238,18 @@ class TrafficLog:
         if answered:
             batch = answered_batch(self._part.schema, answered, keep_texts=self.keep_texts)
             self._part.write(batch, n_lost=n_lost)
-            for one in answered:
-                self._shadow.add(one)
             self.n_written += batch.num_rows
             with self._lock:
                 self._n_unreported -= n_lost
+
+    def _choose(self, records: Sequence[Answered | ShadowScores]) -> None:
+        """Let the chosen ones of texts that were written wait for shadow scoring."""
+        try:
+            for one in records:
+                if isinstance(one, Answered):
+                    self._shadow.add(one)
+        except Exception:  # the service goes on; nothing is written again
+            _LOG.exception("%s: texts cannot be chosen for shadow scoring", self.folder)
 
     def _leave_deleted_part(self) -> None:
         """Forget a part that somebody deleted or moved, so that another one is begun."""
