@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import memory_run, random_run, random_spec
+from helpers import logits_of, memory_run, random_run, random_spec
 from typer.testing import CliRunner
 
 from cascade_lab import CascadeSpec, MonitorDisplay, Run
@@ -142,6 +142,28 @@ def test_labels_that_changed_together_only_are_in_the_summary(reference):
     assert "No quantity differs" not in str(summary)
     singly = replace(found, changes=changes, labels=found.labels.assign(p_holm=0.01)).summary()
     assert "Changed: predicted labels" not in str(singly)
+
+
+def test_unequal_weights_of_labels_are_named_where_they_are_left_out(reference, tmp_path):
+    """A reference and traffic whose labels have the weights 1 and 2; with equal weights nothing is said."""
+    sides = {"val": reference, "week": traffic(2, n=300)}
+    for name, run in sides.items():
+        for kind, weights in (("equal", 2.0), ("unequal", np.arange(len(run.examples)) % 2 + 1.0)):
+            examples = run.examples.assign(label_weight=weights)
+            memory_run(run.spec, examples, logits_of(run), seed=0).write(tmp_path / f"{name}-{kind}")
+    for val, week, named in (
+        ("unequal", "equal", "the reference"),
+        ("equal", "unequal", "the run"),
+        ("unequal", "unequal", "the reference and of the run"),
+        ("equal", "equal", None),
+    ):
+        found = monitor(Run.read(tmp_path / f"week-{week}"), Run.read(tmp_path / f"val-{val}"), n_resamples=2)
+        said = [sentence for sentence in found.summary() if "unequal weights" in sentence]
+        assert len(said) == (named is not None)
+        assert named is None or f"The labels of {named} have unequal weights" in said[0]
+    shown = cascade_lab("monitor", tmp_path / "week-equal", "--against", tmp_path / "val-unequal").stdout
+    assert "The labels of the reference have unequal weights" in shown
+    assert "the labels have unequal weights, which these metrics leave out" in shown
 
 
 def test_runs_that_cannot_be_compared_are_refused(reference, tmp_path):

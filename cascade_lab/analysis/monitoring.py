@@ -22,6 +22,7 @@ from cascade_lab.analysis.prevalence import (
 from cascade_lab.analysis.sentences import Summary, percent, percent_interval, points
 from cascade_lab.analysis.shift import fraction_change, label_change, label_changes, score_change, with_holm
 from cascade_lab.exceptions import RunError
+from cascade_lab.label_files import has_unequal_weights
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
@@ -116,9 +117,10 @@ def monitor(
         Such as `collect` makes; a column `time` gives the days (in UTC).
     against : Run
         The reference: earlier traffic, or the labelled run that the cascade was tuned on. Prevalence and accuracy need
-        its labels. Where its thresholds differ, it is replayed at those of `run`.
+        its labels, which count equally: weights are left out. Where its thresholds differ, it is replayed at those of
+        `run`.
     alpha : float
-        The probability of any alarm, ever, if nothing changes.
+        The probability of any alarm, ever, if nothing changes and each run has all days since the watch began.
     days : array-like, shape (n_examples,), optional
         The day of each text of `run`, instead of the column `time`; anything that can be sorted.
     n_resamples, seed : int
@@ -293,6 +295,13 @@ def _sentences(found: Monitoring) -> list[str]:
         )
     if not len(changed):
         sentences.append("No quantity differs by more than chance (Holm's correction, p < 0.05).")
+    sides = {"the reference": found.reference, "the run": found.run}
+    weighted = [side for side, run in sides.items() if has_unequal_weights(run.examples)]
+    if weighted:
+        sentences.append(
+            f"The labels of {' and of '.join(weighted)} have unequal weights, which are left out here: every text "
+            "counts equally, so the results can be biased. `collect` and sampled_metrics use the weights."
+        )
     return sentences + _estimate_sentences(found)
 
 

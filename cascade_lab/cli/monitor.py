@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.options import AT_LEAST, COST, OVERWRITE, RUN, read_numbers
-from cascade_lab.cli.printing import cell, interval, line, next_step, number, p_value, show, table, title
+from cascade_lab.cli.printing import (
+    cell,
+    interval,
+    line,
+    next_step,
+    number,
+    p_value,
+    print_labelled,
+    show,
+    table,
+    title,
+)
 from cascade_lab.text import exact
 
 if TYPE_CHECKING:
@@ -159,6 +170,7 @@ def _print_proposal(proposal: Proposal) -> None:
     for name, row in proposal.metrics.iterrows():
         metrics.add_row(str(name), number(row["own"]), number(row["chosen"]))
     show("", thresholds, "", metrics)
+    print_labelled(proposal.run)
     line(f"goal: {proposal.goal}; on the labelled texts, where the proposed thresholds look too good")
     if not proposal.depends_on_prevalence:
         line("this goal does not depend on the share out of scope")

@@ -72,7 +72,8 @@ def propose_thresholds(run: Run, goal: Goal, prevalence: Sequence[float]) -> Pro
     Parameters
     ----------
     run : Run
-        With labels and shadow scores, such as the reference of `monitor`.
+        With labels and shadow scores, such as the reference of `monitor`. Its labelled texts count equally: weights are
+        left out.
     goal : Goal
         Its own prevalence is not used.
     prevalence : sequence of three floats
