@@ -205,6 +205,14 @@ def test_the_command_shows_all_and_writes_only_where_it_is_told(reference, tmp_p
     assert spec.tuned_on["prevalence"] == pytest.approx(0.3, abs=0.06)
 
 
+def test_the_command_says_that_a_watch_needs_all_its_days(reference, tmp_path):
+    for name, run in (("val", reference), ("day", traffic(2, n=100))):
+        run.write(tmp_path / name)
+    shown = cascade_lab("monitor", tmp_path / "day", "--against", tmp_path / "val").stdout
+    assert "if each run has all days since the watch began" in " ".join(shown.split())
+    assert "a run of one day alone starts the watch anew" in " ".join(cascade_lab("monitor", "--help").stdout.split())
+
+
 def test_the_command_refuses_in_one_line(reference, tmp_path):
     traffic(8, labelled=False, n=100).write(tmp_path / "week")
     options = ("monitor", tmp_path / "week", "--against", tmp_path / "week")

@@ -47,7 +47,8 @@ def monitor(
         typer.Option(
             min=1e-6,
             max=0.5,
-            help="The probability of any false alarm, ever, however often you look.",
+            help="The probability of any false alarm, ever, however often you look, if RUN has all days since the "
+            "watch began.",
         ),
     ] = 0.01,
     maximize: Annotated[
@@ -69,8 +70,9 @@ def monitor(
     """Watch a cascade without labels: what has changed since the reference, and whether that is an alarm.
 
     RUN is a run of traffic, such as `collect` makes; its texts need no labels. Days are those of its column time, in
-    UTC. From the reference's labels, the share out of scope and the accuracy of RUN are estimated, and thresholds are
-    proposed. Nothing is written without --output.
+    UTC. Give all days since the watch began: a run of one day alone starts the watch anew. From the reference's labels,
+    the share out of scope and the accuracy of RUN are estimated, and thresholds are proposed. Nothing is written without
+    --output.
 
     Example: cascade-lab monitor runs/tuesday --against runs/val
     """
@@ -146,7 +148,8 @@ def _print_monitoring(found: Monitoring) -> None:
     show("", alarms)
     line(
         f"if nothing changes, a false alarm is ever raised with probability {found.alpha:g} at most, however often "
-        "you look; low confidence: the answer's probability is in the reference's lowest tenth"
+        "you look, if each run has all days since the watch began; low confidence: the answer's probability is in the "
+        "reference's lowest tenth"
     )
     if not found.has_days:
         line("the texts have no column time, so all are one day")
