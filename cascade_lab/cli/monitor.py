@@ -71,8 +71,8 @@ def monitor(
 
     RUN is a run of traffic, such as `collect` makes; its texts need no labels. Days are those of its column time, in
     UTC. Give all days since the watch began: a run of one day alone starts the watch anew. From the reference's labels,
-    the share out of scope and the accuracy of RUN are estimated, and thresholds are proposed. Nothing is written without
-    --output.
+    the share out of scope and the accuracy of RUN are estimated, and thresholds are proposed. Nothing is written
+    without --output.
 
     Example: cascade-lab monitor runs/tuesday --against runs/val
     """
