@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -304,6 +305,31 @@ def test_the_advice_is_of_the_error(number, advice, run, tmp_path, monkeypatch, 
     assert caplog.messages[0] == f"{tmp_path}: the traffic log has stopped ({os.strerror(number)}); {advice}"
 
 
+@pytest.mark.parametrize("options", [{}, {"keep_texts": True}, {"shadow": 0.5}])
+def test_the_queue_is_bounded_in_characters_and_keeps_only_texts_that_are_needed(options, run, tmp_path, monkeypatch):
+    """While nothing can be written, a third batch has room only if the texts are dropped."""
+    batches = [
+        replace(one, texts=["x" * 1000] * len(one.ids), texts_b=["y"] * len(one.ids)) for one in answered_batches(run)
+    ]
+    limit, writable, write = sum(1010 * len(batch.ids) for batch in batches[:2]), threading.Event(), PartWriter.write
+
+    def try_write(*arguments: object, **keywords: object) -> None:
+        if not writable.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments, **keywords)
+
+    monkeypatch.setattr(PartWriter, "write", try_write)
+    with TrafficLog(tmp_path, max_waiting_characters=limit, **options) as log:
+        for batch in batches[:3]:
+            log.add(batch)
+        assert log.n_lost == (len(batches[2].ids) if options else 0)
+        writable.set()
+        wait_for(lambda: log.n_waiting == 0)
+        log.add(batches[3])  # there is room again
+    assert log.n_written + log.n_lost == sum(len(batch.ids) for batch in batches[:4])
+    assert collect(tmp_path).run.examples["example_id"].tolist()[-1] == batches[3].ids[-1]
+
+
 def test_a_disk_that_stays_full_loses_only_what_had_no_room(run, small_disk):
     with TrafficLog(small_disk / "log") as log:
         (small_disk / "filler").write_bytes(bytes(50_000))
@@ -362,7 +388,7 @@ def test_what_a_real_cascade_served_is_collected_with_its_shadow_scores(kind, re
         ):
             requests = [range(i, min(i + 7, 150)) for i in range(0, 150, 7)]
             answers = [batcher.predict([sentences[j] for j in rows], ids=[f"{j}" for j in rows]) for rows in requests]
-            wait_for(lambda: log.n_written == 150 and not log.n_shadow_waiting)
+            wait_for(lambda: log.n_written == 150 and not log.n_waiting and not log.n_shadow_waiting)
         found, sample = collect(tmp_path / "log"), collect(tmp_path / "log", sample=True)
         expected = cascade.run(
             EvalSet.from_frame(found.run.examples[["text"]], unlabelled=True), output=tmp_path / "run"
@@ -392,7 +418,7 @@ def test_too_many_texts_for_shadow_scoring_are_dropped_and_counted(run, tmp_path
     with TrafficLog(tmp_path, shadow=1.0) as log:
         for batch in batches:
             log.add(batch)
-        wait_for(lambda: log.n_written == 30 * 200)
+        wait_for(lambda: log.n_written == 30 * 200 and log.n_waiting == 0)
         assert log.n_shadow_waiting == MAX_WAITING
         assert log.n_shadow_dropped == 30 * 200 - MAX_WAITING
 

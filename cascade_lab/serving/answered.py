@@ -54,8 +54,9 @@ class Answered:
     times : ndarray of float64, shape (n,)
         When each text arrived, in seconds since 1970 (UTC).
     texts : list of str
+        Empty where the traffic log needs no texts.
     texts_b : list of str or None, or None
-        The second texts; None where no text of the batch has one.
+        The second texts; None where no text of the batch has one, or the traffic log needs none.
     predictions : mapping of str to ndarray, shape (n,)
         The columns that `Cascade.predict` returns, as `ChunkResult.columns` does: a table costs half a millisecond.
     scores : dict of str to SeenRows

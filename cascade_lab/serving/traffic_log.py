@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +45,9 @@ class TrafficLog:
         ended earlier; see `score_shadow`.
     max_bytes, max_seconds : float
         A part is finished, and another one begun, when it is larger or older.
-    max_waiting : int
-        The most texts in the queue.
+    max_waiting, max_waiting_characters : int
+        The most texts in the queue, and the most characters of their ids and texts. The queue keeps the texts only if
+        they are logged or may be scored later.
 
     Attributes
     ----------
@@ -71,18 +73,20 @@ class TrafficLog:
         max_bytes: float = 64 * 2**20,
         max_seconds: float = 3600.0,
         max_waiting: int = 50_000,
+        max_waiting_characters: int = 50_000_000,
     ):
         if not 0 <= shadow <= 1:
             raise CascadeLabError(f"--shadow is {shadow}; it is a share of the texts, from 0 to 1")
         self.folder, self.keep_texts = Path(folder), keep_texts
-        self.max_bytes, self.max_seconds, self.max_waiting = max_bytes, max_seconds, max_waiting
+        self.max_bytes, self.max_seconds = max_bytes, max_seconds
+        self.max_waiting, self.max_waiting_characters = max_waiting, max_waiting_characters
         self.n_written = self.n_lost = self.n_shadow = 0
         self.problem: str | None = None
         self._shadow = ShadowQueue(shadow)
         self._prepare_folder()
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._waiting: list[Answered | ShadowScores] = []
-        self._n_waiting = 0  # texts in the queue, also while they are written
+        self._n_waiting = self._n_characters = 0  # in the queue, also while they are written
         self._n_unreported = 0  # lost texts that no part counts yet
         self._part: PartWriter | None = None
         self._closing = False
@@ -112,7 +116,9 @@ class TrafficLog:
 
     def add(self, answered: Answered) -> None:
         """Log an answered batch. It never waits; without room in the queue the batch is counted as lost."""
-        self._put(answered, len(answered.ids))
+        if not self.keep_texts and not self._shadow.share:
+            answered = replace(answered, texts=[], texts_b=None)
+        self._put(answered)
 
     def score_shadow(self, cascade: Cascade, served: ServedCascade, *, n_texts: int = 8) -> bool:
         """Score some of the chosen texts that wait, in the calling thread; return False where none waits.
@@ -136,7 +142,7 @@ class TrafficLog:
 
     def add_shadow(self, scores: ShadowScores) -> None:
         """Log shadow scores; `score_shadow` does it. Without room in the queue they are left out."""
-        self._put(scores, len(scores.ids))
+        self._put(scores)
 
     def close(self) -> None:
         """Write what waits, and finish the part. Whatever is added afterwards is counted as lost."""
@@ -156,11 +162,17 @@ class TrafficLog:
             ) from error
         finish_left_parts(self.folder)
 
-    def _put(self, records: Answered | ShadowScores, n: int) -> None:
+    def _put(self, records: Answered | ShadowScores) -> None:
+        n, n_characters = len(records.ids), _count_characters(records)
         with self._lock:
-            if not self._closing and self._n_waiting + n <= self.max_waiting:
+            has_room = (
+                self._n_waiting + n <= self.max_waiting
+                and self._n_characters + n_characters <= self.max_waiting_characters
+            )
+            if has_room and not self._closing:
                 self._waiting.append(records)
                 self._n_waiting += n
+                self._n_characters += n_characters
                 return
         if isinstance(records, Answered):
             self._lose(n)
@@ -220,9 +232,11 @@ class TrafficLog:
                 self._lose(n_texts if kind is Answered else 0)
             else:
                 self._choose(pending[:n])
+            n_characters = sum(map(_count_characters, pending[:n]))
             del pending[:n]
             with self._lock:
                 self._n_waiting -= n_texts
+                self._n_characters -= n_characters
 
     def _write_batch(self, records: Sequence[Answered | ShadowScores]) -> None:
         """Write records of one kind and one cascade; raises OSError, with nothing written."""
@@ -281,3 +295,11 @@ class TrafficLog:
         elif self.problem is not None:
             _LOG.warning("%s: the traffic log goes on; %d texts are lost so far", self.folder, self.n_lost)
             self.problem = None
+
+
+def _count_characters(records: Answered | ShadowScores) -> int:
+    """Return the characters of the ids and texts."""
+    n = sum(map(len, records.ids))
+    if isinstance(records, Answered):
+        n += sum(map(len, records.texts)) + sum(len(text) for text in records.texts_b or () if text is not None)
+    return n
