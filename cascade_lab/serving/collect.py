@@ -323,8 +323,8 @@ def _notes(found: Collected, parts: Sequence[_Part]) -> Iterator[str]:
         n_chosen = found.n_unscored + len(found.run.examples)
         yield (
             f"{found.n_unscored:,} of {n_chosen:,} texts of the sample are left out, whichever stage answered them: "
-            "too many waited to be scored when they came, or the service ended first. So the sample has fewer texts of "
-            "busy times; a larger machine or a smaller --shadow leaves out fewer"
+            "too many waited to be scored when they came, or the service ended or was reloaded first. So the sample "
+            "has fewer texts of busy times; a larger machine or a smaller --shadow leaves out fewer"
         )
     if found.n_differing:
         yield (
