@@ -15,7 +15,7 @@ import numpy as np
 import tomli_w
 from sklearn.metrics import roc_auc_score
 
-from cascade_lab.atomic import locked_file, write_text
+from cascade_lab.atomic import check_directory, locked_file, write_text
 from cascade_lab.bert.checkpoint import read_json
 from cascade_lab.bert.checkpoint_facts import CheckpointFacts, checkpoint_facts, is_huggingface
 from cascade_lab.bert.huggingface import import_directory
@@ -150,6 +150,8 @@ def _imported(source: Path, target: Path, made: list[Path]) -> Path:
     """Convert a Hugging Face directory, or take an earlier conversion of the same files."""
     record = target / "import.json"
     if record.is_file():
+        what: Any = {"marker": "import.json", "what": "converted checkpoint", "error": CheckpointError}
+        check_directory(target, overwrite=True, **what)  # removes what a killed process left
         files = read_json(record).get("files")
         if (
             isinstance(files, dict)
