@@ -69,10 +69,8 @@ def init(
 
     Example: cascade-lab init downloads/gate downloads/intent test.csv --output cascade.toml
     """
-    from cascade_lab.atomic import refuse_existing
     from cascade_lab.evalset import guess_columns
 
-    refuse_existing(output, overwrite=overwrite, error=SpecError)
     if output.suffix != ".toml":
         raise SpecError(f"{output}: a cascade is a .toml file; give a name such as cascade.toml")
     named = {"text": text_column, "label": label_column}

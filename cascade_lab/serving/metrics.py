@@ -96,7 +96,7 @@ def log_metrics(metrics: Metrics, log: Any) -> None:
     """Show the numbers of a `TrafficLog`."""
     metrics.watch("log_written_texts", "Answered texts in the traffic log's files.", lambda: log.n_written)
     metrics.watch("log_lost_texts", "Answered texts that the traffic log could not keep.", lambda: log.n_lost)
-    metrics.watch("log_shadow_texts", "Texts whose shadow scores are in the files.", lambda: log.n_shadow)
+    metrics.watch("log_shadow_texts", "Texts of the sample that every stage has scored.", lambda: log.n_shadow)
     metrics.watch("log_shadow_waiting_texts", "Texts that wait for shadow scores.", lambda: log.n_shadow_waiting)
-    metrics.watch("log_shadow_dropped_texts", "Chosen texts without shadow scores.", lambda: log.n_shadow_dropped)
+    metrics.watch("log_shadow_dropped_texts", "Chosen texts that got no turn.", lambda: log.n_shadow_dropped)
     metrics.watch("log_stopped", "1 while the traffic log cannot write.", lambda: float(log.problem is not None))
