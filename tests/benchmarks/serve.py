@@ -44,7 +44,7 @@ CALLS_32, CALLS_1, HALF = "predict, calls of 32", "predict, calls of 1", "one te
 HOSTILE = "one text, one connection, beside hostile clients"
 
 # The settings that each peer has to choose among: how long a batch waits, and how OpenVINO uses the cores. LitServe's
-# `fast_queue` was slower or equal in four pairs.
+# `fast_queue` was no faster in the three pairs that were tried.
 SETTINGS = [{"batch": 64, "wait": wait, "openvino": hint} for wait, hint in product((0.001, 0.005), HINTS)]
 PEERS: dict[str, list[dict[str, Any]]] = {"litserve": SETTINGS, "ray": SETTINGS}
 
