@@ -63,7 +63,9 @@ class Cascade:
         self._no_rows = {stage.spec.name: ScoredRows(np.arange(0), stage.score([])[0]) for stage in self.stages}
 
     @classmethod
-    def load(cls, cascade: str | Path | CascadeSpec, *, keep_features: bool = False) -> Cascade:
+    def load(
+        cls, cascade: str | Path | CascadeSpec, *, keep_features: bool = False, n_workers: int | None = None
+    ) -> Cascade:
         """Load every stage of a `cascade.toml` (or of a spec).
 
         Parameters
@@ -71,6 +73,8 @@ class Cascade:
         cascade : path or CascadeSpec
         keep_features : bool
             Let `run` keep each stage's features: the last layer's output at `[CLS]`.
+        n_workers : int, optional
+            The number of threads that score; by default one per core. See `Stage`.
 
         Raises
         ------
@@ -81,7 +85,9 @@ class Cascade:
         arrays, with_features = spec.read_arrays(), spec.feature_stages
         with ExitStack() as closing:
             stages = [
-                closing.enter_context(Stage(stage, features=keep_features or stage.name in with_features))
+                closing.enter_context(
+                    Stage(stage, features=keep_features or stage.name in with_features, n_workers=n_workers)
+                )
                 for stage in spec.stages
             ]
             opened = closing.pop_all()

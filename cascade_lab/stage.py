@@ -61,6 +61,9 @@ class Stage:
     spec : StageSpec
     features : bool
         Also return each text's features: see `StageOutput`.
+    n_workers : int, optional
+        By default one per core; one on a GPU. With 1, the logits do not depend on the number of cores: how texts are
+        divided into batches depends on the number of workers, and the last bits of a logit on the batch.
 
     Attributes
     ----------
@@ -77,7 +80,7 @@ class Stage:
         The stage's files are missing or not usable, or this machine lacks its precision. No session exists then.
     """
 
-    def __init__(self, spec: StageSpec, *, features: bool = False):
+    def __init__(self, spec: StageSpec, *, features: bool = False, n_workers: int | None = None):
         paths = stage_files(spec)
         fused = fast.has_fused_nodes()
         if spec.precision == "bfloat16" and not fast.has_bfloat16():
@@ -99,7 +102,7 @@ class Stage:
         # One thread per core; each scores its own batches, since the small matrix products of one batch are hard to
         # divide among threads. On a GPU one thread is enough.
         on_processor = self._is_fast and not tf.config.list_physical_devices("GPU")
-        self.n_workers = _n_processors() if on_processor else 1
+        self.n_workers = (n_workers or _n_processors()) if on_processor else 1
         self._threads = {
             "intra_op_parallelism_threads": 1 if on_processor else 0,
             "inter_op_parallelism_threads": -1 if on_processor else 0,  # -1: run in the thread that calls
