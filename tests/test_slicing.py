@@ -90,7 +90,7 @@ def test_the_slices_of_a_column_contain_all_its_errors_and_a_rule_gives_its_text
 
 
 def test_values_equal_the_formulas(run):
-    table = slices(run, ["label", "n_words"])
+    table = slices(run, ["label", "n_tokens"])
     n, n_wrong = len(run.examples), int((run.predictions["label"] != run.predictions["predicted"]).sum())
     for row in table.itertuples():
         k, size = row.n_errors, row.n_examples
@@ -108,7 +108,7 @@ def test_values_equal_the_formulas(run):
 
 
 def test_your_own_rules(run):
-    rules = {"short": "n_words <= 2", "pays": lambda table: table["text"].str.contains("pay"), "none": "n_words > 99"}
+    rules = {"short": "n_tokens <= 2", "pays": lambda table: table["text"].str.contains("pay"), "none": "n_tokens > 99"}
     table = slices(run, rules=rules).set_index("slice")
     short = run.examples["text"].str.split().str.len() <= 2
     assert table.loc["short", "n_examples"] == short.sum()
@@ -116,7 +116,7 @@ def test_your_own_rules(run):
     assert table.loc["pays", "rule"] == "pays"
     assert table.loc["none", "n_examples"] == 0
     assert np.isnan(table.loc["none", "error_rate"])
-    assert slices(run, "n_words", rules=["has_pay"])["slice"].nunique() == 2
+    assert slices(run, "n_tokens", rules=["has_pay"])["slice"].nunique() == 2
 
 
 def test_unlabelled_texts_are_left_out(run):
@@ -132,12 +132,12 @@ def test_unlabelled_texts_are_left_out(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"by": "n_word"}, "did you mean 'n_words'"),
+        ({"by": "n_token"}, "did you mean 'n_tokens'"),
         ({"of": "false rejct"}, "did you mean 'false reject'"),
         ({"rules": ["n_wrods > 3"]}, "rule 'n_wrods > 3' cannot be applied"),
-        ({"rules": ["n_words >"]}, "cannot be applied"),
-        ({"rules": ["n_words + 1"]}, "must give True or False for each of 1200 texts"),
-        ({"rules": {"x": lambda table: table["n_words"] / "a"}}, "rule 'x' cannot be applied"),
+        ({"rules": ["n_tokens >"]}, "cannot be applied"),
+        ({"rules": ["n_tokens + 1"]}, "must give True or False for each of 1200 texts"),
+        ({"rules": {"x": lambda table: table["n_tokens"] / "a"}}, "rule 'x' cannot be applied"),
         ({"rules": {"x": lambda table: [True]}}, "must give True or False"),
         ({"by": "dates"}, "column 'dates' is neither text, number nor bool"),
     ],
@@ -219,7 +219,7 @@ def test_the_summary_names_only_a_slice_that_is_clearly_worse(run):
     assert slice_summary(error_slices(table, noise)) == ["No slice has clearly more errors than the rest."]
     worse = slice_summary(error_slices(table, noise | (table["topic"] == "b")))
     assert worse == ["Where topic == 'b', 100% of the texts are wrong: 1.7 times the error rate of all texts."]
-    assert slice_summary(slices(run, rules=["n_words > 99"])) == ["No slice has clearly more errors than the rest."]
+    assert slice_summary(slices(run, rules=["n_tokens > 99"])) == ["No slice has clearly more errors than the rest."]
 
 
 def test_wordpieces_come_from_the_last_stages_vocabulary(tmp_path):
@@ -229,7 +229,7 @@ def test_wordpieces_come_from_the_last_stages_vocabulary(tmp_path):
     bare = random_run(tmp_path / "run", n=30)
     run = with_vocabulary(bare, vocabulary, text=texts, text_b=[None, "a bill", *[None] * 28])
     table = features(run)
-    assert table["n_words"].tolist()[:4] == [2, 3, 3, 1]
+    assert table["n_tokens"].tolist()[:4] == [2, 3, 3, 1]
     assert table["n_wordpieces"].tolist()[:4] == [3, 3, 3, 1]
     assert table["n_unknown"].tolist()[:4] == [0, 0, 1, 0]
     # Two texts contain bill and a, one contains ##s and rare, most contain pay.
@@ -241,14 +241,14 @@ def test_wordpieces_come_from_the_last_stages_vocabulary(tmp_path):
     vocabulary.unlink()
     with pytest.warns(UserWarning, match=r"vocab\.txt cannot be read \(No such file or directory\)"):
         result = slices(run, min_size=1)
-    assert "n_words" in set(result["slice"])
+    assert "n_tokens" in set(result["slice"])
 
 
 def test_a_stage_that_was_scored_elsewhere_has_no_wordpieces(run):
     assert run.spec.last.vocab_file is None
     with pytest.warns(UserWarning, match="stage 'last' has no vocab_file, because it was scored elsewhere; slices by"):
         table = features(run)
-    assert "n_words" in table
+    assert "n_tokens" in table
     assert "n_wordpieces" not in table
 
 
@@ -261,3 +261,65 @@ def test_wordpieces_are_those_of_the_reference(clinc150, tmp_path):
     table = features(with_vocabulary(run, vocabulary, text=texts))
     reference = Tokenizer(vocabulary, do_lower_case=True, max_seq_length=64)
     assert table["n_wordpieces"].tolist() == [len(ids) for ids in reference.ids(texts)]
+
+
+def test_no_slice_repeats_the_label_the_split_or_the_prediction(run):
+    rng = np.random.default_rng(0)
+    labels, predicted = run.examples["label"], run.predictions["predicted"]
+    in_scope = labels.isin(run.spec.in_scope_labels)
+    numbers = labels.map({label: i for i, label in enumerate(sorted(set(labels)))})
+    typos = rng.random(len(labels)) < 0.03
+    given = with_columns(
+        run,
+        german=labels.map("Absicht {}".format),
+        finer=labels + rng.choice(["/a", "/b"], len(labels)),
+        number=numbers,
+        nearly=np.where(typos, "label0", labels),
+        scope=np.where(in_scope, "in", "out"),
+        answer=predicted.to_numpy(),
+        rejected=predicted.isin(run.spec.reject_labels).to_numpy(),
+        split=np.where(np.arange(len(labels)) % 3 == 0, "train", "test"),
+        source=np.where(np.arange(len(labels)) % 3 == 0, "a.tsv", "b.tsv"),
+        stage=run.predictions["decided_by"].to_numpy(),
+        one=np.where(labels == "label1", "one", rng.choice(["two", "three"], len(labels))),
+        weekday=rng.choice(["mo", "tu", "we"], len(labels)),
+        half=np.where(labels.isin(["label0", "oos0"]) ^ (rng.random(len(labels)) < 0.3), "x", "y"),
+        unique=[f"{i}" for i in range(len(labels))],
+    )
+    for table in (slices(given), find_slices(given)):
+        left_out = table.attrs["left_out"]
+        assert left_out.pop("stage") in ("whether the text is rejected", "the stage that decides")
+        assert left_out.pop("one == 'one'") == "the label"
+        left_out.pop("one != 'one'", None)
+        assert left_out == {
+            "german": "the label",
+            "finer": "the label",
+            "number": "the label",
+            "nearly": "the label",
+            "scope": "whether the label is in scope",
+            "answer": "the prediction",
+            "rejected": "the prediction",
+            "split": "the split",
+            "source": "the split",
+        }
+        assert (
+            "Left out of the slices, because they tell nothing new: german (repeats the label)"
+            in slice_summary(table)[1]
+        )
+    assert {"weekday", "half", "one"} <= set(slices(given)["slice"])
+    assert slices(given, "scope")["slice"].tolist() == ["scope", "scope"], "what is asked for by name is given"
+    assert not slices(run).attrs["left_out"]
+    assert "label" not in set(slices(run)["slice"])
+
+
+def test_words_together_that_repeat_a_label_are_no_slice():
+    """Of 400 texts, those with both words are the label's; each word alone says little."""
+    a, b = np.arange(400) % 2 == 0, np.arange(400) % 4 < 2
+    noise = np.random.default_rng(0).choice(["x", "y"], 400)
+    label = np.where(a & b, "both", noise)
+    table = pd.DataFrame({"label": label, "has_a": a, "has_b": b})
+    both = "has_a and has_b"
+    assert both in find_error_slices(table, a & b, columns=["has_b", "has_a"])["rule"].tolist()
+    found = find_error_slices(table, a & b)
+    assert both not in found["rule"].tolist()
+    assert found.attrs["left_out"] == {both: "the label"}

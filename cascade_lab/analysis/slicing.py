@@ -2,14 +2,13 @@
 
 A slice is a rule over the table that `text_features.features` returns. The rule is a pandas query:
 `features(run).query(rule)` gives the texts of the slice. `error_slices` and `find_error_slices` take a plain table;
-`slices` and `find_slices` take a run.
+`slices` and `find_slices` take a run. A column or a slice that only repeats the label, the split or the prediction is
+left out, by the measure of `proxies.py`, unless it is asked for by name.
 """
 
 from __future__ import annotations
 
-import itertools
-import keyword
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,15 +19,27 @@ from sklearn.tree import DecisionTreeClassifier
 from cascade_lab.analysis.metrics import stage_decisions
 from cascade_lab.analysis.outcomes import IN_SCOPE, OUTCOMES, outcomes
 from cascade_lab.analysis.paired import holm
+from cascade_lab.analysis.proxies import proxy_columns, proxy_masks
 from cascade_lab.analysis.sentences import Summary
-from cascade_lab.analysis.text_features import MIN_SIZE, TEXT_COLUMNS, column_kind, features
+from cascade_lab.analysis.slicing_rules import (
+    Rule,
+    apply_rule,
+    column_conditions,
+    column_slices,
+    path_rule,
+    sliceable_columns,
+    tree_paths,
+)
+from cascade_lab.analysis.text_features import MIN_SIZE, column_kind, features
 from cascade_lab.exceptions import RunError, did_you_mean
+from cascade_lab.text import shorten
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
 
-Rule = str | Callable[[pd.DataFrame], Any]
-"""A pandas query over a table, or a function that takes the table and returns one bool per row."""
+LEFT_OUT = "left_out"
+"""The key of a table's `attrs` that has the columns and rules that were left out, each with what it repeats."""
+_MAX_NAMED = 5
 
 
 def slices(
@@ -66,7 +77,7 @@ def slices(
     run = run.labelled
     rows, is_error = _errors(run, of)
     table = features(run).iloc[rows].reset_index(drop=True)
-    return error_slices(table, is_error, by, rules=rules, min_size=min_size, level=level)
+    return error_slices(table, is_error, by, rules=rules, known=_known(run, rows), min_size=min_size, level=level)
 
 
 def error_slices(
@@ -75,6 +86,7 @@ def error_slices(
     by: Sequence[str] | str | None = None,
     *,
     rules: Mapping[str, Rule] | Sequence[str] = (),
+    known: Mapping[str, Any] | None = None,
     min_size: int = MIN_SIZE,
     level: float = 0.95,
 ) -> pd.DataFrame:
@@ -87,10 +99,14 @@ def error_slices(
     is_error : array-like of bool, shape (n,)
     by : str or sequence of str, optional
         Columns. A number is divided at its quartiles; of other columns, each value is a slice. By default all columns
-        but `example_id`, `text`, `text_b` and `has_<word>`; none if there are `rules`.
+        but `example_id`, `text`, `text_b`, `label` and `has_<word>`, without what `known` determines; none if there are
+        `rules`.
     rules : mapping of str to rule, or sequence of str, optional
-        Your own slices: pandas queries (`"n_words > 20 and topic == 'money'"`), or names with a query or a function
+        Your own slices: pandas queries (`"n_tokens > 20 and topic == 'money'"`), or names with a query or a function
         that takes the table and returns one bool per row. They are reported at any size.
+    known : mapping of str to array-like, shape (n,), optional
+        What no slice may repeat, if `by` is not given: a name, such as "the label", to its value in each row. By
+        default the table's columns `label`, `predicted` and `split`. See `proxy_columns` and `proxy_masks`.
     min_size : int
         Smaller slices of `by` are left out.
     level : float
@@ -103,7 +119,7 @@ def error_slices(
         rate divided by that of all rows), `low` and `high` (the interval of the error rate; Clopper and Pearson 1934),
         `p_value` (Fisher's exact test of the slice against the rest, two-sided) and `p_holm`, corrected for the number
         of rows (Holm 1979): if no slice differs from the rest, the probability that any `p_holm` is below α is at
-        most α.
+        most α. `attrs["left_out"]` has each column and rule that was left out, with the name in `known`.
 
     Raises
     ------
@@ -119,19 +135,29 @@ def error_slices(
     1  topic == 'play'         0         0.0
     """
     is_error = np.asarray(is_error, dtype=bool)
+    left_out: dict[str, str] = {}
+    known = _known_columns(table) if known is None else known
     if by is None:
-        # A column of another kind (dates, say) cannot be sliced.
-        by = [] if rules else [c for c in _sliceable(table) if not c.startswith("has_")]
+        columns = [] if rules else [c for c in sliceable_columns(table) if not c.startswith("has_") and c != "label"]
+        left_out = _repeating_columns(table, columns, known)
+    else:
+        columns, known = [by] if isinstance(by, str) else list(by), {}
     groups = [
         _Slice(column, rule, mask)
-        for column in ([by] if isinstance(by, str) else by)
-        for rule, mask in _slices_of_column(table, column, min_size)
+        for column in columns
+        if column not in left_out
+        for rule, mask in column_slices(table, column, min_size)
     ]
+    groups, repeating = _without_proxies(groups, known)
+    left_out |= repeating
     named = rules if isinstance(rules, Mapping) else {rule: rule for rule in rules}
     groups += [
-        _Slice(name, rule if isinstance(rule, str) else name, _apply(table, name, rule)) for name, rule in named.items()
+        _Slice(name, rule if isinstance(rule, str) else name, apply_rule(table, name, rule))
+        for name, rule in named.items()
     ]
-    return _error_table(groups, is_error, level)
+    result = _error_table(groups, is_error, level)
+    result.attrs[LEFT_OUT] = left_out
+    return result
 
 
 def find_slices(
@@ -162,7 +188,14 @@ def find_slices(
     rows, is_error = _errors(run, of)
     table = features(run).iloc[rows].reset_index(drop=True)
     return find_error_slices(
-        table, is_error, columns=columns, max_depth=max_depth, min_size=min_size, seed=seed, level=level
+        table,
+        is_error,
+        columns=columns,
+        known=_known(run, rows),
+        max_depth=max_depth,
+        min_size=min_size,
+        seed=seed,
+        level=level,
     )
 
 
@@ -171,6 +204,7 @@ def find_error_slices(
     is_error: Any,
     *,
     columns: Sequence[str] | None = None,
+    known: Mapping[str, Any] | None = None,
     max_depth: int = 3,
     min_size: int = MIN_SIZE,
     seed: int = 0,
@@ -187,7 +221,10 @@ def find_error_slices(
         One row per text.
     is_error : array-like of bool, shape (n,)
     columns : sequence of str, optional
-        The columns to search; by default all but `example_id`, `text` and `text_b`.
+        The columns to search; by default all but `example_id`, `text`, `text_b` and `label`, without what `known`
+        determines.
+    known : mapping of str to array-like, shape (n,), optional
+        As for `error_slices`; used if `columns` is not given.
     max_depth : int
         The most conditions in a rule.
     min_size : int
@@ -202,7 +239,7 @@ def find_error_slices(
     DataFrame
         The columns of `error_slices` without `slice`, measured on the held-out half. One row for each node of the tree
         whose error rate, in the half on which it was grown, is above that of the whole half. `p_holm` is corrected for
-        the number of these rows.
+        the number of these rows. `attrs["left_out"]` as in `error_slices`.
 
     Raises
     ------
@@ -210,11 +247,22 @@ def find_error_slices(
         A column is unknown.
     """
     is_error = np.asarray(is_error, dtype=bool)
+    left_out: dict[str, str] = {}
+    known = _known_columns(table) if known is None else known
+    if columns is None:
+        columns = [column for column in sliceable_columns(table) if column != "label"]
+        left_out = _repeating_columns(table, columns, known)
+    else:
+        known = {}
     conditions = [
         condition
-        for column in (_sliceable(table) if columns is None else columns)
-        for condition in _conditions(table, column, min_size)
+        for column in columns
+        if column not in left_out
+        for condition in column_conditions(table, column, min_size)
     ]
+    repeats = proxy_masks(np.column_stack([c.holds for c in conditions]), known) if conditions else []
+    left_out |= {path_rule([(c, True)]): name for c, name in zip(conditions, repeats, strict=True) if name}
+    conditions = [condition for condition, name in zip(conditions, repeats, strict=True) if not name]
     grown_on = np.random.default_rng(seed).permutation(len(table)) < len(table) // 2
     groups = []
     if conditions and is_error[grown_on].any() and not is_error[grown_on].all():
@@ -222,12 +270,15 @@ def find_error_slices(
         tree = DecisionTreeClassifier(
             criterion="log_loss", max_depth=max_depth, min_samples_leaf=min_size, random_state=seed
         ).fit(holds[grown_on], is_error[grown_on])
-        for path in _paths(tree):
+        for path in tree_paths(tree):
             mask = np.logical_and.reduce([holds[:, i] == expected for i, expected in path])
             if is_error[mask & grown_on].mean() > is_error[grown_on].mean():
-                rule = _rule([(conditions[i], expected) for i, expected in path])
-                groups.append(_Slice("", rule, mask[~grown_on]))
-    return _error_table(groups, is_error[~grown_on], level).drop(columns="slice")
+                groups.append(_Slice("", path_rule([(conditions[i], expected) for i, expected in path]), mask))
+    groups, repeating = _without_proxies(groups, known)  # conditions that together repeat a label
+    held_out = [group._replace(mask=group.mask[~grown_on]) for group in groups]
+    result = _error_table(held_out, is_error[~grown_on], level).drop(columns="slice")
+    result.attrs[LEFT_OUT] = left_out | repeating
+    return result
 
 
 def slice_summary(table: pd.DataFrame, *, alpha: float = 0.05) -> Summary:
@@ -243,17 +294,18 @@ def slice_summary(table: pd.DataFrame, *, alpha: float = 0.05) -> Summary:
     Returns
     -------
     Summary
-        One sentence. The rule in it may contain text of users.
+        One sentence, and another where columns or slices were left out. The rules may contain text of users.
     """
+    left_out = _left_out_sentences(table.attrs.get(LEFT_OUT, {}))
     worse = table[(table["lift"] > 1) & (table["p_holm"] < alpha)]
     if worse.empty:
-        return Summary(["No slice has clearly more errors than the rest."])
+        return Summary(["No slice has clearly more errors than the rest.", *left_out])
     worst = worse.iloc[0]
     sentence = (
         f"Where {worst['rule']}, {worst['error_rate']:.0%} of the texts are wrong: {worst['lift']:.1f} times the error "
         "rate of all texts."
     )
-    return Summary([sentence])
+    return Summary([sentence, *left_out])
 
 
 class _Slice(NamedTuple):
@@ -298,136 +350,41 @@ def _error_table(groups: list[_Slice], is_error: np.ndarray, level: float) -> pd
     return table.sort_values(["p_holm", "p_value", "lift"], ascending=[True, True, False], ignore_index=True)
 
 
-def _slices_of_column(table: pd.DataFrame, column: str, min_size: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the rule and the mask of each slice of a column. Slices of all rows, or of too few, are left out."""
-    values, name = _values(table, column), _query_name(column)
-    kind = column_kind(values)
-    if kind is None:
-        raise RunError(f"column '{column}' is neither text, number nor bool; give a rule for it")
-    masks: list[tuple[str, Any]] = []
-    if kind == "number":
-        edges = _edges(values, 4)
-        masks = [
-            *[(f"{name} <= {edge!r}", values <= edge) for edge in edges[:1]],
-            *[(f"{a!r} < {name} <= {b!r}", values.gt(a) & values.le(b)) for a, b in itertools.pairwise(edges)],
-            *[(f"{name} > {edge!r}", values > edge) for edge in edges[-1:]],
-        ]
-    elif kind == "bool":
-        masks = [(name, values), (f"not {name}", ~values)]
-    else:
-        masks = [(f"{name} == {value!r}", values == value) for value in _common_values(values, min_size)]
-    if kind != "bool":
-        masks.append((f"{name}.isna()", values.isna()))
-    for rule, mask in masks:
-        if min_size <= mask.sum() < len(table):
-            yield rule, mask.to_numpy(dtype=bool)
+def _known(run: Run, rows: np.ndarray) -> dict[str, Any]:
+    """Return what no slice may repeat: the label, the split and the prediction of each text, in several forms."""
+    predictions = run.predictions.iloc[rows]
+    known = {"the label": predictions["label"], "the prediction": predictions["predicted"]}
+    known["whether the label is in scope"] = predictions["label"].isin(run.spec.in_scope_labels)
+    known["whether the text is rejected"] = predictions["predicted"].isin(run.spec.reject_labels)
+    known["the stage that decides"] = predictions["decided_by"]
+    if "split" in run.examples:
+        known["the split"] = run.examples["split"].iloc[rows]
+    return known
 
 
-class _Condition(NamedTuple):
-    """A condition at a node of the tree, on one column; `holds` has one bool per row."""
-
-    column: str
-    kind: str
-    value: Any
-    holds: np.ndarray
-    has_missing: bool
+def _known_columns(table: pd.DataFrame) -> dict[str, Any]:
+    names = {"label": "the label", "predicted": "the prediction", "split": "the split"}
+    return {name: table[column] for column, name in names.items() if column in table}
 
 
-def _conditions(table: pd.DataFrame, column: str, min_size: int) -> Iterator[_Condition]:
-    values = _values(table, column)
-    kind = column_kind(values)
-    has_missing = bool(values.isna().any())
-    if has_missing:
-        yield _Condition(column, "missing", None, values.isna().to_numpy(dtype=bool), has_missing)
-    if kind == "number":
-        for edge in _edges(values, 16):
-            yield _Condition(column, "at most", edge, (values <= edge).to_numpy(dtype=bool), has_missing)
-    elif kind == "bool":
-        yield _Condition(column, "bool", None, values.to_numpy(dtype=bool), has_missing)
-    elif kind == "text":
-        for value in _common_values(values, min_size):
-            yield _Condition(column, "equal", value, (values == value).to_numpy(dtype=bool), has_missing)
+def _repeating_columns(table: pd.DataFrame, columns: Sequence[str], known: Mapping[str, Any]) -> dict[str, str]:
+    """Return the columns that repeat something known; bools are left to `_without_proxies`: each has one slice."""
+    return proxy_columns(table, [name for name in columns if column_kind(table[name]) != "bool"], known)
 
 
-def _paths(tree: DecisionTreeClassifier) -> Iterator[list[tuple[int, bool]]]:
-    """Yield the path to every node but the root: the index of each condition, and whether it must hold."""
-    nodes = tree.tree_
-    stack: list[tuple[int, list[tuple[int, bool]]]] = [(0, [])]
-    while stack:
-        node, path = stack.pop()
-        if path:
-            yield path
-        if nodes.children_left[node] >= 0:
-            condition = int(nodes.feature[node])
-            stack.append((int(nodes.children_left[node]), [*path, (condition, False)]))
-            stack.append((int(nodes.children_right[node]), [*path, (condition, True)]))
+def _without_proxies(groups: list[_Slice], known: Mapping[str, Any]) -> tuple[list[_Slice], dict[str, str]]:
+    """Return the slices that repeat nothing known, and the rule of each other one with what it repeats."""
+    if not groups or not known:
+        return groups, {}
+    repeats = proxy_masks(np.column_stack([group.mask for group in groups]), known)
+    left_out = {group.rule.removeprefix("not "): name for group, name in zip(groups, repeats, strict=True) if name}
+    return [group for group, name in zip(groups, repeats, strict=True) if not name], left_out
 
 
-def _rule(path: list[tuple[_Condition, bool]]) -> str:
-    """Return the conditions of a path as a query, without conditions that follow from the others."""
-    has_value = {condition.column for condition, expected in path if condition.kind == "equal" and expected}
-    tightest: dict[tuple[str, bool], Any] = {}
-    for condition, expected in path:
-        if condition.kind == "at most":
-            key, tighter = (condition.column, expected), min if expected else max
-            tightest[key] = tighter(tightest.get(key, condition.value), condition.value)
-    parts = []
-    for condition, expected in path:
-        name, value = _query_name(condition.column), condition.value
-        if condition.kind == "at most":
-            if value != tightest[condition.column, expected]:
-                continue
-            # For a missing number, both `x <= 5` and `x > 5` are false.
-            above = f"not {name} <= {value!r}" if condition.has_missing else f"{name} > {value!r}"
-            parts.append(f"{name} <= {value!r}" if expected else above)
-        elif condition.kind == "equal" and (expected or condition.column not in has_value):
-            parts.append(f"{name} {'==' if expected else '!='} {value!r}")
-        elif condition.kind in ("bool", "missing"):
-            part = name if condition.kind == "bool" else f"{name}.isna()"
-            if condition.kind == "bool" or condition.column not in has_value:
-                parts.append(part if expected else f"not {part}")
-    return " and ".join(parts)
-
-
-def _apply(table: pd.DataFrame, name: str, rule: Rule) -> np.ndarray:
-    """Return the rows for which a rule of the user holds: bool, shape (n,)."""
-    try:
-        result = table.eval(rule, engine="python") if isinstance(rule, str) else rule(table)
-        mask = np.asarray(pd.Series(result).fillna(False))
-    except Exception as error:  # a user's rule may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"rule '{name}' cannot be applied ({reason}); use the columns of features(run)") from error
-    if mask.shape != (len(table),) or mask.dtype != bool:
-        raise RunError(f"rule '{name}' must give True or False for each of {len(table)} texts; write a comparison")
-    return mask
-
-
-def _sliceable(table: pd.DataFrame) -> list[str]:
-    return [column for column in table if column not in TEXT_COLUMNS and column_kind(table[column])]
-
-
-def _values(table: pd.DataFrame, column: str) -> pd.Series:
-    if column not in table:
-        known = [name for name in table if column.startswith("has_") or not name.startswith("has_")]
-        raise RunError(f"no column '{column}'{did_you_mean(column, known)}")
-    return table[column]
-
-
-def _edges(values: pd.Series, n: int) -> list[Any]:
-    """Return edges that divide a column of numbers into at most `n` parts of similar size: values that occur in it."""
-    finite = values[np.isfinite(values.astype(float))].to_numpy()
-    if not len(finite):
+def _left_out_sentences(left_out: Mapping[str, str]) -> list[str]:
+    """Return a sentence that names what was left out, for people; none where nothing was."""
+    if not left_out:
         return []
-    edges = np.quantile(finite, np.arange(1, n) / n, method="inverted_cdf")
-    return [edge.item() for edge in np.unique(edges) if edge < finite.max()]
-
-
-def _common_values(values: pd.Series, min_size: int) -> list[str]:
-    counts = values.value_counts()
-    return sorted(counts[counts >= min_size].index)
-
-
-def _query_name(column: str) -> str:
-    """Return the name of a column in a query."""
-    is_plain = column.isidentifier() and not keyword.iskeyword(column)
-    return column if is_plain else f"`{column}`"
+    names = [f"{shorten(rule, 60)} (repeats {name})" for rule, name in left_out.items()]
+    more = f", and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
+    return [f"Left out of the slices, because they tell nothing new: {', '.join(names[:_MAX_NAMED])}{more}."]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -12,6 +11,7 @@ import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
+from cascade_lab.analysis.text_tokens import split_tokens, split_words
 from cascade_lab.provenance import sha256
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ RARE = 2
 MIN_SIZE = 20
 MAX_WORDS = 300
 TEXT_COLUMNS = ("example_id", "text", "text_b")
-_WORD = re.compile(r"\w+")
 
 
 def features(run: Run) -> pd.DataFrame:
@@ -34,10 +33,12 @@ def features(run: Run) -> pd.DataFrame:
         The columns of `run.examples`; a column whose values are all numbers becomes numeric. Added columns, counted
         over `text` and `text_b`:
 
-        - `n_words`;
+        - `n_tokens`: words, punctuation marks, and the letters of scripts that write no blanks between words; see
+          `split_tokens`;
         - `n_wordpieces`, `n_unknown` (`[UNK]`) and `n_rare` (wordpieces that at most `RARE` texts of the run contain),
           with the last stage's vocabulary;
-        - a bool `has_<word>` for each of the `MAX_WORDS` most common words that at least `MIN_SIZE` texts contain.
+        - a bool `has_<word>` for each of the `MAX_WORDS` most common words that at least `MIN_SIZE` texts contain; see
+          `split_words`, also for scripts without blanks.
 
         If the input has a column with one of these names, the input's column stays. If the vocabulary is missing or has
         changed, a warning says so, and the wordpiece columns are left out.
@@ -49,7 +50,7 @@ def features(run: Run) -> pd.DataFrame:
         f"{text} {text_b}" if isinstance(text_b, str) and text_b else text
         for text, text_b in zip(examples["text"], examples["text_b"], strict=True)
     ]
-    columns: dict[str, Any] = {"n_words": [len(text.split()) for text in texts]}
+    columns: dict[str, Any] = {"n_tokens": [len(split_tokens(text)) for text in texts]}
     wordpieces = _wordpieces(run, texts)
     if wordpieces is not None:
         n_texts_with = Counter(piece for pieces in wordpieces for piece in set(pieces))
@@ -58,7 +59,7 @@ def features(run: Run) -> pd.DataFrame:
         columns["n_rare"] = [
             sum(n_texts_with[piece] <= RARE and piece != "[UNK]" for piece in pieces) for pieces in wordpieces
         ]
-    words = [set(_WORD.findall(text.lower())) for text in texts]
+    words = [set(split_words(text)) for text in texts]
     counts = Counter(word for words_of_text in words for word in words_of_text)
     in_order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     for word in [word for word, n in in_order if n >= MIN_SIZE][:MAX_WORDS]:
