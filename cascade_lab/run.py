@@ -42,6 +42,7 @@ from cascade_lab.run_tables import (
     write_tables,
 )
 from cascade_lab.spec import CascadeSpec, StageSpec
+from cascade_lab.stage_files import stage_table
 from cascade_lab.text import printable
 
 SOURCES = ("evaluation", "service", "batch", "logits")
@@ -154,7 +155,7 @@ class Run:
                     stage.name,
                 )
                 for stage in spec.stages
-                if f"features/{stage.name}.parquet" in digests
+                if stage_table("features", stage.name, digests) in digests
             },
             evidence=lambda: read_evidence(path, digests, spec, run.examples, run.scores(spec.last.name).scored),
             directory=path,
@@ -521,7 +522,7 @@ class Run:
         read = Run.read(self.directory)
         for stage in read.spec.stages:
             read.scores(stage.name)
-        known = {f"scores/{stage.name}.parquet" for stage in read.spec.stages}
+        known = {stage_table("scores", stage.name, read.manifest["contents"]) for stage in read.spec.stages}
         for name in ("examples", "predictions", "timings"):
             getattr(read, name)
             known.add(f"{name}.parquet")

@@ -102,7 +102,7 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], CascadeSpec]:
     return manifest, _cascade(manifest["cascade"], path)
 
 
-def read_table(directory: Path, name: str, digest: str | None, spec: CascadeSpec) -> pa.Table:
+def read_table(directory: Path, name: str, digest: str | None, spec: CascadeSpec, stage: str | None = None) -> pa.Table:
     """Read a table of a run directory, if it has the digest that the manifest gives, and the right columns.
 
     The digest costs about a fifth of the reading, and finds every table that was changed or exchanged.
@@ -116,6 +116,8 @@ def read_table(directory: Path, name: str, digest: str | None, spec: CascadeSpec
         Its SHA-256; None if the manifest has none.
     spec : CascadeSpec
         Its stages' labels say how many logits a row has.
+    stage : str, optional
+        Whose scores or features the table has.
 
     Raises
     ------
@@ -126,10 +128,9 @@ def read_table(directory: Path, name: str, digest: str | None, spec: CascadeSpec
     path = directory / name
     content = _content(directory, name, digest)
     try:
-        if name.startswith("scores/"):
-            return _scores(content, path, len(spec.stage(PurePath(name).stem).labels))
-        if name.startswith("features/"):
-            return _features(content, path)
+        if stage is not None:
+            is_scores = name.startswith("scores/")
+            return _scores(content, path, len(spec.stage(stage).labels)) if is_scores else _features(content, path)
         if name == EVIDENCE:
             columns = {"example_id": STRING, **dict.fromkeys(spec.feature_evidence, NUMBER)}
             return bounded_table(content, path, columns, way_out=WAY_OUT, only=list(columns))

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from cascade_lab import run_schema
 from cascade_lab.provenance import sha256
 from cascade_lab.spec import CascadeSpec
+from cascade_lab.stage_files import stage_table
 
 TIMING_COLUMNS = {
     "stage": "object",
@@ -64,7 +65,7 @@ def write_tables(
     for name, (logits, scored, shadow) in scores.items():
         rows = np.flatnonzero(scored)
         flat = pa.array(np.ascontiguousarray(logits[rows], dtype=np.float32).ravel())
-        tables[f"scores/{name}.parquet"] = pa.table(
+        tables[stage_table("scores", name, ())] = pa.table(
             {
                 "example_id": ids.take(pa.array(rows)),
                 "logits": pa.FixedSizeListArray.from_arrays(flat, logits.shape[1]),
@@ -75,7 +76,7 @@ def write_tables(
         rows = np.flatnonzero(~np.isnan(values[:, 0]))
         flat = pa.array(np.ascontiguousarray(values[rows], dtype=np.float16).ravel())
         vectors = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-        tables[f"features/{name}.parquet"] = pa.table({"example_id": ids.take(pa.array(rows)), "cls": vectors})
+        tables[stage_table("features", name, ())] = pa.table({"example_id": ids.take(pa.array(rows)), "cls": vectors})
     if evidence:
         columns = {name: pa.array(values, pa.float64(), from_pandas=True) for name, values in evidence.items()}
         tables["evidence.parquet"] = pa.table({"example_id": ids, **columns})
@@ -131,8 +132,8 @@ def read_scores(
     directory: Path, stage: str, digests: Mapping[str, str], spec: CascadeSpec, examples: pd.DataFrame
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read the scores of a stage: logits, scored and shadow, rows as in `examples`; raises RunError."""
-    name = f"scores/{stage}.parquet"
-    table = run_schema.read_table(directory, name, digests.get(name), spec)
+    name = stage_table("scores", stage, digests)
+    table = run_schema.read_table(directory, name, digests.get(name), spec, stage)
     rows = run_schema.check_ids(pd.Index(table["example_id"].to_pylist()), examples, directory / name)
     n, n_labels = len(examples), len(spec.stage(stage).labels)
     values = table["logits"].combine_chunks().flatten().to_numpy().reshape(len(table), n_labels)
@@ -157,8 +158,8 @@ def read_features(
 
     The examples that the stage scored, where `scored` is true, have them.
     """
-    name = f"features/{stage}.parquet"
-    table = run_schema.read_table(directory, name, digests.get(name), spec)
+    name = stage_table("features", stage, digests)
+    table = run_schema.read_table(directory, name, digests.get(name), spec, stage)
     rows = run_schema.check_ids(pd.Index(table["example_id"].to_pylist()), examples, directory / name)
     vectors = table["cls"].combine_chunks()
     features = np.full((len(examples), vectors.type.list_size), np.nan, dtype=np.float16)

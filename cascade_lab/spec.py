@@ -19,7 +19,8 @@ from cascade_lab.calibrator import Calibrator, check_calibrator
 from cascade_lab.exceptions import SpecError, did_you_mean
 from cascade_lab.origin_tables import check_calibrated_on, check_tuned_on
 from cascade_lab.rejector import Rejector
-from cascade_lab.spec_order import OF_LAST, check_order
+from cascade_lab.spec_order import OF_LAST, check_order, check_stage_name
+from cascade_lab.text import printable, shorten
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -145,7 +146,7 @@ class CascadeSpec:
             raise SpecError(f"{where}: has no stage; add one [[stage]] table for each")
         stages = []
         for number, table in enumerate(tables, 1):
-            here = f"{where}: stage '{table.get('name', number)}'"
+            here = f"{where}: stage '{shorten(printable(str(table.get('name', number))), 80)}'"
             _refuse_unknown(table, known, here)
             # Keys at the top go to every stage that can have them: a gate's keys not to the last stage, and vice versa.
             role = "final" if number == len(tables) else str(table.get("role", "gate"))
@@ -293,7 +294,6 @@ _MAX_DEPTH = 32  # of tables and keys; a cascade.toml needs 3
 _MAX_BYTES = 8 * 2**20
 _KEY_PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*"""
 _DEEP_KEY = re.compile(rf"(?:^|[{{,\[])[ \t]*(?:{_KEY_PART}\.[ \t]*){{{_MAX_DEPTH}}}", re.MULTILINE)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def _fits(key: str, role: str) -> bool:
@@ -343,8 +343,7 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
     stage = StageSpec(**values)
     if stage.engine == "reference" and stage.precision != "float32":
         raise SpecError(f'{where}: precision is "{stage.precision}", but the reference engine computes in float32 only')
-    if not _NAME.fullmatch(stage.name):
-        raise SpecError(f"{where}: name must be letters, digits, - and _ (it names files), not {stage.name!r}")
+    check_stage_name(stage.name, where)
     if stage.max_seq_length < 3:
         raise SpecError(f"{where}: max_seq_length is {stage.max_seq_length}; [CLS], a token and [SEP] take 3")
     if stage.pass_label is not None and stage.pass_label not in stage.labels:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 from cascade_lab.exceptions import SpecError, did_you_mean
+from cascade_lab.text import visible
 
 if TYPE_CHECKING:
     from cascade_lab.spec import StageSpec
 
 OF_LAST = ("min_probability", "min_probabilities", "reject_label", "rejector")
 """The keys that only the last stage has; a deferral stage can have a rejector too."""
+
+
+def check_stage_name(name: str, where: str) -> None:
+    """Check that a name can be shown on a line and typed in a command; it may be in any script."""
+    if not name or name != visible(name).strip() or "\n" in name or "\t" in name or "=" in name:
+        raise SpecError(
+            f"{where}: name is {name!r}; give a name without '=', line breaks and control characters, and without a "
+            "blank at its ends"
+        )
 
 
 def check_order(stages: Sequence[StageSpec], where: str) -> None:
@@ -21,9 +32,9 @@ def check_order(stages: Sequence[StageSpec], where: str) -> None:
     answers.update(stages[-1].labels)
     for index, stage in enumerate(stages):
         here = f"{where}: stage '{stage.name}'"
-        # Case-insensitive file systems would keep both stages' scores in one file.
-        if [name.lower() for name in names].count(stage.name.lower()) > 1:
-            raise SpecError(f"{here}: two stages have that name; give each its own")
+        # Such names look alike, and a file system may take them for the same.
+        if [_folded(name) for name in names].count(_folded(stage.name)) > 1:
+            raise SpecError(f"{here}: two stages have that name, capital letters or not; give each its own")
         if stage is stages[-1]:
             if stage.role != "final" or stage.pass_label is not None or stage.threshold is not None:
                 raise SpecError(
@@ -57,6 +68,11 @@ def check_order(stages: Sequence[StageSpec], where: str) -> None:
                 f"{where}: stage '{stage.name}': rejector.arrays is another file than that of stage "
                 f"'{with_arrays[0].name}'; all rejectors of a cascade share one: fit both with one --train-run"
             )
+
+
+def _folded(name: str) -> str:
+    """Return a name without the differences that cannot be seen or typed: case, width, and Unicode's forms."""
+    return normalize("NFKC", normalize("NFKC", name).casefold())
 
 
 def _check_deferral(stage: StageSpec, answers: set[str], where: str) -> None:

@@ -25,6 +25,7 @@ from cascade_lab.rejector import score_of
 from cascade_lab.run import Run
 from cascade_lab.run_directory import check_run_output
 from cascade_lab.spec import CascadeSpec, StageSpec
+from cascade_lab.stage_files import stage_file
 from cascade_lab.text import printable
 from cascade_lab.thresholds.objective import Goal
 from cascade_lab.thresholds.rejector import evidence_names, fit_rejector, is_correct, is_in_scope
@@ -275,7 +276,7 @@ def score(spec: CascadeSpec, evalset: EvalSet, path: Path, *, keep_features: boo
 
 
 def _folder(output: Path, model: str, seed: int) -> Path:
-    return output / "models" / f"{model}-seed{seed}"
+    return output / "models" / f"{stage_file(model)}-seed{seed}"
 
 
 def _training_set(model: Mapping[str, Any], data: Path, split: str) -> EvalSet:
@@ -329,7 +330,8 @@ def _score(
     of_features = feature_stages(evidence.get(scheme["name"], []))
 
     def run_of(spec: CascadeSpec, evalset: EvalSet, split: str) -> Run:
-        path = output / "runs" / f"{spec.name}-seed{seed}-{split}"
+        files = "-".join(stage_file(stage.name) for stage in spec.stages)
+        path = output / "runs" / f"{files}-seed{seed}-{split}"
         return score(spec, evalset, path, keep_features=keep_features, progress=progress)
 
     runs = {
@@ -349,7 +351,9 @@ def _score(
             fitted = fit_rejector(
                 runs["val"], scheme["evidence"], train_run=train_run, at_least=float(scheme["in_scope_accuracy"])
             )
-            name = "-".join([spec.name, f"seed{seed}", *scheme["evidence"], f"{scheme['in_scope_accuracy']:g}"])
+            parts = [name.rpartition(".") for name in scheme["evidence"]]
+            used = [f"{stage_file(stage)}.{score}" for stage, _, score in parts]
+            name = "-".join([*map(stage_file, names), f"seed{seed}", *used, f"{scheme['in_scope_accuracy']:g}"])
             fitted.write(output / "cascades" / f"{name}.toml")
             chosen, validation = CascadeSpec.read(output / "cascades" / f"{name}.toml"), fitted.run.predictions
     except InfeasibleError as error:

@@ -26,6 +26,7 @@ from cascade_lab.reporting.capture import VALUES_MIME, plain_value
 from cascade_lab.reporting.html import render_page, without_addresses
 from cascade_lab.reporting.record import SCHEMA_VERSION, check_report_output, record_text
 from cascade_lab.run import Run
+from cascade_lab.stage_files import stage_file
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -78,7 +79,7 @@ def write_figures(run: Run, folder: str | Path | None = None) -> list[Path]:
         displays["latency"] = StageLatencyDisplay.from_run(run)
     if run.examples["label"].notna().any():
         for stage in (None, *(stage.name for stage in run.spec.stages)):
-            name = "confusion-end-to-end" if stage is None else f"confusion-{stage}"
+            name = "confusion-end-to-end" if stage is None else f"confusion-{stage_file(stage)}"
             matrix = CascadeConfusionDisplay.from_run(run, stage=stage)
             displays[name] = matrix
             if len(matrix.display_labels) > MAX_LABELLED:
