@@ -164,6 +164,19 @@ class Run:
         return run
 
     @classmethod
+    def read_scores(cls, folder: str | Path) -> Run:
+        """Open what `cascade-lab score --keep scores` kept as a run without labels. Tables are read when needed.
+
+        Raises
+        ------
+        RunError
+            No such job, it kept no scores, or no shard is done. A damaged part raises when it is needed.
+        """
+        from cascade_lab.batch.kept_run import read_scores  # it makes runs: not at import time
+
+        return read_scores(folder)
+
+    @classmethod
     def from_logits(
         cls,
         cascade: CascadeSpec | str | Path,

@@ -78,7 +78,7 @@ def is_in(name: str, *packages: str) -> bool:
         (("displays", "reporting"), ("displays", "reporting", "explorer", "cli")),
         (("bert", "stage", "cascade"), (
             "bert", "stage", "cascade", "latency_benchmark", "precision_check", "study", "held_out_labels", "export",
-            "draft", "cli", "serving",
+            "draft", "cli", "serving", "batch",
             "displays.text",  # runs a stage for its gradients
         )),
     ],

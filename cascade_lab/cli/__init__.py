@@ -26,6 +26,7 @@ from cascade_lab.cli.predict import predict
 from cascade_lab.cli.report import report
 from cascade_lab.cli.run import run
 from cascade_lab.cli.runs import runs
+from cascade_lab.cli.score import score
 from cascade_lab.cli.serve import serve
 from cascade_lab.cli.study import study
 from cascade_lab.cli.tune import tune
@@ -47,6 +48,7 @@ COMMANDS = (
     import_logits,
     collect,
     predict,
+    score,
     inspect,
     runs,
     report,

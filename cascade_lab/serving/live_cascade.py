@@ -122,9 +122,23 @@ def _served(cascade: Cascade, digests: dict[str, str]) -> ServedCascade:
         "stages": {stage.spec.name: stage.settings for stage in cascade.stages},
         **environment(),
     }
+    return ServedCascade(_digest(spec, digests), manifest)
+
+
+def cascade_digest(spec: CascadeSpec) -> str:
+    """Return the digest that `ServedCascade` has, without loading the cascade.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing, or a stage was scored elsewhere and names none.
+    """
+    return _digest(spec.to_dict(), stage_digests(spec))
+
+
+def _digest(spec: dict[str, Any], digests: dict[str, str]) -> str:
     content = {"cascade": _without_paths(spec), "files": _contents(digests)}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return ServedCascade(digest, manifest)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _without_paths(value: Any) -> Any:
