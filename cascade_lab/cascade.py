@@ -15,11 +15,19 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from cascade_lab.bert.tokenization import Encoding
-from cascade_lab.chunks import ChunkResult, JoinedChunks, dense_features, dense_scores, join_chunks
+from cascade_lab.chunks import (
+    ChunkResult,
+    JoinedChunks,
+    dense_features,
+    dense_scores,
+    join_chunks,
+    prediction_table,
+)
 from cascade_lab.decisions import StageDecision, check_labels, route
 from cascade_lab.evalset import EvalSet
 from cascade_lab.evalset_files import check_columns
 from cascade_lab.exceptions import EvalSetError
+from cascade_lab.object_html import spec_html
 from cascade_lab.provenance import environment, sha256
 from cascade_lab.rejector import feature_evidence
 from cascade_lab.run import Run
@@ -29,7 +37,7 @@ from cascade_lab.run_tables import predictions_frame
 from cascade_lab.spec import CascadeSpec, StageSpec
 from cascade_lab.stage import Batch, Stage
 from cascade_lab.stage_output import ScoredRows, StageOutput, decide_from_outputs
-from cascade_lab.text import shorten
+from cascade_lab.text import printable, shorten
 
 CHUNK = 8192  # texts whose token ids are held at the same time; the next chunk is tokenized meanwhile
 SPECULATE_MAX_TOKENS = 128  # up to this size all stages score a batch at once: half of it would load the same weights
@@ -42,9 +50,9 @@ class Cascade:
     --------
     >>> with Cascade.load("cascade.toml") as cascade:               # doctest: +SKIP
     ...     cascade.predict(["what is my balance", "sing me a song"])
-      predicted decided_by  probability  confidence  gate_probability  intent_probability
-    0   balance     intent        0.991       0.991             0.998               0.991
-    1       oos       gate        0.970       0.030             0.030                 NaN
+                     text predicted decided_by  probability  confidence  gate_probability  intent_probability
+    0  what is my balance   balance     intent        0.991       0.991             0.998               0.991
+    1      sing me a song       oos       gate        0.970       0.030             0.030                 NaN
     """
 
     def __init__(
@@ -93,6 +101,12 @@ class Cascade:
             opened = closing.pop_all()
         return cls(spec, stages, opened, keep_features=keep_features, arrays=arrays)
 
+    def __repr__(self) -> str:
+        return printable(f"<Cascade {self.spec.name}: stages {', '.join(stage.spec.name for stage in self.stages)}>")
+
+    def _repr_html_(self) -> str:
+        return spec_html(self.spec)
+
     def __enter__(self) -> Cascade:
         return self
 
@@ -135,9 +149,10 @@ class Cascade:
         Returns
         -------
         DataFrame
-            One row per text, in order: `predicted`, `decided_by` (stage), `probability` (of the answer), `confidence`
-            (what the stage compared with its threshold), and `<stage>_probability`: a gate's probability of its pass
-            label, another stage's highest probability; NaN where the text did not reach the stage.
+            One row per text, in order: `text` (and `text_b`, if second texts are given), `predicted`, `decided_by`
+            (stage), `probability` (of the answer), `confidence` (what the stage compared with its threshold), and
+            `<stage>_probability`: a gate's probability of its pass label, another stage's highest probability; NaN
+            where the text did not reach the stage.
         """
         texts, texts_b = _check_texts(texts, texts_b)
         with _bar(len(texts) * len(self.stages), progress) as bar:
@@ -145,7 +160,8 @@ class Cascade:
                 result.columns()
                 for result in self._chunks(texts, texts_b, batch_size, bar, shadow=False, speculate=True)
             ]
-        return pd.DataFrame({name: np.concatenate([columns[name] for columns in answers]) for name in answers[0]})
+        joined = {name: np.concatenate([columns[name] for columns in answers]) for name in answers[0]}
+        return prediction_table(texts, texts_b, joined)
 
     def answer(self, encodings: list[Encoding], texts: list[str], texts_b: list[str | None] | None) -> ChunkResult:
         """Answer one batch as `predict` does, and return everything that was computed. A service calls this.

@@ -37,7 +37,7 @@ class ChunkResult(NamedTuple):
     timings: list[tuple[Any, ...]]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Return the columns of the table that `Cascade.predict` returns: shape (n,) each."""
+        """Return the columns of the table that `Cascade.predict` returns, but for the texts: shape (n,) each."""
         of_text = ("predicted", "decided_by", "probability", "confidence")
         columns = {name: getattr(self.routed, name) for name in of_text}
         for name, scored in self.scored.items():
@@ -45,6 +45,15 @@ class ChunkResult(NamedTuple):
             probability[scored.rows] = self.probability[name]
             columns[f"{name}_probability"] = probability
         return columns
+
+
+def prediction_table(
+    texts: Sequence[str], texts_b: Sequence[str | None] | None, columns: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Return the table that `Cascade.predict` returns: the texts, and beside them the `columns` of `ChunkResult`."""
+    given = {"text": texts} if texts_b is None else {"text": texts, "text_b": texts_b}
+    # As objects: a string type takes no lone surrogate, which a text may have.
+    return pd.DataFrame({**{name: pd.Series(values, dtype=object) for name, values in given.items()}, **columns})
 
 
 class JoinedChunks(NamedTuple):

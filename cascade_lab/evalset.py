@@ -27,7 +27,8 @@ from cascade_lab.evalset_files import (
 )
 from cascade_lab.evalset_parquet import read_parquet
 from cascade_lab.exceptions import EvalSetError, did_you_mean
-from cascade_lab.text import shorten
+from cascade_lab.object_html import evalset_facts, evalset_html
+from cascade_lab.text import printable, shorten
 
 ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet", ".json")
 MAX_CELLS = 20_000_000  # of a table with over MAX_COLUMNS columns: rows of JSON can each have another key
@@ -60,6 +61,12 @@ class EvalSet:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __repr__(self) -> str:
+        return printable(f"<EvalSet {self.source or 'a table'}: {', '.join(evalset_facts(self))}>")
+
+    def _repr_html_(self) -> str:
+        return evalset_html(self)
 
     @classmethod
     def read(

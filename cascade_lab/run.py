@@ -25,6 +25,7 @@ from cascade_lab.decisions import (
 from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import RunError, did_you_mean
 from cascade_lab.logits import check_logits
+from cascade_lab.object_html import run_html
 from cascade_lab.provenance import environment
 from cascade_lab.rejector import feature_evidence
 from cascade_lab.run_directory import new_run_id, unfinished_run
@@ -97,6 +98,30 @@ class Run:
         Where the run was read from; None for a run in memory.
     name : str, optional
         For titles and messages; by default the directory, or the run id.
+
+    Attributes
+    ----------
+    manifest, directory, name
+        As given.
+    spec : CascadeSpec
+        The cascade, with its thresholds.
+    examples, predictions, timings : DataFrame
+        As described above. With `replay(thresholds)` the predictions are those at other thresholds.
+    metrics : dict
+        The content of `metrics.json`: metrics per stage and end to end, on the labelled examples.
+    labelled : Run
+        The same run with the labelled examples only.
+    has_features : bool
+        Whether the run kept the features of its stages.
+
+    What each stage computed is returned by the methods `scores(stage)`, `decision(stage)`, `targets(stage)` and
+    `features(stage)`.
+
+    Examples
+    --------
+    >>> run = Run.read("runs/demo")                                  # doctest: +SKIP
+    >>> run.predictions.query("label != predicted")                  # doctest: +SKIP
+    >>> run.scores("gate").logits[:3]                                # doctest: +SKIP
     """
 
     def __init__(
@@ -254,7 +279,10 @@ class Run:
 
     def __repr__(self) -> str:
         stages = ", ".join(stage.name for stage in self.spec.stages)
-        return f"<Run {self.name}: {len(self.examples):,} examples, stages {stages}>"
+        return printable(f"<Run {self.name}: {len(self.examples):,} examples, stages {stages}>")
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
 
     @cached_property
     def spec(self) -> CascadeSpec:
@@ -386,7 +414,8 @@ class Run:
         Returns
         -------
         DataFrame
-            The columns of `predictions`, in the order of `examples`.
+            The columns of `predictions`, and after `example_id` the `text` (and `text_b`, where an example has one), in
+            the order of `examples`.
 
         Raises
         ------
@@ -395,7 +424,9 @@ class Run:
         RunError
             An example would reach a stage that never scored it (the run was made without shadow scores).
         """
-        return self.with_thresholds(thresholds).predictions
+        from cascade_lab.analysis.examples import with_texts  # analysis computes on runs: not at import time
+
+        return with_texts(self, self.with_thresholds(thresholds).predictions)
 
     def with_thresholds(self, thresholds: Mapping[str, float] | None) -> Run:
         """Return this run as its cascade would have made it at other thresholds; see `replay`."""

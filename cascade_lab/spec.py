@@ -17,10 +17,11 @@ import tomli_w
 from cascade_lab.atomic import write_text
 from cascade_lab.calibrator import Calibrator, check_calibrator
 from cascade_lab.exceptions import SpecError, did_you_mean
+from cascade_lab.object_html import spec_html, stage_html
 from cascade_lab.origin_tables import check_calibrated_on, check_tuned_on
 from cascade_lab.rejector import Rejector
 from cascade_lab.spec_order import OF_LAST, check_order, check_stage_name
-from cascade_lab.text import printable, shorten
+from cascade_lab.text import exact, printable, shorten
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -71,6 +72,13 @@ class StageSpec:
         if not self.role:
             object.__setattr__(self, "role", "final" if self.pass_label is None else "gate")
 
+    def __repr__(self) -> str:
+        threshold = exact(self.min_probability if self.role == "final" else self.threshold)
+        return printable(f"<StageSpec {self.name}: {self.role}, {len(self.labels)} labels, threshold {threshold}>")
+
+    def _repr_html_(self) -> str:
+        return stage_html(self)
+
     @property
     def is_gate(self) -> bool:
         return self.role == "gate"
@@ -99,6 +107,13 @@ class CascadeSpec:
     stages: tuple[StageSpec, ...]
     tuned_on: Mapping[str, Any] | None = None
     calibrated_on: Mapping[str, Mapping[str, Any]] | None = None
+
+    def __repr__(self) -> str:
+        stages = ", ".join(f"{name} {exact(value)}" for name, value in self.thresholds.items())
+        return printable(f"<CascadeSpec {self.name}: stages and thresholds {stages}>")
+
+    def _repr_html_(self) -> str:
+        return spec_html(self)
 
     @classmethod
     def read(cls, path: str | Path) -> CascadeSpec:

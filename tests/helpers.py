@@ -294,6 +294,11 @@ HOSTILE = [
 """Texts that must not do anything on a terminal, in a browser, in a spreadsheet or in matplotlib."""
 
 
+def without_texts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what `replay` or `predict` answers, without the texts."""
+    return table.drop(columns=["text", "text_b"], errors="ignore")
+
+
 def logits_of(run: Run) -> dict[str, np.ndarray]:
     return {stage.name: run.scores(stage.name).logits for stage in run.spec.stages}
 

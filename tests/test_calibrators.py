@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import logits_of, memory_run, mixed_run
+from helpers import logits_of, memory_run, mixed_run, without_texts
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, log_softmax, logit
 from sklearn.isotonic import IsotonicRegression
@@ -416,7 +416,7 @@ def test_live_predictions_replay_timing_and_exports_are_by_the_calibrator(tiny, 
         run = cascade.run(evalset, output=tmp_path / "run", batch_size=16)
         table, one = cascade.predict(evalset.texts), cascade.predict(evalset.texts[:1])
         served, _ = serve_batch(cascade, evalset.texts, spec=cascade.spec)
-    pd.testing.assert_frame_equal(run.replay(), run.predictions)
+    pd.testing.assert_frame_equal(without_texts(run.replay()), run.predictions)
     assert 60 < (run.predictions["decided_by"] == "gate").sum() < 140
     z = logits_of(run)
     passes = by_formula(platt, np.diff(z["gate"].astype(np.float64))[:, 0])

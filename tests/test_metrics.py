@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import GATE, memory_run, random_run, run_of_probabilities
+from helpers import GATE, memory_run, random_run, run_of_probabilities, without_texts
 from scipy.stats import mannwhitneyu
 from sklearn.metrics import (
     average_precision_score,
@@ -146,7 +146,7 @@ def test_the_clinc150_cascade_has_the_accuracies_of_the_independent_implementati
         metrics = prediction_metrics(clinc150_run.spec, predictions)
         values = [round(metrics[name], 4) for name in ("in_scope_accuracy", "reject_recall", "accuracy")]
         assert values == pytest.approx(expected, abs=1e-4)
-    assert clinc150_run.replay().equals(clinc150_run.predictions)
+    assert without_texts(clinc150_run.replay()).equals(clinc150_run.predictions)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from helpers import memory_run, random_run, random_spec, rewrite_table
+from helpers import memory_run, random_run, random_spec, rewrite_table, without_texts
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Run, StageSpec
 from cascade_lab.exceptions import CheckpointError, RunError
@@ -184,7 +184,7 @@ def test_rows_are_joined_on_example_id_and_not_on_position(tiny_run, tmp_path):
         table = pq.read_table(tmp_path / "run" / name)
         rewrite_table(tmp_path / "run", name, table.take(np.random.default_rng(0).permutation(len(table))))
     assert Run.read(tmp_path / "run").predictions.equals(tiny_run.predictions)
-    assert Run.read(tmp_path / "run").replay().equals(tiny_run.predictions)
+    assert without_texts(Run.read(tmp_path / "run").replay()).equals(tiny_run.predictions)
 
 
 def test_a_replay_that_needs_shadow_scores_says_so(tiny, tiny_evalset, tmp_path):
@@ -204,7 +204,7 @@ def test_a_run_of_schema_version_1_is_read_and_upgraded():
     assert (run.manifest["schema_version"], run.manifest["source"]) == (2, "evaluation")
     assert run.manifest["stages"] == {"gate0": {"n_workers": 2, "engine": "fast"}}
     assert list(run.predictions)[-2:] == ["probability", "confidence"]
-    pd.testing.assert_frame_equal(run.predictions, run.replay())
+    pd.testing.assert_frame_equal(run.predictions, without_texts(run.replay()))
     then = json.loads((folder / "metrics.json").read_text())
     assert run.metrics["end_to_end"] == pytest.approx(then["end_to_end"])
     for name, metrics in then["stages"].items():

@@ -46,26 +46,22 @@ def predict(
         progress = len(texts) > PROGRESS_FROM and shows_progress()
         predictions = loaded.predict(texts, batch_size=batch_size, progress=progress)
     if as_json:
-        _print_json(texts, predictions)
+        for row in predictions.to_dict("records"):
+            print_json(row)
     else:
-        _print_table(texts, predictions, spec)
+        _print_table(predictions, spec)
         if texts:
             next_step("attribute", cascade, texts[0])
 
 
-def _print_json(texts: list[str], predictions: pd.DataFrame) -> None:
-    for text, row in zip(texts, predictions.to_dict("records"), strict=True):
-        print_json({"text": text, **row})
-
-
-def _print_table(texts: list[str], predictions: pd.DataFrame, spec: CascadeSpec) -> None:
+def _print_table(predictions: pd.DataFrame, spec: CascadeSpec) -> None:
     probabilities = [f"p({stage.pass_label or stage.name})" for stage in spec.stages]
     with_rejector = any(stage.rejector is not None for stage in spec.stages)
     shown = table("text", "predicted", "decided by", *probabilities, *(["confidence"] if with_rejector else []))
-    for text, row in zip(texts, predictions.to_dict("records"), strict=True):
+    for row in predictions.to_dict("records"):
         p = [number(row[f"{stage.name}_probability"], ".3f") for stage in spec.stages]
         p += [number(row["confidence"], ".3f")] if with_rejector else []
-        shown.add_row(cell(text), cell(row["predicted"]), row["decided_by"], *p)
+        shown.add_row(cell(row["text"]), cell(row["predicted"]), row["decided_by"], *p)
     show(shown)
 
 

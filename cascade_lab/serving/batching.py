@@ -19,7 +19,7 @@ import pandas as pd
 
 from cascade_lab.bert.tokenization import Encoding
 from cascade_lab.cascade import Cascade
-from cascade_lab.chunks import ChunkResult
+from cascade_lab.chunks import ChunkResult, prediction_table
 from cascade_lab.exceptions import CascadeLabError
 from cascade_lab.serving.answered import Answered, SeenRows, ServedCascade
 from cascade_lab.serving.live_cascade import LiveCascade
@@ -95,8 +95,8 @@ class Batcher:
     --------
     >>> with Cascade.load("cascade.toml") as cascade, Batcher(cascade) as batcher:    # doctest: +SKIP
     ...     batcher.predict(["what is my balance"])
-      predicted decided_by  probability  confidence  gate_probability  intent_probability
-    0   balance     intent        0.991       0.991             0.998               0.991
+                     text predicted decided_by  probability  confidence  gate_probability  intent_probability
+    0  what is my balance   balance     intent        0.991       0.991             0.998               0.991
     """
 
     def __init__(
@@ -168,9 +168,10 @@ class Batcher:
             After `timeout` seconds. Texts that were not scored by then are dropped.
         """
         future: Future[Answers] = Future()
-        self._put(list(texts), None if texts_b is None else list(texts_b), ids, future, None)
+        texts, texts_b = list(texts), None if texts_b is None else list(texts_b)
+        self._put(texts, texts_b, ids, future, None)
         try:
-            return future.result(timeout).frame()
+            return prediction_table(texts, texts_b, future.result(timeout).columns)
         finally:
             future.cancel()
 

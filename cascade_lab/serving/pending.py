@@ -9,8 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import pandas as pd
-
 from cascade_lab.serving.answered import ServedCascade
 from cascade_lab.serving.live_cascade import LiveCascade
 
@@ -22,7 +20,7 @@ class Answers(NamedTuple):
     ----------
     ids : list of str
     columns : dict of str to list
-        The columns of the table that `Cascade.predict` returns, one value per text.
+        The columns of the table that `Cascade.predict` returns, but for the texts: one value per text.
     served : ServedCascade
         The cascade that answered all texts of the request.
     """
@@ -30,10 +28,6 @@ class Answers(NamedTuple):
     ids: list[str]
     columns: dict[str, list[Any]]
     served: ServedCascade
-
-    def frame(self) -> pd.DataFrame:
-        """Return the table that `Cascade.predict` returns."""
-        return pd.DataFrame(self.columns)
 
 
 @dataclass(eq=False)

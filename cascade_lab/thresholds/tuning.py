@@ -15,6 +15,7 @@ from cascade_lab.analysis.bootstrap import Interval
 from cascade_lab.analysis.costs import CostMatrix, run_codes
 from cascade_lab.atomic import refuse_existing
 from cascade_lab.exceptions import GoalError, InfeasibleError
+from cascade_lab.object_html import tuning_html
 from cascade_lab.spec import CascadeSpec
 from cascade_lab.text import exact
 from cascade_lab.thresholds.gain import Verdict, compare_with_own, judge
@@ -259,8 +260,7 @@ class Tuning:
         return f"<Tuning {self.run.name}: {self.goal}: {thresholds}; {metric}>"
 
     def _repr_html_(self) -> str:
-        thresholds = self.thresholds.map(exact).to_html()
-        return thresholds + self.comparison.to_html(na_rep="–", float_format="{:.4f}".format)
+        return tuning_html(self)
 
 
 def tune(
