@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-fuzz lint types lab format map lock demo-checkpoints study study-rejectors study-held-out bench bench-serve clean
+.PHONY: demo test test-slow test-fuzz lint types lab format map docs pictures lock demo-checkpoints study study-rejectors study-held-out bench bench-serve clean
 
 # The demo's run on the test split; then thresholds tuned on dev, and the tuned cascade on test.
 demo: .venv/ready
@@ -34,9 +34,20 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The table of modules in README.md, from the first line of each module's docstring.
+# The table of modules in data/docs/map.md, from the first line of each module's docstring.
 map: .venv/ready
-	$(BIN)/python tests/readme_map.py
+	$(BIN)/python tests/package_map.py
+
+# The documentation as a site: site/index.html. Executes the notebooks on the demo's runs; refuses dead links.
+docs: .venv/ready runs/demo/report.html
+	$(BIN)/python data/make_docs.py
+
+# The pictures of README.md and data/docs, from the demo's runs. Needs Chromium.
+pictures: .venv/ready runs/demo/report.html
+	$(BIN)/python data/make_pictures.py
+
+runs/demo/report.html:
+	$(MAKE) demo
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir notebooks
@@ -100,7 +111,7 @@ bench-serve: .venv-bench/ready
 	touch $@
 
 lock: # pins the newest compatible versions for every supported Python and platform (needs uv)
-	uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --extra serve \
+	uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --extra serve --extra cjk --extra docs \
 		--no-header --no-annotate pyproject.toml --output-file requirements.lock
 
 clean:

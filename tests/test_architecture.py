@@ -1,4 +1,4 @@
-"""The structure of the package: who imports whom, what `import cascade_lab` costs, the README's map, the notebooks."""
+"""The structure of the package: who imports whom, what `import cascade_lab` costs, the map, the notebooks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import package_map
 import pytest
-import readme_map
 
 import cascade_lab
 
@@ -75,7 +75,7 @@ def is_in(name: str, *packages: str) -> bool:
     ("imported", "allowed"),
     [
         (("cli",), ("cli", "__main__")),
-        (("displays", "reporting"), ("displays", "reporting", "explorer", "cli")),
+        (("displays", "reporting"), ("displays", "reporting", "explorer", "browser", "cli")),
         (("bert", "stage", "cascade"), (
             "bert", "stage", "cascade", "latency_benchmark", "precision_check", "study", "held_out_labels", "export",
             "draft", "cli", "serving", "batch",
@@ -143,9 +143,9 @@ def test_private_attributes_of_a_run_stay_in_its_module():
             assert "._scores" not in path.read_text(encoding="utf-8"), path.name
 
 
-def test_the_readme_has_the_map_that_the_modules_write():
-    readme = readme_map.README.read_text(encoding="utf-8")
-    assert readme_map.with_map(readme) == readme, "run `make map`"
+def test_the_map_is_the_one_that_the_modules_write():
+    page = package_map.MAP.read_text(encoding="utf-8")
+    assert package_map.with_map(page) == page, "run `make map`"
 
 
 def test_notebooks_are_committed_without_outputs_and_with_a_parameters_cell():

@@ -1,4 +1,4 @@
-"""Writes the map of the package into README.md, from the first line of each module's docstring: `make map`."""
+"""Writes the map of the package into data/docs/map.md, from the first line of each module's docstring: `make map`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+MAP = ROOT / "data" / "docs" / "map.md"
 BEGIN, END = "<!-- map: written by `make map` -->\n", "<!-- end of map -->\n"
 
 
-def readme_map() -> str:
+def package_map() -> str:
     """Return the map as a Markdown table, one row per module: a folder's files below its own row."""
     lines = ["| module | what it does |", "|---|---|"]
     for path in sorted((ROOT / "cascade_lab").rglob("*.py"), key=_order):
@@ -20,10 +20,10 @@ def readme_map() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_map(readme: str) -> str:
-    """Return the README's text with the present map in it."""
-    before, _, rest = readme.partition(BEGIN)
-    return before + BEGIN + readme_map() + END + rest.partition(END)[2]
+def with_map(page: str) -> str:
+    """Return the page's text with the present map in it."""
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + package_map() + END + rest.partition(END)[2]
 
 
 def _order(path: Path) -> tuple[bool, str, bool, str]:
@@ -38,4 +38,4 @@ def _first_line(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_map(README.read_text(encoding="utf-8")), encoding="utf-8")
+    MAP.write_text(with_map(MAP.read_text(encoding="utf-8")), encoding="utf-8")

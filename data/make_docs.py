@@ -1,0 +1,205 @@
+"""Builds the documentation's site from the README, the guides, the notebooks and the docstrings: `make docs`.
+
+The notebooks are executed on the demo's runs. Everything that is generated goes to one folder; from there, Zensical
+builds the site and refuses dead links.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import tomli
+import tomli_w
+
+ROOT = Path(__file__).parents[1]
+GUIDES = ROOT / "data" / "docs"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+LINK = re.compile(r"(\]\(|\bsrc=\")([^)\s\"#]+)")
+
+# The order of the guides in the site; a guide that is not named here comes after them.
+ORDER = (
+    "first_cascade",
+    "checkpoints",
+    "errors",
+    "thresholds",
+    "rejectors",
+    "comparison",
+    "reports",
+    "service",
+    "traffic",
+    "batch",
+    "log_elsewhere",
+    "speed",
+    "study",
+    "files",
+    "map",
+    "guide_zh",
+)
+# The public names: all of a package, or those that are named.
+PUBLIC = {
+    "Core": ("cascade_lab", None),
+    "Analysis": ("cascade_lab.analysis", None),
+    "Thresholds": ("cascade_lab.thresholds", None),
+    "Displays": ("cascade_lab.displays", None),
+    "Service": ("cascade_lab.serving", {"app": ["create_app"], "batching": ["Batcher"]}),
+}
+
+
+def target(path: Path) -> str:
+    """Return where a file of the repository is in the site's sources."""
+    name = path.relative_to(ROOT).as_posix()
+    if name == "README.md":
+        return "index.md"
+    if name.startswith("data/docs/"):
+        return name.removeprefix("data/docs/")
+    if path in NOTEBOOKS:
+        return f"notebooks/{path.stem}.md"
+    return f"repository/{name}"
+
+
+def with_links(text: str, page: Path, sources: Path) -> str:
+    """Return a page's text with its relative links pointing into the site; files that have no page are copied there."""
+
+    def link(match: re.Match[str]) -> str:
+        before, address = match.groups()
+        path = (page.parent / address).resolve()
+        if ":" in address or not path.is_relative_to(ROOT):
+            return match.group()
+        if path.is_dir():
+            path = path / "README.md"
+        new = target(path)
+        if new.startswith("repository/") and path.is_file() and not (sources / new).exists():
+            copy(path, sources)
+        depth = target(page).count("/")
+        return before + "../" * depth + new
+
+    return LINK.sub(link, text)
+
+
+def copy(path: Path, sources: Path) -> None:
+    """Copy a file of the repository into the site's sources; a page with its links changed."""
+    new = sources / target(path)
+    new.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".md":
+        new.write_text(with_links(path.read_text(encoding="utf-8"), path, sources), encoding="utf-8")
+    else:
+        shutil.copy(path, new)
+
+
+def write_notebook(notebook: Path, runs: Path | None, sources: Path) -> None:
+    """Execute a notebook on the demo's runs, if given, and write it as a page, with its pictures beside it."""
+    import nbformat
+    from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import ExecutePreprocessor
+
+    book = nbformat.read(notebook, as_version=4)
+    if runs is not None:
+        print(f"executing {notebook.name}", flush=True)
+        shown = [cell.source for cell in book.cells]
+        for cell in book.cells:
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source = cell.source.replace("../runs/", f"{runs.resolve().as_posix()}/")
+        ExecutePreprocessor(timeout=1200).preprocess(book, {"metadata": {"path": str(notebook.parent)}})
+        for cell, source in zip(book.cells, shown, strict=True):
+            cell.source = source
+    page = sources / "notebooks" / f"{notebook.stem}.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    exporter = MarkdownExporter()
+    text, resources = exporter.from_notebook_node(
+        book, {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}_files"}
+    )
+    for name, content in resources["outputs"].items():
+        (page.parent / name).parent.mkdir(exist_ok=True)
+        (page.parent / name).write_bytes(content)
+    page.write_text(with_links(text, notebook, sources), encoding="utf-8")
+
+
+def write_api(sources: Path) -> None:
+    """Write a page for each public package, with every public name in it."""
+    for title, (package, modules) in PUBLIC.items():
+        module = import_module(package)
+        if modules is None:
+            objects = [getattr(module, name) for name in module.__all__]
+            if package == "cascade_lab":
+                objects = [entry for entry in objects if not entry.__module__.startswith("cascade_lab.displays")]
+        else:
+            objects = [
+                getattr(import_module(f"{package}.{name}"), public)
+                for name, names in modules.items()
+                for public in names
+            ]
+        lines = [f"# {title}", "", (module.__doc__ or "").strip(), ""]
+        lines += [f"::: {entry.__module__}.{entry.__qualname__}" for entry in objects]
+        page = sources / "api" / f"{title.lower()}.md"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_commands(sources: Path) -> None:
+    """Write the page of all commands, from their help."""
+    command = [sys.executable, "-m", "typer", "cascade_lab.cli", "utils", "docs", "--name", "cascade-lab"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    (sources / "commands.md").write_text(text.replace("# `cascade-lab`", "# Commands", 1), encoding="utf-8")
+
+
+def navigation(sources: Path) -> list[dict[str, object]]:
+    """Return the site's table of contents: guides in their order, notebooks, commands, public names."""
+    guides = sorted(
+        (path.stem for path in GUIDES.glob("*.md")),
+        key=lambda stem: (ORDER.index(stem) if stem in ORDER else len(ORDER), stem),
+    )
+    pages = {path.stem: path for path in (sources / "notebooks").glob("*.md")}
+    return [
+        {"Home": "index.md"},
+        {"Guides": [{heading(sources / f"{stem}.md"): f"{stem}.md"} for stem in guides]},
+        {
+            "Notebooks": [
+                {f"{stem[:2]} {heading(path)}": f"notebooks/{stem}.md"} for stem, path in sorted(pages.items())
+            ]
+        },
+        {"Commands": "commands.md"},
+        {"Python": [{title: f"api/{title.lower()}.md"} for title in PUBLIC]},
+    ]
+
+
+def heading(page: Path) -> str:
+    """Return a page's first heading."""
+    return next(line[2:].strip() for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+
+
+def main() -> None:
+    """Write the site's sources and build it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="the folder with the demo's runs")
+    parser.add_argument("--site", type=Path, default=ROOT / "site", help="the folder to write")
+    parser.add_argument("--no-execute", action="store_true", help="show the notebooks without their results")
+    arguments = parser.parse_args()
+    sources = arguments.runs.resolve() / "docs"
+    shutil.rmtree(sources, ignore_errors=True)
+    copy(ROOT / "README.md", sources)
+    for path in sorted(GUIDES.rglob("*")):
+        if path.suffix in (".md", ".png", ".svg"):
+            copy(path, sources)
+    for notebook in NOTEBOOKS:
+        write_notebook(notebook, None if arguments.no_execute else arguments.runs, sources)
+    write_api(sources)
+    write_commands(sources)
+    config = tomli.loads((GUIDES / "zensical.toml").read_text(encoding="utf-8"))
+    config["project"] |= {"docs_dir": "docs", "site_dir": "docs-site", "nav": navigation(sources)}
+    config["project"]["plugins"]["mkdocstrings"]["handlers"]["python"]["paths"] = [str(ROOT)]
+    (sources.parent / "docs.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
+    command = ["zensical", "build", "--clean", "--strict", "--config-file", str(sources.parent / "docs.toml")]
+    subprocess.run([sys.executable, "-m", *command], check=True, cwd=sources.parent)
+    shutil.rmtree(arguments.site, ignore_errors=True)
+    shutil.move(sources.parent / "docs-site", arguments.site)
+    print(f"site: {arguments.site / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()
