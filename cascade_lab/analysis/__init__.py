@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from cascade_lab.analysis.summary import run_summary as run_summary
     from cascade_lab.analysis.temperature import fit_temperatures as fit_temperatures
     from cascade_lab.analysis.tuned_on import tuning_origin as tuning_origin
+    from cascade_lab.analysis.verdict import run_verdict as run_verdict
     from cascade_lab.thresholds import tune as tune
 
 # Type checkers read the imports above; a module's `__getattr__` would hide misspelled names from them.
@@ -78,6 +79,7 @@ if not TYPE_CHECKING:
             "reliability": ".calibration",
             "risk_coverage": ".coverage",
             "run_summary": ".summary",
+            "run_verdict": ".verdict",
             "slices": ".slicing",
             "surest_first": ".examples",
             "tune": "..thresholds",
