@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -228,19 +229,30 @@ def stage_digests(spec: CascadeSpec) -> dict[str, str]:
     CheckpointError
         A file is missing, or a stage was scored elsewhere and names none.
     """
-    from cascade_lab.bert.checkpoint import checkpoint_files, find_checkpoint, stage_files  # loads TensorFlow
-
     digests = {}
     for stage in spec.stages:
-        files = stage_files(stage)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CheckpointWarning)  # loading gives the same warnings
-            prefix = find_checkpoint(files.init_checkpoint)
-        for path in (files.bert_config_file, files.vocab_file, *checkpoint_files(prefix)):
+        for path in loaded_files(stage):
             if not path.is_file():
                 raise CheckpointError(f"stage '{stage.name}': {path} is missing; put it back, or give a latency study")
             digests[str(path)] = sha256(path)
     return digests
+
+
+def loaded_files(stage: StageSpec) -> list[Path]:
+    """Return the files that a stage loads: config, vocabulary, and the files of the checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        There is no checkpoint, or the stage was scored elsewhere and names none.
+    """
+    from cascade_lab.bert.checkpoint import checkpoint_files, find_checkpoint, stage_files  # loads TensorFlow
+
+    files = stage_files(stage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointWarning)  # loading gives the same warnings
+        prefix = find_checkpoint(files.init_checkpoint)
+    return [files.bert_config_file, files.vocab_file, *checkpoint_files(prefix)]
 
 
 def check_sizes(batch_sizes: Sequence[int], n_texts: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import texts
+from helpers import texts, write_checkpoint
 
 from cascade_lab import Cascade
 from cascade_lab.exceptions import CascadeLabError
@@ -264,6 +264,19 @@ def test_another_cascade_answers_new_requests_and_the_old_one_completes_its_own(
     assert closed[-1] is third.cascade
 
 
+def test_the_digest_tells_which_of_three_stages_has_which_file(tiny, tmp_path):
+    spec = CascadeSpec.read(tiny)
+    gate, last = spec.stages
+    write_checkpoint(tmp_path / "other", 2, seed=3)
+    files = [gate.init_checkpoint, tmp_path / "other"]
+    digests = set()
+    for order in ((0, 1, 0), (0, 1, 1), (1, 0, 1)):
+        gates = [replace(gate, name=f"gate{i}", init_checkpoint=str(files[k])) for i, k in enumerate(order)]
+        with Cascade.load(replace(spec, stages=(*gates, last))) as cascade:
+            digests.add(LiveCascade.of(cascade).served.digest)
+    assert len(digests) == 3
+
+
 @pytest.mark.parametrize("given", [([],), (["a"], []), (["a", "b"], [None])])
 def test_a_request_of_unequal_lengths_is_refused(loaded, given):
     with Batcher(loaded) as batcher, pytest.raises(CascadeLabError, match="as many second texts and ids"):
@@ -300,7 +313,7 @@ def test_other_thresholds_again_and_again_are_not_all_kept(tiny):
     with Batcher(live) as batcher:
         for number in range(20):
             spec = live.cascade.spec.with_thresholds({"gate": number / 20})
-            batcher.replace(LiveCascade(live.cascade.with_spec(spec), live.served))
+            batcher.replace(replace(live, cascade=live.cascade.with_spec(spec)))
             batcher.predict(["pay"])
         assert len(batcher._replaced) <= 1
 

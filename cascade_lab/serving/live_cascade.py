@@ -10,7 +10,7 @@ from typing import Any
 
 from cascade_lab.cascade import Cascade
 from cascade_lab.exceptions import CheckpointError
-from cascade_lab.latency_benchmark import stage_digests
+from cascade_lab.latency_benchmark import loaded_files, stage_digests
 from cascade_lab.provenance import environment
 from cascade_lab.serving.answered import ServedCascade
 from cascade_lab.spec import CascadeSpec
@@ -34,15 +34,18 @@ class LiveCascade:
     cascade : Cascade
     served : ServedCascade
         Its digest, and what a manifest says of it.
+    contents : list of list of str
+        The SHA-256 of the files of each stage, in the order of `loaded_files`.
     """
 
     cascade: Cascade
     served: ServedCascade
+    contents: list[list[str]]
 
     @classmethod
     def of(cls, cascade: Cascade) -> LiveCascade:
         """Describe a loaded cascade. The files on disk must still be those that it was loaded from."""
-        return cls(cascade, _served(cascade, _digests(cascade.spec)))
+        return cls._describe(cascade, _digests(cascade.spec))
 
     @classmethod
     def load(cls, path: str | Path | CascadeSpec) -> LiveCascade:
@@ -59,7 +62,7 @@ class LiveCascade:
             if _digests(spec) != before:
                 raise CheckpointError(f"cascade '{spec.name}': a file changed while it was loaded; load it again")
             warm_up(cascade)
-            return cls(cascade, _served(cascade, before))
+            return cls._describe(cascade, before)
         except BaseException:
             cascade.close()
             raise
@@ -78,15 +81,19 @@ class LiveCascade:
         digests = _digests(spec)
         if not self._has_models_of(spec, digests):
             return LiveCascade.load(spec)
-        cascade = self.cascade.with_spec(spec)
-        return LiveCascade(cascade, _served(cascade, digests))
+        return LiveCascade._describe(self.cascade.with_spec(spec), digests)
 
     def _has_models_of(self, spec: CascadeSpec, digests: dict[str, str]) -> bool:
         """Return whether the loaded models are those of another spec, and return the features that it needs."""
         own = self.cascade.spec
         keys = [[[getattr(stage, key) for key in LOADED_KEYS] for stage in s.stages] for s in (own, spec)]
         needs, has = _feature_stages(spec), _feature_stages(own)
-        return keys[0] == keys[1] and _contents(self.served.manifest["inputs"]) == _contents(digests) and needs <= has
+        return keys[0] == keys[1] and self.contents == _contents(spec, digests) and needs <= has
+
+    @classmethod
+    def _describe(cls, cascade: Cascade, digests: dict[str, str]) -> LiveCascade:
+        contents = _contents(cascade.spec, digests)
+        return cls(cascade, _served(cascade, digests, contents), contents)
 
 
 def warm_up(cascade: Cascade) -> None:
@@ -107,12 +114,14 @@ def _digests(spec: CascadeSpec) -> dict[str, str]:
         return {}
 
 
-def _contents(digests: dict[str, str]) -> list[str]:
-    """Return what the files contain, wherever they are; stages may share a file, or have a copy each."""
-    return list(dict.fromkeys(digests.values()))
+def _contents(spec: CascadeSpec, digests: dict[str, str]) -> list[list[str]]:
+    """Return what the files of each stage contain, wherever they are; nothing where a file is missing."""
+    if not digests:
+        return []
+    return [[digests[str(path)] for path in loaded_files(stage)] for stage in spec.stages]
 
 
-def _served(cascade: Cascade, digests: dict[str, str]) -> ServedCascade:
+def _served(cascade: Cascade, digests: dict[str, str], contents: list[list[str]]) -> ServedCascade:
     spec = cascade.spec.to_dict()
     manifest = {
         "cascade": spec,
@@ -122,7 +131,7 @@ def _served(cascade: Cascade, digests: dict[str, str]) -> ServedCascade:
         "stages": {stage.spec.name: stage.settings for stage in cascade.stages},
         **environment(),
     }
-    return ServedCascade(_digest(spec, digests), manifest)
+    return ServedCascade(_digest(spec, contents), manifest)
 
 
 def cascade_digest(spec: CascadeSpec) -> str:
@@ -133,11 +142,11 @@ def cascade_digest(spec: CascadeSpec) -> str:
     CheckpointError
         A file is missing, or a stage was scored elsewhere and names none.
     """
-    return _digest(spec.to_dict(), stage_digests(spec))
+    return _digest(spec.to_dict(), _contents(spec, stage_digests(spec)))
 
 
-def _digest(spec: dict[str, Any], digests: dict[str, str]) -> str:
-    content = {"cascade": _without_paths(spec), "files": _contents(digests)}
+def _digest(spec: dict[str, Any], contents: list[list[str]]) -> str:
+    content = {"cascade": _without_paths(spec), "files": contents}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
