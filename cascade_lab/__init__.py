@@ -13,8 +13,11 @@ from cascade_lab.displays import DISPLAYS
 from cascade_lab.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from cascade_lab.browser import browse as browse
     from cascade_lab.cascade import Cascade as Cascade
     from cascade_lab.displays import *
+    from cascade_lab.displays.grouped_texts import open_confusions as open_confusions
+    from cascade_lab.displays.grouped_texts import open_slices as open_slices
     from cascade_lab.evalset import EvalSet as EvalSet
     from cascade_lab.exceptions import CascadeLabError as CascadeLabError
     from cascade_lab.explorer import explore as explore
@@ -37,6 +40,9 @@ if not TYPE_CHECKING:
             "Run": ".run",
             "Stage": ".stage",
             "StageSpec": ".spec",
+            "browse": ".browser",
+            "open_confusions": ".displays.grouped_texts",
+            "open_slices": ".displays.grouped_texts",
             "explore": ".explorer",
             **dict.fromkeys(DISPLAYS, ".displays"),
         },

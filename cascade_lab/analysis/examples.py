@@ -5,15 +5,17 @@ Every function takes `thresholds`, like `Run.replay`, to look at the same run at
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from scipy.special import logit, logsumexp
 
+from cascade_lab.analysis.outcomes import ERRORS, outcomes
 from cascade_lab.calibrator import calibrated_logits
-from cascade_lab.exceptions import RunError
+from cascade_lab.decisions import probabilities, stage_targets
+from cascade_lab.exceptions import RunError, did_you_mean
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
@@ -21,8 +23,27 @@ if TYPE_CHECKING:
 Thresholds = Mapping[str, float] | None
 
 
-def confused_texts(run: Run, n: int = 10, n_texts: int = 3, *, thresholds: Thresholds = None) -> pd.DataFrame:
+def confused_texts(
+    run: Run,
+    n: int | None = 10,
+    n_texts: int = 3,
+    *,
+    outcome: str | Sequence[str] | None = None,
+    thresholds: Thresholds = None,
+) -> pd.DataFrame:
     """Return the `n` pairs of true and predicted label with the most errors, each with its surest texts.
+
+    Parameters
+    ----------
+    run : Run
+    n : int or None
+        None returns all pairs.
+    n_texts : int
+    outcome : str or sequence of str, optional
+        Only these errors: "wrong class" (one class for another), "false reject", "false accept" or "wrong reject". By
+        default all of them.
+    thresholds : mapping of str to float, optional
+        As for `Run.replay`.
 
     Returns
     -------
@@ -30,14 +51,25 @@ def confused_texts(run: Run, n: int = 10, n_texts: int = 3, *, thresholds: Thres
         One row per text, at most `n_texts` of each pair, the most frequent pair first: `label`, `predicted`;
         `n_examples` of the pair; `of_label`, the fraction that these are of all texts with that true label; then the
         other columns of `confident_errors`.
+
+    Raises
+    ------
+    RunError
+        `outcome` is not the name of an error.
     """
     table = confident_errors(run, None, thresholds=thresholds)
+    if outcome is not None:
+        wanted = [outcome] if isinstance(outcome, str) else list(outcome)
+        for name in wanted:
+            if name not in ERRORS:
+                raise RunError(f"no error is named '{name}'{did_you_mean(name, ERRORS)}")
+        table = table[np.isin(outcomes(run.spec, table["label"], table["predicted"]), wanted)]
     pair = ["label", "predicted"]
     counts = table.groupby(pair).size().rename("n_examples").reset_index()
     counts["of_label"] = counts["n_examples"] / counts["label"].map(run.examples["label"].value_counts()).astype(float)
-    counts = counts.sort_values("n_examples", ascending=False, kind="stable").head(n)
+    counts = counts.sort_values("n_examples", ascending=False, kind="stable")
     texts = table.groupby(pair, sort=False).head(n_texts)
-    return counts.merge(texts, on=pair, how="left")
+    return (counts if n is None else counts.head(n)).merge(texts, on=pair, how="left")
 
 
 def confident_errors(run: Run, n: int | None = 20, *, thresholds: Thresholds = None) -> pd.DataFrame:
@@ -129,6 +161,45 @@ def near_threshold(run: Run, stage: str, n: int = 10, *, thresholds: Thresholds 
     table = table.sort_values("distance", kind="stable")
     below, above = table[table["confidence"] < table["threshold"]], table[table["confidence"] >= table["threshold"]]
     return pd.concat([below.tail(n) if n else below.head(0), above.head(n)]).reset_index(drop=True)
+
+
+def stage_probabilities(run: Run, rows: np.ndarray | None = None) -> pd.DataFrame:
+    """Return what each stage computed for some examples: its most probable label, and that of the true label.
+
+    Parameters
+    ----------
+    run : Run
+    rows : ndarray of int, optional
+        The places of the examples in `run.examples`; by default all.
+
+    Returns
+    -------
+    DataFrame
+        One row per example, with `example_id` and for each stage: `<stage>_label`, its most probable label;
+        `<stage>_probability` of that label; `<stage>_true_label`, the label of the stage that leads to the true label
+        (the pass label of a gate for a text in scope), missing where it has none; `<stage>_true_probability` of it; and
+        `<stage>_reached`, whether the text reached the stage. Missing where the stage did not score the example.
+    """
+    rows = np.arange(len(run.examples)) if rows is None else np.asarray(rows, dtype=int)
+    columns: dict[str, Any] = {"example_id": run.examples["example_id"].to_numpy()[rows]}
+    y_true = run.examples["label"].to_numpy(dtype=object)[rows]
+    for stage in run.spec.stages:
+        scores = run.scores(stage.name)
+        scored = scores.scored[rows]
+        p = probabilities(stage, scores.logits[rows[scored]])
+        labels = np.array(stage.labels, dtype=object)
+        target = stage_targets(run.spec, stage.name, y_true, assume_reached=True)
+        target[~(np.isin(target, stage.labels) & scored)] = None
+        codes = pd.Index(stage.labels).get_indexer(target[scored])
+        best, (best_p, true_p) = np.full(len(rows), None, dtype=object), np.full((2, len(rows)), np.nan)
+        if len(p):
+            each = np.arange(len(p))
+            best[scored], best_p[scored] = labels[p.argmax(axis=1)], p.max(axis=1)
+            true_p[scored] = np.where(codes >= 0, p[each, codes], np.nan)
+        values = (best, best_p, target, true_p, scored & ~scores.shadow[rows])
+        parts = ("label", "probability", "true_label", "true_probability", "reached")
+        columns |= {f"{stage.name}_{part}": value for part, value in zip(parts, values, strict=True)}
+    return pd.DataFrame(columns)
 
 
 def with_texts(run: Run, predictions: pd.DataFrame) -> pd.DataFrame:
