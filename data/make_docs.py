@@ -16,6 +16,9 @@ from pathlib import Path
 
 import tomli
 import tomli_w
+from typer.main import get_command
+
+from cascade_lab.cli import app
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ROOT / "data" / "docs"
@@ -69,15 +72,16 @@ def with_links(text: str, page: Path, sources: Path) -> str:
     def link(match: re.Match[str]) -> str:
         before, address = match.groups()
         path = (page.parent / address).resolve()
-        if ":" in address or not path.is_relative_to(ROOT):
+        if ":" in address:
             return match.group()
         if path.is_dir():
             path = path / "README.md"
+        if not path.is_file():
+            raise SystemExit(f"error: {page.relative_to(ROOT)}: the link to {address} is dead")
         new = target(path)
-        if new.startswith("repository/") and path.is_file() and not (sources / new).exists():
+        if new.startswith("repository/") and not (sources / new).exists():
             copy(path, sources)
-        depth = target(page).count("/")
-        return before + "../" * depth + new
+        return before + "../" * target(page).count("/") + new
 
     return LINK.sub(link, text)
 
@@ -99,6 +103,9 @@ def write_notebook(notebook: Path, runs: Path | None, sources: Path) -> None:
     from nbconvert.preprocessors import ExecutePreprocessor
 
     book = nbformat.read(notebook, as_version=4)
+    for cell in book.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_links(cell.source, notebook, sources)
     if runs is not None:
         print(f"executing {notebook.name}", flush=True)
         shown = [cell.source for cell in book.cells]
@@ -117,7 +124,7 @@ def write_notebook(notebook: Path, runs: Path | None, sources: Path) -> None:
     for name, content in resources["outputs"].items():
         (page.parent / name).parent.mkdir(exist_ok=True)
         (page.parent / name).write_bytes(content)
-    page.write_text(with_links(text, notebook, sources), encoding="utf-8")
+    page.write_text(text.replace('<table border="1" class="dataframe">', "<table>"), encoding="utf-8")
 
 
 def write_api(sources: Path) -> None:
@@ -134,7 +141,8 @@ def write_api(sources: Path) -> None:
                 for name, names in modules.items()
                 for public in names
             ]
-        lines = [f"# {title}", "", (module.__doc__ or "").strip(), ""]
+        about = (module.__doc__ or "").split("\n\n")[0]
+        lines = [f"# {title}", about, f"Import these names from `{package}`." if modules is None else ""]
         lines += [f"::: {entry.__module__}.{entry.__qualname__}" for entry in objects]
         page = sources / "api" / f"{title.lower()}.md"
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +153,11 @@ def write_commands(sources: Path) -> None:
     """Write the page of all commands, from their help."""
     command = [sys.executable, "-m", "typer", "cascade_lab.cli", "utils", "docs", "--name", "cascade-lab"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    (sources / "commands.md").write_text(text.replace("# `cascade-lab`", "# Commands", 1), encoding="utf-8")
+    text = text.replace("# `cascade-lab`", "# Commands", 1)
+    for name, entry in get_command(app).commands.items():
+        about = entry.get_short_help_str(limit=1000)
+        text = re.sub(rf"^\* `{name}`: .*", f"* [`{name}`](#cascade-lab-{name}): {about}", text, flags=re.MULTILINE)
+    (sources / "commands.md").write_text(text, encoding="utf-8")
 
 
 def navigation(sources: Path) -> list[dict[str, object]]:

@@ -60,12 +60,12 @@ def screenshot(page: Path, size: tuple[int, int]) -> Image.Image:
     return picture
 
 
-def beside(left: Image.Image, right: Image.Image, gap: int = 40) -> Image.Image:
-    """Return two pictures side by side, the left one as high as the right one."""
-    left = left.resize((round(left.width * right.height / left.height), right.height), Image.Resampling.LANCZOS)
-    both = Image.new("RGB", (left.width + gap + right.width, right.height), "white")
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width + gap, 0))
+def above(first: Image.Image, second: Image.Image, gap: int = 40) -> Image.Image:
+    """Return two pictures, one above the other, the first one as wide as the second one."""
+    size = (second.width, round(first.height * second.width / first.width))
+    both = Image.new("RGB", (second.width, size[1] + gap + second.height), "white")
+    both.paste(first.resize(size, Image.Resampling.LANCZOS), (0, 0))
+    both.paste(second, (0, size[1] + gap))
     return both
 
 
@@ -98,9 +98,7 @@ def main() -> None:
         save(drawn(figure), arguments.output / f"{name}.png")
     report = framed(screenshot(arguments.runs / "demo" / "report.html", (1280, 800)))
     save(report, arguments.output / "report.png")
-    overview = beside(drawn(figures["flow"], 1280), report)
-    size = (2 * WIDTH, round(2 * WIDTH * overview.height / overview.width))
-    save(overview.resize(size, Image.Resampling.LANCZOS), arguments.output / "overview.png")
+    save(above(drawn(figures["flow"], 1280), report), arguments.output / "overview.png")
 
 
 if __name__ == "__main__":
