@@ -49,8 +49,9 @@ pictures: .venv/ready runs/demo/report.html
 runs/demo/report.html:
 	$(MAKE) demo
 
+# JupyterLab at the repository's root, where runs/ can be seen too, with the folder of the notebooks open.
 lab: .venv/ready
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url=/lab/tree/notebooks
 
 .venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
