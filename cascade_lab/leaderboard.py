@@ -69,20 +69,22 @@ def _row(path: Path) -> dict[str, Any]:
         run = Run.read(path)
         is_labelled = run.examples["label"].notna()
         metrics = prediction_metrics(run.spec, run.predictions[is_labelled.to_numpy()]) if is_labelled.any() else {}
-        tuned_on = run.spec.tuned_on
-        return {
-            "run": str(path),
-            "cascade": run.spec.name,
-            "evalset": _set_name(run.manifest["evalset"]),
-            "date": str(run.manifest.get("started") or "")[:16].replace("T", " "),
-            "n_examples": len(run.examples),
-            "n_labelled": int(is_labelled.sum()),
-            **metrics,
-            "tuned_on": _set_name(tuned_on["evalset"]) if tuned_on else None,
-            "same_texts": is_tuning_set(run),
-        }
+        counts = {"n_examples": len(run.examples), "n_labelled": int(is_labelled.sum())}
+        return {"run": str(path), **run_facts(run), **counts, **metrics}
     except CascadeLabError as error:
         return {"run": str(path), "problem": printable(str(error))}
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """Return what tells runs apart: `cascade`, `evalset`, `date`, `tuned_on` and `same_texts`, as in `leaderboard`."""
+    tuned_on = run.spec.tuned_on
+    return {
+        "cascade": run.spec.name,
+        "evalset": _set_name(run.manifest["evalset"]),
+        "date": str(run.manifest.get("started") or "")[:16].replace("T", " "),
+        "tuned_on": _set_name(tuned_on["evalset"]) if tuned_on else None,
+        "same_texts": is_tuning_set(run),
+    }
 
 
 def _set_name(evalset: Mapping[str, Any]) -> str:

@@ -38,10 +38,11 @@ def test_the_command_prints_and_writes_the_comparison(pair, tmp_path):
         assert part in result.output, part
     assert max(map(len, result.output.replace(str(tmp_path), "").splitlines())) <= 100
     content = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
-    assert content["metrics"][0]["difference"] == pytest.approx(difference)
-    assert len(content["changes"]) == comparison.pairs["change"].notna().sum()
-    assert sum(effect["value"] for effect in content["decomposition"]["effects"].values()) == pytest.approx(difference)
-    assert content["a"]["run_id"] == a.manifest["run_id"]
+    (of_two,) = content["comparisons"]
+    assert of_two["metrics"][0]["difference"] == pytest.approx(difference)
+    assert len(of_two["changes"]) == comparison.pairs["change"].notna().sum()
+    assert sum(effect["value"] for effect in of_two["decomposition"]["effects"].values()) == pytest.approx(difference)
+    assert of_two["a"]["run_id"] == content["runs"][0]["run_id"] == a.manifest["run_id"]
 
 
 def test_hostile_texts_are_harmless_on_the_terminal_and_whole_in_the_json(tmp_path):
@@ -52,7 +53,7 @@ def test_hostile_texts_are_harmless_on_the_terminal_and_whole_in_the_json(tmp_pa
     assert "[bold]b[/bold]" in result.output
     assert max(map(len, result.output.splitlines())) < 250
     content = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
-    assert {row["text"] for row in content["changes"]} == set(HOSTILE)
+    assert {row["text"] for row in content["comparisons"][0]["changes"]} == set(HOSTILE)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path):
@@ -61,6 +62,10 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path):
     (tmp_path / "there.json").write_text("mine")
     for arguments, message in (
         ([a, tmp_path / "nowhere"], "no such run directory"),
+        ([a], "a comparison needs two runs or more; give another run"),
+        ([a, b, a], "is given twice; give another run to compare it with"),
+        ([a, b, other], "in each; compare runs of one eval set"),
+        ([a, b, "--picture", tmp_path / "there.json"], "exists already"),
         ([a, other], "in each; compare runs of one eval set"),
         ([a, b, "--column", "domian"], "no column 'domian'"),
         ([a, b, "--output", tmp_path / "there.json"], "exists already"),

@@ -100,11 +100,14 @@ def test_swapping_a_and_b_changes_the_signs(pair):
     assert back.labels["wins"].sum() == comparison.labels["losses"].sum()
 
 
-def test_a_run_against_itself_differs_in_nothing(pair):
-    comparison = compare(pair[0], pair[0])
+def test_a_run_against_the_same_one_differs_in_nothing(pair):
+    with pytest.raises(RunError, match="is given twice; give another run"):
+        compare(pair[0], pair[0])
+    comparison = compare(pair[0], pair[0].with_thresholds({}))
     assert (comparison.metrics["difference"] == 0).all()
     assert (comparison.metrics["low"] <= 0).all()
     assert (comparison.metrics["high"] >= 0).all()
+    assert comparison.metrics["p_holm"].equals(comparison.metrics["p_value"].rename("p_holm"))
     assert comparison.metrics["p_value"].dropna().eq(1).all()
     assert comparison.metrics["p_value"].notna().sum() == 4
     assert comparison.pairs["change"].isna().all()
@@ -210,14 +213,14 @@ def test_unlabelled_texts_are_left_out(pair):
     assert comparison.decomposition == expected.decomposition
 
 
-def test_slices_are_by_words_and_by_columns_of_either_run(pair, tmp_path):
+def test_slices_are_by_tokens_and_by_columns_of_either_run(pair, tmp_path):
     a, b = pair
     examples = b.examples.assign(
         domain=np.where(np.arange(300) % 3 == 0, "bank", None), age=np.arange(300.0), unique=a.examples["example_id"]
     )
     b = perturbed_run(b, tmp_path / "sliced", noise=0, examples=examples)
     comparison = compare(a, b)
-    assert sorted(comparison.slices.index.unique("column")) == ["age", "domain", "words"]
+    assert sorted(comparison.slices.index.unique("column")) == ["age", "domain", "tokens"]
     bank = comparison.slices.loc["domain", "bank"]
     rows = np.arange(300) % 3 == 0
     right = (a.predictions["predicted"] == a.predictions["label"]).to_numpy()
@@ -226,7 +229,7 @@ def test_slices_are_by_words_and_by_columns_of_either_run(pair, tmp_path):
     assert comparison.slices.loc["domain"].index.tolist().count("missing") == 1
     assert sorted(comparison.slices.loc["age", "n_examples"]) == [75, 75, 75, 75]
     assert "0 to 74" in comparison.slices.loc["age"].index
-    assert set(compare(a, b, columns=["unique"]).slices.index.unique("column")) == {"unique", "words"}
+    assert set(compare(a, b, columns=["unique"]).slices.index.unique("column")) == {"unique", "tokens"}
     np.testing.assert_allclose(comparison.slices["p_holm"], holm(comparison.slices["p_value"].to_numpy()))
 
 

@@ -44,7 +44,7 @@ def test_the_pictures_of_n_labels_are_legible(tmp_path, n):
 def test_hostile_labels_no_change_and_no_gate_can_be_drawn(tmp_path):
     hostile = hostile_pair(tmp_path / "hostile")
     a = random_run(tmp_path / "a", n_labels=3)
-    for runs in (hostile, (hostile[0], hostile[0]), (a, one_stage_run(a, tmp_path / "b"))):
+    for runs in (hostile, (hostile[0], hostile[0].with_thresholds({})), (a, one_stage_run(a, tmp_path / "b"))):
         display = ComparisonDisplay.from_runs(*runs)
         for plot in (display.plot, display.plot_labels, display.plot_decomposition):
             _, ax = plt.subplots(layout="constrained")

@@ -140,7 +140,7 @@ def computations(run: Run) -> Iterator[tuple[str, Callable[[], Any]]]:
         for stage in stages:
             yield f"{name} of {stage}", partial(getattr(analysis, name), run, stage)
     yield "near_threshold", lambda: [analysis.near_threshold(run, stage) for stage in stages]
-    yield "compare", lambda: analysis.compare(run, run)
+    yield "compare", lambda: analysis.compare(run, run.with_thresholds({}))
     yield "compare other", lambda: analysis.compare(run, run.with_thresholds({stages[0]: 0.9})).to_dict()
     yield "summary", lambda: (run.metrics, repr(run), features(run))
     yield "latency", lambda: (stage_latencies(run), latency_summary(run))

@@ -348,8 +348,8 @@ def test_a_run_from_logits_has_the_reports(notebook, tmp_path):
     defaults = papermill.inspect_notebook(str(notebook_path(notebook)))
     others = {"test_dir", "against_dir"} & defaults.keys()
     parameters = {name: str(logits_run(tmp_path, seed=2).directory) for name in others}
-    if "run_b" in defaults:
-        parameters["run_b"] = str(run.with_thresholds({"gate0": 0.3}).write(tmp_path / "other").directory)
+    if "other_runs" in defaults:
+        parameters["other_runs"] = str(run.with_thresholds({"gate0": 0.3}).write(tmp_path / "other").directory)
     report = write_report(run, notebook=notebook, parameters=parameters)
     assert "<td>logits</td>" in report.read_text(encoding="utf-8")
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cascade_lab.analysis.examples import near_threshold as near_threshold
     from cascade_lab.analysis.examples import surest_first as surest_first
     from cascade_lab.analysis.label_audit import audit as audit
+    from cascade_lab.analysis.many_runs import compare_many as compare_many
     from cascade_lab.analysis.metrics import confused_pairs as confused_pairs
     from cascade_lab.analysis.metrics import confusion as confusion
     from cascade_lab.analysis.metrics import label_metrics as label_metrics
@@ -57,6 +58,7 @@ if not TYPE_CHECKING:
             "calibration_metrics": ".calibration",
             "compare": ".comparison",
             "compare_calibrators": ".calibrators",
+            "compare_many": ".many_runs",
             "confident_errors": ".examples",
             "confused_pairs": ".metrics",
             "confused_texts": ".examples",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,15 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.bootstrap import N_RESAMPLES
+from cascade_lab.analysis.comparison_notes import correction, refuse_same_runs, same_texts_notes, scope_notes
 from cascade_lab.analysis.decomposition import Decomposition, common_rows, decompose
 from cascade_lab.analysis.duplicates import repeats_sentences, text_groups
 from cascade_lab.analysis.latency import PERCENTILES, is_timed, stage_latencies
-from cascade_lab.analysis.paired import paired_metrics, paired_tests, sorted_with_holm, wins_and_losses
+from cascade_lab.analysis.paired import holm_over_runs, paired_metrics, paired_tests, sorted_with_holm, wins_and_losses
 from cascade_lab.analysis.sentences import Summary, percent, points
+from cascade_lab.analysis.text_tokens import split_tokens
 from cascade_lab.exceptions import RunError, did_you_mean
+from cascade_lab.leaderboard import run_facts
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
@@ -38,10 +41,10 @@ class Comparison:
     Attributes
     ----------
     runs : tuple of two dicts
-        Of A and of B: `name`, `directory` (None in memory), `run_id`, `cascade`, `thresholds`, `batch_size`,
-        `processor`, and `n_alone`, how many of its labelled texts the other run lacks.
+        Of A and of B: `name`, `directory` (None in memory), `run_id`, `thresholds`, `batch_size`, `processor`, what
+        `leaderboard.run_facts` says, and `n_alone`, how many of its labelled texts another run lacks.
     metrics : DataFrame
-        See `paired_metrics`.
+        See `paired_metrics`; and `p_holm`, the p-value corrected for the number of runs that are compared with A.
     pairs : DataFrame
         One row per text, in A's order: `example_id`, `text`, `text_b`, `label`, `a` and `b` (the labels that A and B
         predict), `decided_by_a`, `decided_by_b`, `probability_a`, `probability_b`, and `change`, one of `CHANGES` or
@@ -57,6 +60,8 @@ class Comparison:
         A sentence for each run whose own metrics count a label as a class that rejects in the other run.
     level : float
         Of the intervals.
+    n_compared : int
+        How many runs are compared with A, B being one of them.
     """
 
     runs: tuple[dict[str, Any], dict[str, Any]]
@@ -69,6 +74,7 @@ class Comparison:
     not_decomposed: str = ""
     scope_notes: tuple[str, ...] = ()
     level: float = 0.95
+    n_compared: int = 1
 
     def __repr__(self) -> str:
         a, b = (run["name"] for run in self.runs)
@@ -79,9 +85,10 @@ class Comparison:
         """Whether one run is right more often than the other. McNemar's exact test at 0.05 decides, no interval does.
 
         The interval of the difference is an approximation: with few texts that changed, it can exclude zero where the
-        exact test shows that chance explains the change.
+        exact test shows that chance explains the change. If several runs are compared with A, the p-value is corrected
+        for their number.
         """
-        return bool(self.metrics.loc["accuracy", "p_value"] < ALPHA)
+        return bool(self.metrics.loc["accuracy", "p_holm"] < ALPHA)
 
     @property
     def verdict(self) -> str:
@@ -91,13 +98,11 @@ class Comparison:
         wins, losses = wins_and_losses(gains, text_groups(self.pairs))
         different = "different texts" if self.repeats else "texts"
         texts = f"B alone is right on {wins:,} of the {different}, A alone on {losses:,}; McNemar's exact test"
+        p = f"p = {row['p_holm']:.2g}{correction(self.n_compared)}"
         if not self.is_decided:
-            return (
-                f"These texts do not show which run is right more often ({texts}: p = {row['p_value']:.2g}, not below "
-                f"{ALPHA:g})."
-            )
+            return f"These texts do not show which run is right more often ({texts}: {p}, not below {ALPHA:g})."
         more = "more" if row["difference"] > 0 else "less"
-        return f"B is right {more} often than A ({texts}: p = {row['p_value']:.2g}, below {ALPHA:g})."
+        return f"B is right {more} often than A ({texts}: {p}, below {ALPHA:g})."
 
     @property
     def repeats(self) -> list[str]:
@@ -146,6 +151,7 @@ class Comparison:
             f"Of the texts in scope, A answers {percent(in_a)} correctly and B {percent(in_b)}. "
             f"Of the other texts, A rejects {percent(out_a)} and B {percent(out_b)}.",
             *self.scope_notes,
+            *same_texts_notes(dict(zip("AB", self.runs, strict=True))),
             f"For {n_differing:,} of {len(self.labels):,} true labels one run is right more often (McNemar's exact "
             f"test, p < {ALPHA:g} after Holm's correction).",
         ]
@@ -182,6 +188,7 @@ class Comparison:
             "a": self.runs[0],
             "b": self.runs[1],
             "n_examples": len(self.pairs),
+            "n_compared": self.n_compared,
             "metrics": self.metrics.reset_index().to_dict("records"),
             "decomposition": None
             if split is None
@@ -199,6 +206,8 @@ def compare(
     run_b: Run,
     *,
     columns: Sequence[str] | None = None,
+    example_ids: Collection[str] | None = None,
+    reject_labels: Collection[str] = (),
     level: float = 0.95,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
@@ -214,6 +223,10 @@ def compare(
     columns : sequence of str, optional
         Columns of the examples to slice by, besides the length of the text; by default those with 2 to 50 different
         values. Numbers are cut at their quartiles.
+    example_ids : collection of str, optional
+        The texts to compare the runs on, by default all that both have.
+    reject_labels : collection of str
+        Labels that reject, besides those of both cascades.
     level : float
         Of the intervals.
     n_resamples, seed : int
@@ -222,10 +235,12 @@ def compare(
     Raises
     ------
     RunError
-        No common `example_id`, a common one with another text or label in each run, or no such column.
+        The same run twice, no common `example_id`, a common one with another text or label in each run, or no such
+        column.
     """
+    refuse_same_runs([run_a, run_b])
     a, b = run_a.labelled, run_b.labelled
-    rows_a, rows_b = common_rows(a, b)
+    rows_a, rows_b = common_rows(a, b, example_ids)
     examples = a.examples.iloc[rows_a].reset_index(drop=True)
     predictions = [run.predictions.iloc[rows] for run, rows in ((a, rows_a), (b, rows_b))]
     pairs = examples[["example_id", "text", "text_b", "label"]].copy()
@@ -243,13 +258,14 @@ def compare(
     options: dict[str, Any] = {"level": level, "n_resamples": n_resamples, "seed": seed}
     split, reason = None, ""
     try:
-        split = decompose(run_a, run_b, level=level)
+        split = decompose(run_a, run_b, example_ids=example_ids, level=level)
     except RunError as error:
         reason = str(error)
-    reject_labels = {*run_a.spec.reject_labels, *run_b.spec.reject_labels}
+    reject_labels = {*run_a.spec.reject_labels, *run_b.spec.reject_labels, *reject_labels}
+    metrics = paired_metrics(pairs["label"], pairs["a"], pairs["b"], reject_labels, groups=same_text, **options)
     return Comparison(
-        runs=(_run_facts(a, len(pairs)), _run_facts(b, len(pairs))),
-        metrics=paired_metrics(pairs["label"], pairs["a"], pairs["b"], reject_labels, groups=same_text, **options),
+        runs=(_facts(run_a, len(a.examples) - len(pairs)), _facts(run_b, len(b.examples) - len(pairs))),
+        metrics=holm_over_runs([metrics])[0],
         pairs=pairs,
         labels=paired_tests(pairs["label"], right_a, right_b, groups=same_text)
         .droplevel("column")
@@ -258,22 +274,9 @@ def compare(
         latency=latencies(run_a, run_b),
         decomposition=split,
         not_decomposed=reason,
-        scope_notes=tuple(_scope_notes(run_a, run_b)),
+        scope_notes=tuple(scope_notes({"A": run_a, "B": run_b})),
         level=level,
     )
-
-
-def _scope_notes(run_a: Run, run_b: Run) -> list[str]:
-    """Return a sentence for each run that counts as a class, in its own metrics, what the other one rejects with."""
-    notes = []
-    for letter, run, other, other_run in (("A", run_a, "B", run_b), ("B", run_b, "A", run_a)):
-        labels = [label for label in other_run.spec.reject_labels if label in run.spec.in_scope_labels]
-        if labels:
-            notes.append(
-                f"{letter}'s own metrics count the label {labels[0]} as a class; here it rejects, as in {other}. Add "
-                f'reject_label = "{labels[0]}" to the last stage of {letter} to have the same metrics everywhere.'
-            )
-    return notes
 
 
 def latencies(run_a: Run, run_b: Run) -> pd.DataFrame | None:
@@ -303,27 +306,27 @@ def latencies(run_a: Run, run_b: Run) -> pd.DataFrame | None:
     return pd.DataFrame(list(rows.values()), index=index, columns=columns)
 
 
-def _run_facts(run: Run, n_common: int) -> dict[str, Any]:
+def _facts(run: Run, n_alone: int) -> dict[str, Any]:
     return {
         "name": run.name,
         "directory": None if run.directory is None else str(run.directory),
         "run_id": run.manifest["run_id"],
-        "cascade": run.spec.name,
+        **run_facts(run),
         "thresholds": run.spec.thresholds,
         "batch_size": run.manifest.get("batch_size"),
         "processor": run.manifest.get("processor"),
-        "n_alone": len(run.examples) - n_common,
+        "n_alone": n_alone,
     }
 
 
 def _groups(examples: pd.DataFrame, columns: Sequence[str] | None, run: Run) -> dict[str, pd.Series]:
-    """Return the group of each text by its number of words, and by each column of the examples."""
+    """Return the group of each text by its number of tokens (`split_tokens`), and by each column of the examples."""
     known = [name for name in examples.columns if name not in ("example_id", "text", "text_b", "label")]
     for name in columns or ():
         if name not in known:
             raise RunError(f"{run.name}: the examples have no column '{name}'{did_you_mean(name, known)}")
-    n_words = (examples["text"] + " " + examples["text_b"].fillna("")).str.split().str.len()
-    groups = {"words": _quartile_groups(n_words)}
+    n_tokens = (examples["text"] + " " + examples["text_b"].fillna("")).map(lambda text: len(split_tokens(text)))
+    groups = {"tokens": _quartile_groups(n_tokens)}
     for name in known if columns is None else columns:
         values = examples[name]
         is_number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,10 +47,13 @@ class Decomposition(NamedTuple):
         return self.frame().to_html()
 
 
-def decompose(run_a: Run, run_b: Run, *, level: float = 0.95) -> Decomposition:
+def decompose(
+    run_a: Run, run_b: Run, *, example_ids: Collection[str] | None = None, level: float = 0.95
+) -> Decomposition:
     """Split the difference of two runs' accuracies into the effect of the earlier stages, of the last, and of both.
 
     The gates and deferral stages of each run are put in front of the last stage of the other, on kept logits.
+    `example_ids` are the texts to count, by default all that both runs have.
 
     Raises
     ------
@@ -68,7 +72,7 @@ def decompose(run_a: Run, run_b: Run, *, level: float = 0.95) -> Decomposition:
             "so they cannot be swapped; compare the cascades as a whole"
         )
     run_a, run_b = run_a.labelled, run_b.labelled
-    rows_a, rows_b = common_rows(run_a, run_b)
+    rows_a, rows_b = common_rows(run_a, run_b, example_ids)
     sides = {"A": (run_a, rows_a), "B": (run_b, rows_b)}
     pairs = {"AA": ("A", "A"), "BA": ("B", "A"), "AB": ("A", "B"), "BB": ("B", "B")}
     y_true = run_a.examples["label"].to_numpy(dtype=object)[rows_a]
@@ -82,10 +86,15 @@ def decompose(run_a: Run, run_b: Run, *, level: float = 0.95) -> Decomposition:
     )
 
 
-def common_rows(run_a: Run, run_b: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows in A and in B of the common examples, in A's order; check that their texts and labels agree."""
+def common_rows(run_a: Run, run_b: Run, example_ids: Collection[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows in A and in B of the common examples, in A's order; check that their texts and labels agree.
+
+    `example_ids` are those to keep, by default all.
+    """
     ids = pd.Index(run_a.examples["example_id"])
     rows_b = pd.Index(run_b.examples["example_id"]).get_indexer(ids)
+    if example_ids is not None:
+        rows_b[~ids.isin(list(example_ids))] = -1
     rows_a = np.flatnonzero(rows_b >= 0)
     rows_b = rows_b[rows_a]
     both = f"{run_a.name} and {run_b.name}"

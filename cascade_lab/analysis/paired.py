@@ -223,6 +223,22 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return np.minimum(adjusted, 1.0)
 
 
+def holm_over_runs(tables: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Return tables of `paired_metrics`, of several runs against the same one, with the column `p_holm`.
+
+    The p-values of each metric are corrected for the number of runs, each metric by itself: not for the number of
+    metrics. The chance that at least one of several runs that do not differ seems to differ in a metric is then at most
+    the threshold of its p-values. The intervals are not corrected.
+
+    >>> tables = [pd.DataFrame({"p_value": [p, np.nan]}, index=["accuracy", "risk"]) for p in (0.01, 0.04, 0.03)]
+    >>> [table["p_holm"].tolist() for table in holm_over_runs(tables)]
+    [[0.03, nan], [0.06, nan], [0.06, nan]]
+    """
+    p_values = np.array([table["p_value"] for table in tables])
+    corrected = np.transpose([holm(of_metric) for of_metric in p_values.T])
+    return [table.assign(p_holm=p_holm) for table, p_holm in zip(tables, corrected, strict=True)]
+
+
 def paired_tests(
     values: Any, right_a: np.ndarray, right_b: np.ndarray, *, groups: np.ndarray | None = None, name: str = ""
 ) -> pd.DataFrame:

@@ -1,27 +1,46 @@
-"""`cascade-lab compare` shows whether one run is better than another."""
+"""`cascade-lab compare` shows whether one run is better than another, or which of several is."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.padding import Padding
 from rich.table import Table
 
 from cascade_lab.cli.options import OVERWRITE, SHOWN_TEXTS
-from cascade_lab.cli.printing import MAX_CELL, cell, interval, line, next_step, number, p_value, show, table, title
+from cascade_lab.cli.printing import (
+    MAX_CELL,
+    METRICS,
+    UNDEFINED,
+    cell,
+    interval,
+    line,
+    next_step,
+    number,
+    p_value,
+    show,
+    show_runs,
+    table,
+    title,
+    tuned_on,
+)
 from cascade_lab.text import shorten
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from cascade_lab.analysis.comparison import Comparison
+    from cascade_lab.analysis.many_runs import Comparisons
 
 MAX_GROUPS = 8  # labels, and slices, that are shown
 MAX_NAME = 40  # characters of a label or a slice
 MAX_SENTENCE = 400
+MAX_VERDICT = 2000  # it may name a dozen runs
 EFFECTS = {
     "gate": "stages before the last: B's instead of A's",
     "classifier": "last stage: B's instead of A's",
@@ -30,10 +49,19 @@ EFFECTS = {
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The run to improve on.", show_default=False)],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run that may be better.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_A RUN_B...",
+            help="The run to improve on, then one or more runs that may be better.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="A JSON file to write: all numbers, and every text that changed.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="A PNG file to write: how much each run differs from the first, with intervals.")
     ] = None,
     texts: SHOWN_TEXTS = 3,
     column: Annotated[
@@ -46,30 +74,85 @@ def compare(
 ) -> None:
     """Show whether run B is better than run A: by how much, for which labels and slices, and because of which stage.
 
-    The runs are joined on example_id. Their cascades may have different stages, but the true labels must be the same.
+    More than two runs give a leaderboard: each run against the first one. The runs are joined on example_id. Their
+    cascades may have different stages, but the true labels must be the same.
 
     Example: cascade-lab compare runs/demo runs/demo-tuned
     """
-    from cascade_lab.analysis.comparison import compare as compare_runs
-    from cascade_lab.atomic import locked_file, write_json
+    from cascade_lab.analysis.many_runs import compare_many
+    from cascade_lab.atomic import locked_file, write_file, write_json
     from cascade_lab.run import Run
 
-    lock = nullcontext() if output is None else locked_file(output, overwrite=overwrite, what="comparison")
-    with lock:
-        comparison = compare_runs(Run.read(run_a), Run.read(run_b), columns=column or None)
+    with ExitStack() as locks:
+        for path, what in ((output, "comparison"), (picture, "picture")):
+            if path is not None:
+                locks.enter_context(locked_file(path, overwrite=overwrite, what=what))
+        comparisons = compare_many([Run.read(run) for run in runs], columns=column or None)
         if output is not None:
-            write_json(output, comparison.to_dict())
-    _print_comparison(comparison, n_texts=texts)
-    if output is not None:
-        line(f"comparison: {output}")
-    next_step("report", run_a, "--notebook", "06_compare_runs", "-p", f"run_b={run_b}")
+            write_json(output, comparisons.to_dict())
+        if picture is not None:
+            from cascade_lab.displays import LeaderboardDisplay
+
+            figure = LeaderboardDisplay(comparisons).plot().figure_
+            write_file(picture, partial(figure.savefig, dpi=150, format="png"))
+    if len(runs) == 2:
+        _print_comparison(comparisons.comparison(), n_texts=texts)
+    else:
+        _print_leaderboard(comparisons)
+    for path, what in ((output, "comparison"), (picture, "picture")):
+        if path is not None:
+            line(f"{what}: {path}")
+    if len(runs) == 2:
+        next_step("report", runs[0], "--notebook", "06_compare_runs", "-p", f"other_runs={runs[1]}")
+    else:
+        best = comparisons.comparisons.index(comparisons.comparison())
+        next_step("compare", runs[0], runs[1 + best])
+
+
+def _print_leaderboard(comparisons: Comparisons) -> None:
+    from cascade_lab.analysis.many_runs import MULTIPLICITY
+
+    first, *others = comparisons.names
+    show(title(comparisons.verdict, MAX_VERDICT), "")
+    line(f"{len(others)} runs against {first}, on the {comparisons.n_examples:,} texts that all of them have")
+    for note in comparisons.notes:
+        line(note)
+    show("")
+    board, facts = comparisons.leaderboard(), comparisons.runs
+    runs = {
+        name: {
+            "cascade": shorten(facts[name]["cascade"], MAX_NAME),
+            "thresholds": _thresholds(facts[name]) or UNDEFINED,
+            "tuned on": tuned_on(facts[name]),
+        }
+        for name in board.index
+    }
+    level = f"{comparisons.level:.0%} interval"
+    numbers = {
+        "accuracy": [number(value, ".2%") for value in board["accuracy"]],
+        "difference": [_points(value) for value in board["difference"]],
+        level: [_points_interval(low, high) for low, high in board[["low", "high"]].to_numpy()],
+        "p (Holm)": [p_value(value) for value in board["p_holm"]],
+    }
+    show_runs(runs, numbers)
+    show("")
+    values = comparisons.values().drop(columns="accuracy")
+    percents = {METRICS[metric]: [number(value, ".2%") for value in values[metric]] for metric in values}
+    show_runs({name: {} for name in values.index}, percents)
+    show("")
+    show(f"difference: to {first}, in percentage points. {MULTIPLICITY}")
+
+
+def _thresholds(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in facts["thresholds"].items() if value is not None)
 
 
 def _print_comparison(comparison: Comparison, *, n_texts: int) -> None:
     from cascade_lab.analysis.comparison import CHANGES
+    from cascade_lab.analysis.comparison_notes import same_texts_notes
 
     show(title(comparison.verdict), cell(comparison.difference, MAX_SENTENCE), *comparison.repeats, "")
-    for note in comparison.scope_notes:
+    for note in (*comparison.scope_notes, *same_texts_notes(dict(zip("AB", comparison.runs, strict=True)))):
         line(note)
     _print_runs(comparison)
     show("", _metrics(comparison))
@@ -91,9 +174,8 @@ def _print_comparison(comparison: Comparison, *, n_texts: int) -> None:
 
 def _print_runs(comparison: Comparison) -> None:
     for letter, run in zip("AB", comparison.runs, strict=True):
-        thresholds = [f"{name} {value:g}" for name, value in run["thresholds"].items() if value is not None]
-        facts = "; ".join([shorten(run["cascade"], MAX_CELL), *filter(None, [", ".join(thresholds)])])
-        line(f"{letter}: {run['name']} ({facts})")
+        facts = [shorten(run["cascade"], MAX_CELL), _thresholds(run)]
+        line(f"{letter}: {run['name']} ({'; '.join(filter(None, facts))})")
     only = ", ".join(f"{run['n_alone']:,} only in {letter}" for letter, run in zip("AB", comparison.runs, strict=True))
     line(f"{len(comparison.pairs):,} texts in both, {only}")
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.measure import Measurement
+from rich.padding import Padding
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -96,9 +99,9 @@ def cell(text: str, max_length: int = MAX_CELL) -> Text:
     return Text(shorten(printable(text), max_length))
 
 
-def title(text: str) -> Text:
+def title(text: str, max_length: int = MAX_CELL) -> Text:
     """Make a title of a user's text."""
-    bold = cell(text)
+    bold = cell(text, max_length)
     bold.stylize("bold")
     return bold
 
@@ -147,6 +150,70 @@ def p_value(value: float | None) -> str:
     ('0.0400', '<0.0001')
     """
     return "<0.0001" if value is not None and value < 0.0001 else number(value)
+
+
+METRICS = {
+    "accuracy": "accuracy",
+    "in_scope_accuracy": "in scope",
+    "reject_recall": "recall",
+    "reject_precision": "precision",
+    "macro_f1": "macro F1",
+    "coverage": "coverage",
+    "risk": "risk",
+}
+"""The short names of metrics in tables of runs."""
+
+
+def show_runs(runs: Mapping[str, Mapping[str, str]], numbers: Mapping[str, Sequence[str]]) -> None:
+    """Print a table of runs: name, facts such as the cascade, and numbers.
+
+    If the terminal is too narrow for a column for each fact, the facts of a run are below its name.
+
+    Parameters
+    ----------
+    runs : mapping of str to mapping of str to str
+        Name to the run's facts, by name of the fact; the same facts for each run.
+    numbers : mapping of str to sequence of str
+        Header to one number per run.
+    """
+    console = Console()
+    facts = list(next(iter(runs.values())))
+    rows = list(zip(*numbers.values(), strict=True))
+    wide = table("run", *facts, *numbers)
+    for column in wide.columns[: len(facts) + 1]:
+        column.justify = "left"
+    for (name, values), row in zip(runs.items(), rows, strict=True):
+        wide.add_row(cell(name), *map(cell, values.values()), *row)
+    if Measurement.get(console, console.options.update(max_width=10**6), wide).maximum <= console.width:
+        show(wide)
+        return
+    narrow = table("run", *numbers, fold_first=True)
+    width = console.width - sum(2 + max(map(len, (header, *column))) for header, column in numbers.items()) - 2
+    for (name, values), row in zip(runs.items(), rows, strict=True):
+        below = ", ".join(f"{fact} {value}" for fact, value in values.items() if value != UNDEFINED)
+        lines: list[RenderableType] = [fold_name(cell(name).plain, width)]
+        lines += [Padding(Text(below, style="dim"), (0, 0, 0, 2))] if below else []
+        narrow.add_row(Group(*lines), *row)
+    show(narrow)
+
+
+def fold_name(name: str, width: int) -> str:
+    """Fold a long name after one of its slashes, hyphens, underscores, dots or blanks, if it has one.
+
+    >>> fold_name("runs/larger_model-v2", 12)
+    'runs/larger_\\nmodel-v2'
+    """
+    lines = [""]
+    for part in re.findall(r"[^/\\\-_. ]*[/\\\-_. ]?", name):
+        if lines[-1] and cell_len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def tuned_on(run: Mapping[str, Any]) -> str:
+    """Return where the thresholds of a run come from, from its `leaderboard.run_facts`."""
+    return UNDEFINED if run["tuned_on"] is None else run["tuned_on"] + " (same texts)" * bool(run["same_texts"])
 
 
 def print_run(run: Run) -> None:

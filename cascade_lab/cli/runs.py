@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.options import AS_JSON
-from cascade_lab.cli.printing import UNDEFINED, cell, line, next_step, number, print_json, show, table
+from cascade_lab.cli.printing import METRICS, UNDEFINED, line, next_step, number, print_json, show_runs, tuned_on
 
 if TYPE_CHECKING:
     import pandas as pd
-
-N_TEXT_COLUMNS = 4
 
 
 def runs(
@@ -50,20 +48,19 @@ def runs(
 
 
 def _print_runs(good: pd.DataFrame, folder: Path, sort: str) -> None:
-    from cascade_lab.leaderboard import METRICS
-
-    metrics = list(METRICS[:3]) + ([sort] if sort in METRICS[3:] else [])
-    names = {"in_scope_accuracy": "in scope", "reject_recall": "recall", "reject_precision": "precision"}
-    headers = [names.get(key, key.replace("_", " ")) for key in metrics]
-    shown = table("run", "cascade", "eval set", "tuned on", "date", *headers, fold_first=True)
-    for column in shown.columns[: N_TEXT_COLUMNS + 1]:
-        column.justify = "left"
-    for row in good.to_dict("records"):
-        tuned_on = UNDEFINED if row["tuned_on"] is None else row["tuned_on"] + " (same texts)" * bool(row["same_texts"])
-        texts = (os.path.relpath(row["run"], folder), row["cascade"], row["evalset"], tuned_on)
-        shown.add_row(*map(cell, texts), row["date"][:10], *(number(row[key]) for key in metrics))
-    if len(good):
-        show(shown)
-        line("recall: of texts out of scope, rejected with the right label")
+    if good.empty:
+        return
+    runs = {
+        os.path.relpath(row["run"], folder): {
+            "cascade": row["cascade"],
+            "eval set": row["evalset"],
+            "tuned on": tuned_on(row),
+            "date": row["date"][:10] or UNDEFINED,
+        }
+        for row in good.to_dict("records")
+    }
+    metrics = list(dict.fromkeys(["accuracy", "in_scope_accuracy", "reject_recall", *([sort] * (sort in METRICS))]))
+    show_runs(runs, {METRICS[key]: good[key].map(number).tolist() for key in metrics})
+    line("recall: of texts out of scope, rejected with the right label")
     if good["same_texts"].eq(True).any():
         line("same texts: the thresholds were tuned on the texts of the run, so its metrics are too high")

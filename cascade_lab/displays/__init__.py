@@ -31,6 +31,7 @@ DISPLAYS = {
     "CostFrontDisplay": "cost_front",
     "CounterfactualMatrixDisplay": "outcomes",
     "HeldOutDisplay": "study",
+    "LeaderboardDisplay": "comparison",
     "LengthLatencyDisplay": "latency",
     "MonitorDisplay": "monitor",
     "OracleLadderDisplay": "outcomes",

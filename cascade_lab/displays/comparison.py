@@ -1,7 +1,8 @@
-"""Draws two runs side by side: metrics with intervals, labels that got better or worse, and the stages behind it."""
+"""Draws how runs differ: several from the first one, and two in their metrics, labels and stages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cascade_lab.analysis.comparison import ALPHA, CHANGES, LOSS, WIN, Comparison, compare
+from cascade_lab.analysis.comparison_notes import correction
+from cascade_lab.analysis.many_runs import FIRST, HIGHER, LOWER, NO_TEST, NOT_DECIDED, Comparisons, compare_many
 from cascade_lab.displays.drawing import Display, Style, hide_spines, metric_label, plain_text
 from cascade_lab.run import Run
 from cascade_lab.text import shorten
@@ -21,6 +24,82 @@ if TYPE_CHECKING:
 _DARK, _LIGHT = "#1f4e79", "#f0a860"  # blue and sand: different in a grey print too
 _GAIN: Style = {"color": _DARK, "linewidth": 0}
 _LOSS: Style = {"color": _LIGHT, "hatch": "///", "edgecolor": "0.3", "linewidth": 0}
+_POINTS: dict[str, Style] = {
+    HIGHER: {"marker": "o", "color": _DARK, "markerfacecolor": _DARK},
+    LOWER: {"marker": "s", "color": "#b8621b", "markerfacecolor": _LIGHT},
+    NOT_DECIDED: {"marker": "o", "color": "0.45", "markerfacecolor": "white"},
+    NO_TEST: {"marker": "|", "color": "0.45", "markeredgewidth": 2.2},
+    FIRST: {"marker": "D", "color": "black"},
+}
+
+
+class LeaderboardDisplay(Display):
+    """How much each run differs from the first one in a metric, the run with the highest value at the top.
+
+    Parameters
+    ----------
+    comparisons : Comparisons
+    metric : str
+        One of those in `Comparison.metrics`.
+
+    Attributes
+    ----------
+    comparisons : Comparisons
+    metric : str
+    title : str
+    ax_, figure_ : Axes, Figure
+        After `plot`.
+    """
+
+    def __init__(self, comparisons: Comparisons, *, metric: str = "accuracy"):
+        self.comparisons, self.metric = comparisons, metric
+        self._board = comparisons.leaderboard(metric)
+        first = shorten(comparisons.names[0], 40)
+        self.title = f"{_named(metric)} against that of {first}, on {comparisons.n_examples:,} texts"
+
+    @classmethod
+    def from_runs(cls, runs: Sequence[Run], *, metric: str = "accuracy", **options: Any) -> Self:
+        """Compute from runs, with `cascade_lab.analysis.many_runs.compare_many` and its options."""
+        return cls(compare_many(runs, **options), metric=metric)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per run: the metric, the difference and its interval, p-values, and what they decide."""
+        return self._board
+
+    def plot(self, ax: Axes | None = None, **kwargs: Any) -> Self:
+        """Draw the difference of each run to the first one as a point on its interval.
+
+        The point is filled if McNemar's exact test decides that there is a difference: p < 0.05 after Holm's correction
+        for the number of runs. It is blue for a higher value, orange and square for a lower one.
+
+        Parameters
+        ----------
+        ax : Axes, optional
+        **kwargs
+            Go to `Axes.plot`, which draws the points.
+        """
+        board, n = self._board, len(self.comparisons.comparisons)
+        ax = self._axes(ax, (7.5, 1.6 + 0.36 * len(board)))
+        ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
+        for row, (decision, *differences) in enumerate(board[["decision", "difference", "low", "high"]].to_numpy()):
+            difference, low, high = (100 * value for value in differences)
+            style = _POINTS[decision]
+            ax.plot([low, high], [row, row], color=style["color"], linewidth=2.2, solid_capstyle="butt")
+            x = 0 if decision == FIRST else difference
+            ax.plot(x, row, **(style | {"markersize": 7, "linestyle": "none"} | kwargs))
+        values = ["–" if np.isnan(value) else f"{100 * value:.1f}%" for value in board[self.metric]]
+        _label_rows(ax, [plain_text(name, 40) for name in board.index], values)
+        ax.set_ylim(len(board) - 0.5, -0.5)
+        if (board["decision"] == NO_TEST).any():
+            meaning = "there is no test of this metric"
+        else:
+            meaning = f"filled: p < {ALPHA:g} in McNemar's test{correction(n)}"
+        ax.set_xlabel(
+            f"difference to {plain_text(self.comparisons.names[0], 40)} (◆) in percentage points, with paired "
+            f"{self.comparisons.level:.0%} intervals\n{meaning}"
+        )
+        self._set_title(self.title, max_length=110)
+        return self
 
 
 class ComparisonDisplay(Display):
@@ -55,8 +134,9 @@ class ComparisonDisplay(Display):
     def plot(self, ax: Axes | None = None, **kwargs: Any) -> Self:
         """Draw the difference of each metric as a point on its interval.
 
-        The point is filled if McNemar's exact test decides that there is a difference (p < 0.05), and empty if it does
-        not. A metric that has no such test is a bar.
+        The point is filled if McNemar's exact test decides that there is a difference (p < 0.05; if more runs were
+        compared with A, after Holm's correction for their number), and empty if it does not. A metric that has no such
+        test is a bar.
 
         Parameters
         ----------
@@ -67,23 +147,21 @@ class ComparisonDisplay(Display):
         metrics = self.comparison.metrics
         ax = self._axes(ax, (7.5, 1.5 + 0.42 * len(metrics)))
         drawn = 100 * metrics[["difference", "low", "high"]].to_numpy()
-        for row, ((difference, low, high), p_value) in enumerate(zip(drawn, metrics["p_value"], strict=True)):
+        for row, ((difference, low, high), p_value) in enumerate(zip(drawn, metrics["p_holm"], strict=True)):
             ax.plot([low, high], [row, row], color=_DARK, linewidth=2.2, solid_capstyle="butt")
             style: Style = {"marker": "o", "color": _DARK, "markerfacecolor": _DARK if p_value < ALPHA else "white"}
             if np.isnan(p_value):
                 style |= {"marker": "|", "markeredgewidth": 2.2}
             ax.plot(difference, row, **(style | {"markersize": 7} | kwargs))
         ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-        names = [
-            f"{metric_label(name)} (lower is better)" if name == "risk" else metric_label(name)
-            for name in metrics.index
-        ]
+        names = [_named(name) for name in metrics.index]
         # The values of A and B are written at the right, where another picture would have its own axis.
         _label_rows(ax, names, [_change(a, b) for a, b in metrics[["a", "b"]].to_numpy()])
         ax.set_ylim(len(metrics) - 0.5, -0.5)
         ax.set_xlabel(
             f"B − A in percentage points, with {self.comparison.level:.0%} intervals\n"
-            f"● p < {ALPHA:g} in McNemar's test, which decides   ○ p ≥ {ALPHA:g}   | no test"
+            f"● p < {ALPHA:g} in McNemar's test{correction(self.comparison.n_compared)}, which decides   "
+            f"○ p ≥ {ALPHA:g}   | no test"
         )
         self._set_title(self.title, max_length=110)
         return self
@@ -170,6 +248,10 @@ class ComparisonDisplay(Display):
         ax.margins(x=0.08)
         ax.set_xlabel(f"accuracy in percent (lines: {self.comparison.level:.0%} intervals of the change)")
         return self
+
+
+def _named(metric: str) -> str:
+    return f"{metric_label(metric)} (lower is better)" if metric == "risk" else metric_label(metric)
 
 
 def _label_rows(ax: Axes, left: list[str], right: list[str]) -> None:

@@ -202,12 +202,15 @@ def build_report(
             f"{path}: is not the notebook of the report, or was changed since; nothing was executed: give the one that "
             "the report was made with, or write the report again with `cascade-lab report`"
         )
-    parameters = _sort_parameters(run, path, _default_parameters(notebook), given, saved_values or {})
+    defaults = _default_parameters(notebook)
+    parameters = _sort_parameters(run, path, defaults, given, saved_values or {})
     links = {f"runs/{name}": _directory(each_run) for name, each_run in parameters.runs.items()}
     for each_run in parameters.runs.values():
         each_run.check()
     links |= {f"files/{name}{file.suffix}": file for name, file in parameters.files.items()}
-    values = parameters.values | {PurePath(link).stem: f"../{link}" for link in links}
+    values = parameters.values | {
+        name: f"../{link}" for link in links for name in [PurePath(link).stem] if name in defaults
+    }
     data = path.resolve().parent.parent / "data"  # the default parameters name files in it
     cells = _execute(notebook, run, links | ({"data": data} if data.is_dir() else {}), values, progress)
     for each_run in parameters.runs.values():
@@ -282,19 +285,31 @@ def _sort_parameters(
     saved_values = {name: value for name, value in saved_values.items() if name not in (*given, run_parameter)}
     sorted_parameters = _Parameters({run_parameter: run}, {}, saved_values)
     for name, value in given.items():
-        is_path = isinstance(value, os.PathLike) or (isinstance(value, str) and len(value) < 1000)
-        if is_path and (Path(value) / "manifest.json").is_file():
+        several = value if isinstance(value, list) else [value]
+        if defaults[name].startswith("[") and several and all(map(_is_run, several)):
+            runs = {f"{name}_{number}": Run.read(path) for number, path in enumerate(several, 1)}
+            sorted_parameters.runs.update(runs)
+            sorted_parameters.values[name] = [f"../runs/{name_of_run}" for name_of_run in runs]
+        elif _is_run(value):
             sorted_parameters.runs[name] = Run.read(value)
-        elif is_path and Path(value).exists():
+        elif _is_path(value) and Path(value).exists():
             sorted_parameters.files[name] = Path(value)
         else:
             sorted_parameters.values[name] = value
     for name, default in defaults.items():
         # A default names a run of `make demo`, which has nothing to do with this run.
-        names_a_run = default.strip("'\"").startswith("../runs/") and not name.startswith("output")
+        names_a_run = default.strip("'\"[").startswith("../runs/") and not name.startswith("output")
         if names_a_run and name != run_parameter and name not in (*given, *saved_values):
             raise RunError(f"{path.stem}: {name} is another run that it reads; give it: -p {name}=RUN")
     return sorted_parameters
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, os.PathLike) or (isinstance(value, str) and len(value) < 1000)
+
+
+def _is_run(value: Any) -> bool:
+    return _is_path(value) and (Path(value) / "manifest.json").is_file()
 
 
 def _execute(

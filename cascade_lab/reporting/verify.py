@@ -138,7 +138,9 @@ def _check_given(
             f"{report}: its times were measured when it was written, and no second measurement gives the same; to "
             "verify times, write the report of a saved study: -p latency_dir=STUDY"
         )
-    for name in [*list(saved["runs"])[1:], *saved["files"]]:
+    lists = {name: value for name, value in saved["parameters"].items() if isinstance(value, list)}
+    listed = {f"{name}_{number}": name for name, value in lists.items() for number in range(1, len(value) + 1)}
+    for name in (listed.get(name, name) for name in [*list(saved["runs"])[1:], *saved["files"]]):
         if name not in given:
             raise RunError(
                 f"{report}: its notebook read another run or file as {_shown(name)}; give it: -p {_shown(name)}=PATH"
