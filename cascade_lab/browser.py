@@ -21,7 +21,7 @@ from cascade_lab.analysis.text_table import ORDERS, SHOWN, TextTable
 from cascade_lab.displays.confusion import MAX_LABELLED, CascadeConfusionDisplay
 from cascade_lab.displays.drawing import OUTCOME_STYLES, text_color
 from cascade_lab.displays.grouped_texts import open_confusions
-from cascade_lab.displays.static import png
+from cascade_lab.displays.static import picture
 from cascade_lab.exceptions import CascadeLabError
 from cascade_lab.marks import ACTIONS, Marks
 from cascade_lab.run import Run
@@ -295,7 +295,7 @@ class Browser(anywidget.AnyWidget):
         bundle, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         matrix = CascadeConfusionDisplay.from_run(self.run)
         static = {
-            "image/png": png(matrix if len(matrix.display_labels) <= MAX_LABELLED else matrix.most_confused()),
+            **picture(matrix if len(matrix.display_labels) <= MAX_LABELLED else matrix.most_confused()),
             "text/html": open_confusions(self.run, n_similar=0)._repr_html_(),
             "text/plain": repr(self),
         }

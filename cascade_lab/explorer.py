@@ -5,31 +5,34 @@ The widget shows a few kilobytes of HTML instead of pictures, so that it follows
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.bootstrap import Interval
 from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.analysis.examples import with_texts
 from cascade_lab.analysis.intervals import outcome_intervals
-from cascade_lab.analysis.outcomes import ERRORS, FRACTIONS, OUTCOMES, outcome_codes
+from cascade_lab.analysis.outcomes import OUTCOMES, outcome_codes
 from cascade_lab.atomic import refuse_existing
 from cascade_lab.decisions import RoutingResult, require_scored, route
-from cascade_lab.displays.confusion import CascadeConfusionDisplay
-from cascade_lab.displays.drawing import OUTCOME_STYLES
-from cascade_lab.exceptions import CascadeLabError
+from cascade_lab.displays.explored import changes_html, flow_html, matrix_html, metrics_html, page_html
+from cascade_lab.displays.outcomes import OutcomeFlowDisplay
+from cascade_lab.displays.static import picture
+from cascade_lab.exceptions import CascadeLabError, RunError
 from cascade_lab.run import Run
 from cascade_lab.text import printable, shorten
 from cascade_lab.thresholds.grid import swept_stages
 from cascade_lab.thresholds.search import Choice
 from cascade_lab.thresholds.tuning import write_tuned
 
-MAX_LABELS = 12
-MAX_TEXTS = 6
+PAGE_SIZE = 20
+CHANGES = ("all changes", "becomes right", "becomes wrong", "stays wrong")
 
 
 def explore(run: Run) -> Explorer:
@@ -65,6 +68,12 @@ class Explorer(widgets.VBox):
         `predicted`, `decided_by`, `probability` and `confidence` at the present thresholds, one row per example.
     metrics : dict of str to Interval
         The metrics at the present thresholds, with 95% intervals.
+    changes : DataFrame
+        Every text whose answer differs from the one at the run's own thresholds: `example_id`, `text` (and `text_b`),
+        `label`, the answer `before` and `now`, `decided_by_before` and `decided_by_now`, and `change`: "becomes right",
+        "becomes wrong" or "stays wrong".
+    change_box : Dropdown
+        Which changes are listed; `back_button` and `forward_button` turn the pages of the list.
     """
 
     def __init__(self, run: Run):
@@ -99,18 +108,29 @@ class Explorer(widgets.VBox):
             description="Write cascade", tooltip="Write the cascade at these thresholds as a cascade.toml"
         )
         self.write_button.on_click(lambda _: self._write())
-        self.status, self._shown = widgets.HTML(), widgets.HTML()
+        self.status, self._shown, self._listed = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.change_box = widgets.Dropdown(options=CHANGES, layout=widgets.Layout(width="170px"))
+        self.change_box.observe(lambda _: self._turn(-self._page), "value")
+        self.back_button, self.forward_button = (
+            widgets.Button(description=arrow, tooltip=hint, layout=widgets.Layout(width="40px"))
+            for arrow, hint in (("‹", "previous page"), ("›", "next page"))
+        )
+        self.back_button.on_click(lambda _: self._turn(-1))
+        self.forward_button.on_click(lambda _: self._turn(1))
+        self._page, self._page_label = 0, widgets.Label()
+        turning = [self.change_box, self.back_button, self._page_label, self.forward_button]
+        self._change_row = widgets.HBox(turning)
         self._moving = False
         buttons = widgets.HBox([self.reset_button, self.path_box, self.write_button])
         self._own_predictions = self._replay(own)
         self._own_outcomes, self._groups = self._codes(self._own_predictions), text_groups(self.run.examples)
-        super().__init__([*rows, buttons, self.status, self._shown])
+        super().__init__([*rows, buttons, self.status, self._shown, self._change_row, self._listed])
         self._show()
 
     @property
     def html(self) -> str:
         """The HTML below the sliders."""
-        return self._shown.value
+        return self._shown.value + self._listed.value
 
     def move(self, thresholds: Mapping[str, float]) -> None:
         """Set thresholds, move their sliders and boxes, and show what the cascade does there."""
@@ -158,12 +178,56 @@ class Explorer(widgets.VBox):
         self.counts = np.bincount(self._outcomes, minlength=len(OUTCOMES))
         self.metrics = outcome_intervals(self._outcomes, groups=self._groups)
         own = outcome_intervals(self._own_outcomes)
-        left, right = _metrics_table(self.metrics, own) + self._flow(), self._matrix()
-        self._shown.value = (
-            '<div style="color:#111;background:#fff;padding:4px;font-size:13px;line-height:1.4">'
+        names, decided_by = [stage.name for stage in self.run.spec.stages], self.predictions["decided_by"]
+        left = metrics_html(self.metrics, own) + flow_html(names, decided_by.to_numpy(dtype=object), self._outcomes)
+        predicted = pd.Index(self._labels).get_indexer(self.predictions["predicted"])
+        right = matrix_html(self._labels, self._label_codes, predicted)
+        self._shown.value = page_html(
             f'<div style="display:flex;flex-wrap:wrap;gap:0 32px"><div>{left}</div><div>{right}</div></div>'
-            f"{self._changed()}</div>"
         )
+        self.changes = self._changes()
+        self._page = 0
+        self._show_changes()
+
+    def _changes(self) -> pd.DataFrame:
+        now, own = self.predictions, self._own_predictions
+        rows = np.flatnonzero(now["predicted"].to_numpy() != own["predicted"].to_numpy())
+        table = with_texts(self.run, self.run.examples[["example_id", "label"]]).iloc[rows].reset_index(drop=True)
+        for name, answers in (("before", own), ("now", now)):
+            table[name] = answers["predicted"].to_numpy()[rows]
+            table[f"decided_by_{name}"] = answers["decided_by"].to_numpy()[rows]
+        is_right, was_right = table["now"] == table["label"], table["before"] == table["label"]
+        table["change"] = np.select([is_right, was_right], CHANGES[1:3], CHANGES[3])
+        return table
+
+    def _show_changes(self) -> None:
+        """Show one page of the texts whose answer differs from the one at the run's own thresholds."""
+        table, kind = self.changes, self.change_box.value
+        table = table if kind == CHANGES[0] else table[table["change"] == kind]
+        n_pages = max(1, -(-len(table) // PAGE_SIZE))
+        self._page = min(max(self._page, 0), n_pages - 1)
+        self.back_button.disabled, self.forward_button.disabled = self._page == 0, self._page + 1 >= n_pages
+        self._page_label.value = f"page {self._page + 1} of {n_pages}"
+        self._change_row.layout.display = "" if len(self.changes) else "none"
+        self._listed.value = page_html(changes_html(self.changes, table.iloc[self._page * PAGE_SIZE :][:PAGE_SIZE]))
+
+    def _turn(self, step: int) -> None:
+        self._page += step
+        self._show_changes()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """Return the widget; and for a page without a kernel the flow as a picture, and what is below the sliders."""
+        bundle, metadata = super()._repr_mimebundle_(**kwargs), {}
+        if isinstance(bundle, tuple):
+            bundle, metadata = bundle
+        static: dict[str, Any] = {"text/html": self.html, "text/plain": repr(self)}
+        with contextlib.suppress(RunError):  # a run without shadow scores has no flow
+            static |= picture(OutcomeFlowDisplay.from_run(self.run, thresholds=self.thresholds))
+        return {**(bundle or {}), **static}, metadata
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name} {value:g}" for name, value in self.thresholds.items())
+        return f"<Explorer: {self.run.name}, {printable(values)}; {len(self.changes):,} answers differ>"
 
     def _replay(self, thresholds: Mapping[str, float]) -> pd.DataFrame:
         return self._route(thresholds).frame()
@@ -175,72 +239,6 @@ class Explorer(widgets.VBox):
 
     def _codes(self, predictions: pd.DataFrame) -> np.ndarray:
         return outcome_codes(self.run.spec, self._y_true, predictions["predicted"].to_numpy())
-
-    def _flow(self) -> str:
-        """Return one bar per stage: how many texts reach it, and the outcomes of the texts that end there."""
-        decided = self.predictions["decided_by"].to_numpy(dtype=object)
-        n, reached, rows = len(decided), len(decided), []
-        for stage in self.run.spec.stages:
-            counts = np.bincount(self._outcomes[decided == stage.name], minlength=len(OUTCOMES))
-            parts = [_part(name, count, count / n) for name, count in zip(OUTCOMES, counts, strict=True) if count]
-            onward = reached - counts.sum()
-            if onward:
-                parts.insert(0, _part("goes on", onward, onward / n))
-            share = reached / n
-            rows.append(
-                f'<div style="margin-top:6px"><bdi><b>{escape(stage.name)}</b></bdi>: {reached:,} texts ({share:.1%})'
-                f'</div><div style="display:flex;width:520px;height:26px">{"".join(parts)}</div>'
-            )
-            reached = onward
-        key = "".join(
-            f'<span style="white-space:nowrap;margin-right:14px"><span style="{_box(name)}"></span> {name} '
-            f"<b>{count:,}</b></span>"
-            for name, count in zip(OUTCOMES, self.counts, strict=True)
-        )
-        head, style = '<div style="margin-top:10px"><b>Where texts end</b></div>', "width:540px;margin-top:6px"
-        return f'{head}{"".join(rows)}<div style="{style}">{key}</div>'
-
-    def _matrix(self) -> str:
-        """Return the confusion matrix, or the part with its most confused labels where there are many."""
-        n = len(self._labels)
-        predicted = pd.Index(self._labels).get_indexer(self.predictions["predicted"])
-        counts = np.bincount(self._label_codes * n + predicted, minlength=n * n).reshape(n, n)
-        matrix = CascadeConfusionDisplay(counts, self._labels, title="Confusion, end to end")
-        if n > MAX_LABELS:
-            matrix = matrix.most_confused(MAX_LABELS)
-        heads = "".join(f'<th style="{_HEAD}">{_label(label)}</th>' for label in matrix.display_labels)
-        largest = max(int(matrix.confusion_matrix.max(initial=0)), 1)
-        rows = []
-        for i, (label, row) in enumerate(zip(matrix.display_labels, matrix.confusion_matrix, strict=True)):
-            cells = "".join(_cell(int(value), largest, i == j) for j, value in enumerate(row))
-            rows.append(f'<tr><th style="text-align:right;padding-right:6px">{_label(label)}</th>{cells}</tr>')
-        return (
-            f'<div style="margin-top:10px"><b>{escape(printable(matrix.title))}</b> (true labels in rows, predicted '
-            "labels in columns)</div>"
-            f'<table style="border-collapse:collapse;font-size:12px;color:#111"><tr><th></th>{heads}</tr>'
-            f"{''.join(rows)}</table>"
-        )
-
-    def _changed(self) -> str:
-        """Return the texts whose answer differs from the one at the run's own thresholds."""
-        now, own = (table["predicted"].to_numpy() for table in (self.predictions, self._own_predictions))
-        changed = np.flatnonzero(now != own)
-        if not len(changed):
-            return '<div style="margin-top:10px">No answer differs from those at the run\'s own thresholds.</div>'
-        n_fixed = int(((now == self._y_true) & (own != self._y_true)).sum())
-        n_broken = int(((now != self._y_true) & (own == self._y_true)).sum())
-        texts = self.run.examples["text"]
-        rows = ""
-        for row in changed[:MAX_TEXTS]:
-            cells = [_label(texts.iat[row], 90), *(_label(labels[row]) for labels in (self._y_true, own, now))]
-            rows += f"<tr>{''.join(f'<td style={_LEFT!r}>{cell}</td>' for cell in cells)}</tr>"
-        names = ("text", "true label", "answer before", "answer now")
-        heads = "".join(f"<th style={_LEFT!r}>{name}</th>" for name in names)
-        return (
-            f'<div style="margin-top:10px"><b>{len(changed):,} answers differ</b> from those at the run\'s own '
-            f"thresholds: {n_fixed:,} become right, {n_broken:,} become wrong. The first of them:</div>"
-            f'<table style="font-size:12px;color:#111"><tr>{heads}</tr>{rows}</table>'
-        )
 
     def _write(self) -> None:
         output = Path(self.path_box.value)
@@ -258,67 +256,6 @@ class Explorer(widgets.VBox):
     def _show_status(self, text: str, *, wrong: bool = False) -> None:
         style = "color:#b00020;font-weight:bold" if wrong else "color:#333"
         self.status.value = f'<span style="{style}">{escape(printable(text))}</span>' if text else ""
-
-
-_LEFT = "text-align:left;padding:1px 10px 1px 0"
-_RIGHT = "text-align:right;padding:1px 10px 1px 0"
-_HEAD = "writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;font-weight:normal;padding:2px"
-_TABLE = "font-variant-numeric:tabular-nums;font-size:13px;color:#111"
-
-
-def _metrics_table(now: Mapping[str, Interval], own: Mapping[str, Interval]) -> str:
-    rows = []
-    for name in FRACTIONS:
-        value, low, high = now[name]
-        change = value - own[name].value
-        cells = tuple(
-            "–" if "nan" in cell else cell
-            for cell in (f"{value:.4f}", f"{low:.4f} to {high:.4f}", f"{own[name].value:.4f}", f"{change:+.4f}")
-        )
-        weight = "bold" if change and not np.isnan(change) else "normal"
-        rows.append(
-            f'<tr><th style="{_LEFT};font-weight:normal">{name.replace("_", " ")}</th>'
-            f'<td style="{_RIGHT};font-weight:bold">{cells[0]}</td><td style="{_RIGHT}">{cells[1]}</td>'
-            f'<td style="{_RIGHT}">{cells[2]}</td><td style="{_RIGHT};font-weight:{weight}">{cells[3]}</td></tr>'
-        )
-    heads = "".join(f'<th style="{_RIGHT}">{head}</th>' for head in ("now", "95% interval", "run's own", "change"))
-    return f'<table style="{_TABLE}"><tr><th></th>{heads}</tr>{"".join(rows)}</table>'
-
-
-def _part(name: str, count: int, share: float) -> str:
-    """Return a part of a bar, as wide as its share, with its number where there is room."""
-    dark = name in ERRORS[1:]
-    color = "white" if dark else "#111"
-    hatch = "#fff3 0 2px,transparent 2px 6px" if name in ERRORS else "transparent 0 100%"
-    number = f"{count:,}" if share > 0.06 else ""
-    return (
-        f'<div title="{name}: {count:,} ({share:.1%})" style="width:{100 * share:.3f}%;min-width:1px;overflow:hidden;'
-        f"background:repeating-linear-gradient(45deg,{hatch}),{OUTCOME_STYLES[name].color};color:{color};"
-        f'text-align:center;line-height:26px;font-size:12px">{number}</div>'
-    )
-
-
-def _box(name: str) -> str:
-    return f"display:inline-block;width:11px;height:11px;border:1px solid #555;background:{OUTCOME_STYLES[name].color}"
-
-
-def _cell(value: int, largest: int, right: bool) -> str:
-    """Return a cell of the matrix: darker for larger numbers (log scale), framed on the diagonal."""
-    strength = np.log1p(value) / np.log1p(largest)
-    back = "#fff" if not value else f"rgba(8,48,107,{0.1 + 0.85 * strength:.2f})"
-    frame = "2px solid #444" if right else "1px solid #ddd"
-    color = "#fff" if strength > 0.5 else "#111"
-    return (
-        f'<td style="border:{frame};background:{back};color:{color};text-align:center;min-width:30px;height:22px">'
-        f"{value if value else ''}</td>"
-    )
-
-
-def _label(text: str | None, max_length: int = 24) -> str:
-    """Return a text as HTML: shortened, escaped, and isolated from the direction of the text around it."""
-    whole = "" if text is None else printable(str(text)[:10_000])
-    hint = f' title="{escape(whole[:400])}"' if len(whole) > max_length else ""
-    return f"<bdi{hint}>{escape(shorten(whole, max_length))}</bdi>"
 
 
 def _ends(run: Run, name: str) -> tuple[float, float]:

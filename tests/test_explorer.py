@@ -10,13 +10,14 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from helpers import logits_of, random_run, rewrite_table, write_run
+from helpers import logits_of, memory_run, random_run, rewrite_table, write_run
 from sklearn.metrics import confusion_matrix
 
 from cascade_lab.analysis.outcomes import OUTCOMES, outcome_counts
-from cascade_lab.explorer import explore
+from cascade_lab.explorer import PAGE_SIZE, explore
 from cascade_lab.run import Run
 from cascade_lab.spec import CascadeSpec
 
@@ -162,10 +163,54 @@ def test_many_labels_are_cut_to_the_most_confused(tmp_path):
     assert max(matrix_cells(shown).shape) <= 12
 
 
+def test_every_text_that_changes_is_listed_page_by_page(run):
+    explorer = explore(run)
+    assert len(explorer.changes) == 0
+    explorer.move({"gate0": 0.9, "last": 0.4})
+    before, now = run.predictions, run.replay(explorer.thresholds)
+    differs = before["predicted"] != now["predicted"]
+    expected = pd.DataFrame({"example_id": now["example_id"], "before": before["predicted"], "now": now["predicted"]})
+    assert explorer.changes[["example_id", "before", "now"]].equals(expected[differs].reset_index(drop=True))
+    fixed = (now["predicted"] == now["label"])[differs].to_numpy()
+    broken = (before["predicted"] == now["label"])[differs].to_numpy()
+    assert ((explorer.changes["change"] == "becomes right") == fixed).all()
+    assert ((explorer.changes["change"] == "becomes wrong") == broken).all()
+    assert f"{len(expected[differs])} answers differ" in plain(explorer.html)
+
+    listed = []
+    while True:
+        listed += re.findall(r"<bdi>([^<]* \d+)</bdi>", explorer.html.split("answers differ")[1])
+        if explorer.forward_button.disabled:
+            break
+        explorer.forward_button.click()
+    assert listed == explorer.changes["text"].tolist()
+    assert len(listed) > 2 * PAGE_SIZE
+    explorer.change_box.value = "becomes wrong"  # begins at its first page
+    assert explorer.html.count("<bdi>") < len(listed) * 4
+    assert plain(explorer.html).count(" becomes wrong ") == min(PAGE_SIZE, int(broken.sum()))
+    assert explorer.back_button.disabled
+
+
+def test_without_a_kernel_there_is_a_picture_of_the_flow_at_the_present_thresholds(run):
+    explorer = explore(run)
+    bundle, _ = explorer._repr_mimebundle_()
+    explorer.move({"gate0": 0.9})
+    moved, _ = explorer._repr_mimebundle_()
+    for each in (bundle, moved):
+        assert "application/vnd.jupyter.widget-view+json" in each
+        assert each["image/png"].startswith("iVBOR")
+    assert moved["image/png"] != bundle["image/png"]
+    assert moved["text/html"] == explorer.html
+    assert moved["text/plain"].startswith("<Explorer: ")
+    assert "gate0 0.9" in moved["text/plain"]
+    bare = explore(memory_run(run.spec, run.examples, logits_of(run), shadow=False))
+    assert "image/png" not in bare._repr_mimebundle_()[0]
+
+
 def test_it_needs_no_tensorflow(run, tmp_path):
     shutil.copytree(run.directory, tmp_path / "run")
     code = (
-        "import sys; from cascade_lab import Run; from cascade_lab.explorer import explore; "
+        "import sys; from cascade_lab import Run; from cascade_lab.explorer import PAGE_SIZE, explore; "
         f"explore(Run.read({str(tmp_path / 'run')!r})); print('tensorflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
-from cascade_lab.displays.drawing import Display
+from cascade_lab.displays.drawing import Display, plain_text
+from cascade_lab.reporting.capture import VALUES_MIME
 
 
-def png(display: Display) -> str:
-    """Return a display's picture as a PNG in base64, as a notebook's output has it; no figure is left open."""
+def picture(display: Display) -> dict[str, Any]:
+    """Return a display's picture as an output of a notebook has it, by media type; no figure is left open.
+
+    A report takes the title as the description of the picture.
+    """
     import matplotlib.pyplot as plt
 
     content = io.BytesIO()
@@ -18,4 +23,5 @@ def png(display: Display) -> str:
         display.figure_.savefig(content, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     finally:
         plt.close(display.figure_)
-    return base64.b64encode(content.getvalue()).decode()
+    values = {"kind": "figure", "axes": [{"title": plain_text(display.title, 200)}]}
+    return {"image/png": base64.b64encode(content.getvalue()).decode(), VALUES_MIME: values}
