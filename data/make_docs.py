@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -44,13 +45,35 @@ ORDER = (
     "map",
     "guide_zh",
 )
-# The public names: all of a package, or those that are named.
-PUBLIC = {
-    "Core": ("cascade_lab", None),
-    "Analysis": ("cascade_lab.analysis", None),
-    "Thresholds": ("cascade_lab.thresholds", None),
-    "Displays": ("cascade_lab.displays", None),
-    "Service": ("cascade_lab.serving", {"app": ["create_app"], "batching": ["Batcher"]}),
+# The public names: all of these packages, and the functions that the commands call.
+PACKAGES = {
+    "Core": "cascade_lab",
+    "Analysis": "cascade_lab.analysis",
+    "Thresholds": "cascade_lab.thresholds",
+    "Displays": "cascade_lab.displays",
+}
+FUNCTIONS = {
+    "Files and models": (
+        "cascade_lab.draft.draft_cascade",
+        "cascade_lab.bert.finetune.finetune",
+        "cascade_lab.bert.huggingface.import_directory",
+        "cascade_lab.export.export_cascade",
+        "cascade_lab.leaderboard.leaderboard",
+        "cascade_lab.reporting.report.write_report",
+        "cascade_lab.reporting.verify.verify_report",
+        "cascade_lab.tracking.log_run",
+    ),
+    "Scoring and serving": (
+        "cascade_lab.batch.job.score",
+        "cascade_lab.serving.app.create_app",
+        "cascade_lab.serving.batching.Batcher",
+        "cascade_lab.serving.collect.collect",
+        "cascade_lab.latency_benchmark.measure",
+        "cascade_lab.precision_check.verify_precision",
+        "cascade_lab.bert.attributions.attribute",
+        "cascade_lab.study.run_study",
+        "cascade_lab.held_out_labels.run_held_out_study",
+    ),
 }
 
 
@@ -128,25 +151,31 @@ def write_notebook(notebook: Path, runs: Path | None, sources: Path) -> None:
 
 
 def write_api(sources: Path) -> None:
-    """Write a page for each public package, with every public name in it."""
-    for title, (package, modules) in PUBLIC.items():
+    """Write a page for each public package, with every public name in it, and pages of further functions."""
+    for title, package in PACKAGES.items():
         module = import_module(package)
-        if modules is None:
-            objects = [getattr(module, name) for name in module.__all__]
-            if package == "cascade_lab":
-                objects = [entry for entry in objects if not entry.__module__.startswith("cascade_lab.displays")]
-        else:
-            objects = [
-                getattr(import_module(f"{package}.{name}"), public)
-                for name, names in modules.items()
-                for public in names
-            ]
-        about = (module.__doc__ or "").split("\n\n")[0]
-        lines = [f"# {title}", about, f"Import these names from `{package}`." if modules is None else ""]
-        lines += [f"::: {entry.__module__}.{entry.__qualname__}" for entry in objects]
-        page = sources / "api" / f"{title.lower()}.md"
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+        objects = [getattr(module, name) for name in module.__all__]
+        if package == "cascade_lab":
+            objects = [entry for entry in objects if not entry.__module__.startswith("cascade_lab.displays")]
+        about = (module.__doc__ or "").split("\n\n")[0] + f" Import these names from `{package}`."
+        write_names(sources, title, about, [f"{entry.__module__}.{entry.__qualname__}" for entry in objects])
+    for title, names in FUNCTIONS.items():
+        write_names(sources, title, "Functions that commands call, each with the module to import it from.", names)
+
+
+def write_names(sources: Path, title: str, about: str, names: Iterable[str]) -> None:
+    """Write a page of public names, from their docstrings."""
+    page = sources / api_page(title)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    directives = [f"::: {name}" for name in names]
+    if title in FUNCTIONS:
+        directives = [f"{directive}\n    options:\n      show_root_full_path: true" for directive in directives]
+    page.write_text("\n\n".join([f"# {title}", about, *directives]) + "\n", encoding="utf-8")
+
+
+def api_page(title: str) -> str:
+    """Return where a page of public names is in the site's sources."""
+    return f"api/{title.lower().replace(' ', '_')}.md"
 
 
 def write_commands(sources: Path) -> None:
@@ -176,7 +205,7 @@ def navigation(sources: Path) -> list[dict[str, object]]:
             ]
         },
         {"Commands": "commands.md"},
-        {"Python": [{title: f"api/{title.lower()}.md"} for title in PUBLIC]},
+        {"Python": [{title: api_page(title)} for title in (*PACKAGES, *FUNCTIONS)]},
     ]
 
 
@@ -204,7 +233,9 @@ def main() -> None:
     write_commands(sources)
     config = tomli.loads((GUIDES / "zensical.toml").read_text(encoding="utf-8"))
     config["project"] |= {"docs_dir": "docs", "site_dir": "docs-site", "nav": navigation(sources)}
-    config["project"]["plugins"]["mkdocstrings"]["handlers"]["python"]["paths"] = [str(ROOT)]
+    python = config["project"]["plugins"]["mkdocstrings"]["handlers"]["python"]
+    python["paths"] = [str(ROOT)]
+    python["options"]["extensions"] = [str(GUIDES / name) for name in python["options"]["extensions"]]
     (sources.parent / "docs.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
     command = ["zensical", "build", "--clean", "--strict", "--config-file", str(sources.parent / "docs.toml")]
     subprocess.run([sys.executable, "-m", *command], check=True, cwd=sources.parent)
