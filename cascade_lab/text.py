@@ -12,6 +12,8 @@ _UNSEEN = re.compile(
     "\U000e0000-\U000e007f\ud800-\udfff]"
 )
 
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|$~&])")  # of Markdown
+
 
 def shorten(text: str, max_length: int) -> str:
     """Return a text on one line of at most `max_length` characters; "…" stands for what is cut.
@@ -43,6 +45,15 @@ def printable(text: str) -> str:
     line = " ".join(text.splitlines())
     blanks = "".join(" " if unicodedata.category(char) == "Zs" else char for char in line)
     return "".join(char if char.isprintable() else "�" for char in blanks)
+
+
+def escape_markdown(text: str) -> str:
+    """Return Markdown that shows a text as it is.
+
+    >>> print(escape_markdown("label_1 <b>"))
+    label\\_1 \\<b\\>
+    """
+    return _SPECIAL.sub(r"\\\1", text)
 
 
 def visible(text: str) -> str:

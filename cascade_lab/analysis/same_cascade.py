@@ -56,6 +56,22 @@ def check_same_cascade(study: LatencyStudy, run: Run) -> None:
     check_same_files(run, study.settings.get("inputs") or {}, fault="the latency study is of another cascade")
 
 
+def check_run_of(run: Run, spec: CascadeSpec, digests: Mapping[str, str]) -> None:
+    """Raise RunError unless a run was made by a cascade with these settings and these files, as `check_same_files`."""
+    if run.manifest.get("source") == "logits":
+        raise RunError(
+            f"{run.name}: its logits were computed elsewhere, so nothing says that these checkpoints gave them; give a "
+            "run of `cascade-lab run`"
+        )
+    difference = _difference(run.spec, spec)
+    if difference:
+        raise RunError(
+            f"{run.name}: is a run of another cascade: {difference.replace('there and', 'here and')}; give a run of "
+            "this one"
+        )
+    check_same_files(run, digests, fault="it is a run of another cascade")
+
+
 def _difference(of_run: CascadeSpec, of_study: CascadeSpec) -> str:
     """Return the first setting that differs between two cascades, as words; "" if none does."""
     names = [", ".join(stage.name for stage in spec.stages) for spec in (of_run, of_study)]

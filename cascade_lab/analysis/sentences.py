@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
-from cascade_lab.text import printable
-
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|$~&])")
+from cascade_lab.text import escape_markdown, printable
 
 
 class Summary(list[str]):
@@ -24,7 +20,7 @@ class Summary(list[str]):
         return "\n".join(f"- {printable(sentence)}" for sentence in self)
 
     def _repr_markdown_(self) -> str:
-        return _SPECIAL.sub(r"\\\1", str(self))
+        return escape_markdown(str(self))
 
 
 def percent(fraction: float) -> str:
