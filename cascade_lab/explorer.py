@@ -117,7 +117,8 @@ class Explorer(widgets.VBox):
         )
         self.back_button.on_click(lambda _: self._turn(-1))
         self.forward_button.on_click(lambda _: self._turn(1))
-        self._page, self._page_label = 0, widgets.Label()
+        self._page: int = 0
+        self._page_label = widgets.Label()
         turning = [self.change_box, self.back_button, self._page_label, self.forward_button]
         self._change_row = widgets.HBox(turning)
         self._moving = False

@@ -39,12 +39,12 @@ def test_five_texts_by_hand():
         "oos → a: 1 text, 100.0% of this true label",
     ]
     first = shown[0][1]
-    assert [cells[:5] for cells in first] == [
-        ["pay bb", "b", "oos", "oos 0.80; in 0.20", "(c 0.60; b 0.30)"],
-        ["pay b", "b", "oos", "oos 0.60; in 0.40", "(b 0.70)"],
+    assert [cells[:3] for cells in first] == [
+        ["pay bb", "oos 0.80; in 0.20", "(c 0.60; b 0.30)"],
+        ["pay b", "oos 0.60; in 0.40", "(b 0.70)"],
     ]
-    assert re.fullmatch(r"pay bbb \(b, 0\.\d\d\)", first[0][5])
-    assert shown[2][1][0][3:5] == ["in 0.70; oos 0.30", "a 0.50"]
+    assert re.fullmatch(r"pay bbb \(b, 0\.\d\d\)", first[0][3])
+    assert shown[2][1][0][1:3] == ["in 0.70; oos 0.30", "a 0.50"]
     frame = opened.frame()
     assert len(frame) == 4
     assert frame["similar_id"].iloc[0] == "t5"
@@ -80,6 +80,8 @@ def test_slices_open_to_their_errors(tmp_path):
     table = slices(run, by="n_tokens")
     opened = open_slices(run, table, 3, 4)
     assert len(opened) == min(3, (table["n_errors"] > 0).sum())
+    shown = [cells[1:3] for _, rows in tables(opened._repr_html_()) for cells in rows]
+    assert shown == opened.texts[["label", "predicted"]].to_numpy().tolist()
     described = features(run).set_index("example_id")
     for place, group in opened.groups.iterrows():
         texts = opened.texts[opened.texts["group"] == place]

@@ -217,14 +217,21 @@ class GroupedTexts:
             )
         return f'<div class="groups">{"".join(parts)}{self._key(bool(similar))}</div>'
 
+    @property
+    def _same_labels(self) -> bool:
+        """Whether all texts of a group have the labels that its line names."""
+        return {"label", "predicted"} <= set(self.groups)
+
     def _heads(self, has_similar: bool) -> str:
-        names = ["text", "true label", "predicted label", *self.stages, *(["similar texts"] if has_similar else [])]
+        labels = [] if self._same_labels else ["true label", "predicted label"]
+        names = ["text", *labels, *self.stages, *(["similar texts"] if has_similar else [])]
         return "".join(f'<th {_LEFT} scope="col">{_html(name, MAX_LABEL)}</th>' for name in names)
 
     def _row(self, text: dict[str, Any], similar: list[Any]) -> str:
         both = [text["text"], *([text["text_b"]] if isinstance(text.get("text_b"), str) else [])]
         cells = ["<br>".join(_html(part, MAX_TEXT) for part in both)]
-        cells += [_html(text[column], MAX_LABEL) for column in ("label", "predicted")]
+        if not self._same_labels:
+            cells += [_html(text[column], MAX_LABEL) for column in ("label", "predicted")]
         cells += [_stage_html(text, stage) for stage in self.stages]
         if len(self.similar):
             cells.append("<br>".join(_similar_html(other) for other in similar))
