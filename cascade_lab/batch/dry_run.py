@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cascade_lab.batch.inputs import Piece, find_files
+from cascade_lab.batch.inputs import find_files
 from cascade_lab.batch.job import job_options, n_cores, planned, shards_of
 from cascade_lab.batch.plan import Unreadable
+from cascade_lab.batch.reading import Piece
 from cascade_lab.batch.shards import Settings
 from cascade_lab.spec import CascadeSpec
 

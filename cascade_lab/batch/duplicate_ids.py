@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cascade_lab.batch.inputs import Columns, InputFile, read_rows
+from cascade_lab.batch.inputs import InputFile
+from cascade_lab.batch.reading import Columns, read_rows
 from cascade_lab.exceptions import EvalSetError
 from cascade_lab.text import shorten
 

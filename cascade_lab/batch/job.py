@@ -303,9 +303,7 @@ def _resumed(
     for scanned in plan.files:
         file = now.get(scanned.file.path)
         if file is None:
-            raise RunError(
-                f"{scanned.file.name}: was an input when the job began, and is gone; put it back, or {other}"
-            )
+            raise RunError(f"{scanned.file.name}: was an input when the job began and is gone; put it back, or {other}")
         if file[2:] != scanned.file[2:] and (file.size != scanned.file.size or digest(file) != scanned.sha256):
             raise RunError(f"{scanned.file.name}: was changed since the job began; put it back, or {other}")
         files.append(scanned._replace(file=scanned.file._replace(modified_ns=file.modified_ns)))

@@ -18,12 +18,14 @@ from cascade_lab.batch.plan_file import PLAN, plan_from_dict
 from cascade_lab.batch.shards import PREDICTIONS, part_path, read_shard_manifest
 from cascade_lab.exceptions import RunError, SpecError
 from cascade_lab.json_files import check_keys, read_object
+from cascade_lab.label_files import LabelFile, join_labels
 from cascade_lab.parquet_files import DAMAGE
 from cascade_lab.run import Run, StageScores
 from cascade_lab.run_schema import SCHEMA_VERSION
 from cascade_lab.run_tables import TIMING_COLUMNS
 from cascade_lab.serving.shadow import is_chosen
 from cascade_lab.spec import CascadeSpec, StageSpec
+from cascade_lab.stage_files import stage_file
 from cascade_lab.text import shorten
 
 _PLAN = {"cascade": dict, "cascade_digest": str, "options": dict, "inputs": dict, "thresholds": dict, "planned": str}
@@ -35,10 +37,16 @@ def is_job(folder: Path) -> bool:
     return (folder / PLAN).is_file()
 
 
-def read_scores(folder: str | Path) -> Run:
-    """Open what `cascade-lab score --keep scores` kept as a run without labels.
+def read_scores(folder: str | Path, *, labels: LabelFile | None = None) -> Run:
+    """Open what `cascade-lab score --keep scores` kept as a run.
 
     Of a job that still runs, or was interrupted, the shards that are done are read.
+
+    Parameters
+    ----------
+    folder : path
+    labels : LabelFile, optional
+        Labels to join by id; without them the run is unlabelled.
 
     Raises
     ------
@@ -92,9 +100,9 @@ def read_scores(folder: str | Path) -> Run:
     }
     run: Run = Run(
         manifest,
-        examples=parts.examples,
+        examples=parts.examples if labels is None else lambda: join_labels(parts.examples(), labels, spec),
         scores={stage.name: partial(parts.scores, stage) for stage in spec.stages},
-        predictions=lambda: parts.predictions(options["sample"]),
+        predictions=lambda: parts.predictions(options["sample"]).assign(label=run.examples["label"]),
         timings=pd.DataFrame(columns=list(TIMING_COLUMNS)).astype(TIMING_COLUMNS),
         features={stage.name: partial(parts.features, stage) for stage in spec.stages if "features" in options["keep"]},
         evidence=lambda: parts.evidence(spec),
@@ -150,17 +158,18 @@ class _Parts:
             ids = table["example_id"].cast(pa.string())
             chosen = pa.array(is_chosen(ids.to_pylist(), sample))
             tables.append(table.set_column(0, "example_id", ids).filter(chosen))
-        table = pa.concat_tables(tables)
-        return table.add_column(1, "label", pa.nulls(len(table), pa.string())).to_pandas()
+        predictions = pa.concat_tables(tables).to_pandas()
+        predictions.insert(1, "label", None)
+        return predictions
 
     def scores(self, stage: StageSpec) -> StageScores:
         n, n_labels = self.n_rows("examples"), len(stage.labels)
         logits = np.full((n, n_labels), np.nan, dtype=np.float32)
         scored, shadow = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
-        for number, rows, table in self._rows(f"scores/{stage.name}"):
+        for number, rows, table in self._rows(f"scores/{stage_file(stage.name)}"):
             values = table["logits"].combine_chunks().flatten().to_numpy()
             if len(values) != len(table) * n_labels or not np.isfinite(values).all():
-                path = part_path(self._folder, f"scores/{stage.name}", number)
+                path = part_path(self._folder, f"scores/{stage_file(stage.name)}", number)
                 raise RunError(f"{path}: does not have {n_labels} finite logits per text; {_WAY_OUT}")
             logits[rows] = values.reshape(-1, n_labels)
             scored[rows], shadow[rows] = True, table["shadow"].to_numpy()
@@ -168,7 +177,7 @@ class _Parts:
 
     def features(self, stage: StageSpec) -> np.ndarray:
         features: np.ndarray | None = None
-        for _, rows, table in self._rows(f"features/{stage.name}"):
+        for _, rows, table in self._rows(f"features/{stage_file(stage.name)}"):
             vectors = table["cls"].combine_chunks()
             size = vectors.type.list_size
             if features is None:

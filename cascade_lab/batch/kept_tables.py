@@ -13,6 +13,7 @@ from cascade_lab.chunks import ChunkResult, dense_features, dense_scores
 from cascade_lab.exceptions import CheckpointError
 from cascade_lab.serving.shadow import is_chosen
 from cascade_lab.stage import Stage
+from cascade_lab.stage_files import stage_file
 from cascade_lab.stage_output import ScoredRows, StageOutput
 
 if TYPE_CHECKING:
@@ -60,14 +61,14 @@ def kept_tables(
         for name, (logits, is_scored, is_shadow) in dense_scores(scored, shadowed, n).items():
             at = np.flatnonzero(is_scored)
             values = _lists(logits[at], np.float32)
-            tables[f"scores/{name}"] = pa.table(
+            tables[f"scores/{stage_file(name)}"] = pa.table(
                 {"example_id": ids.take(pa.array(at)), "logits": values, "shadow": is_shadow[at]}
             )
     if "features" in settings.keep:
         for name, vectors in dense_features(scored, shadowed, n).items():
             at = np.flatnonzero(~np.isnan(vectors[:, 0]))
             values = _lists(vectors[at], np.float16)
-            tables[f"features/{name}"] = pa.table({"example_id": ids.take(pa.array(at)), "cls": values})
+            tables[f"features/{stage_file(name)}"] = pa.table({"example_id": ids.take(pa.array(at)), "cls": values})
     if cascade.spec.feature_evidence:
         evidence = _evidence(cascade, scored, shadowed, chosen, result)
         columns = {name: pa.array(values, pa.float64(), from_pandas=True) for name, values in evidence.items()}

@@ -12,22 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cascade_lab.batch.duplicate_ids import IdHashes
-from cascade_lab.batch.inputs import (
-    CHUNK_ROWS,
-    MARK_ROWS,
-    Columns,
-    InputFile,
-    Piece,
-    column_names,
-    digest,
-    file_format,
-    read_rows,
-    row_groups,
-)
+from cascade_lab.batch.inputs import InputFile, digest, file_format
+from cascade_lab.batch.reading import CHUNK_ROWS, Columns, Piece, column_names, read_rows, row_groups
 from cascade_lab.exceptions import EvalSetError
 
 ID_COLUMNS = ("example_id", "id")
 """The columns that are ids if the first file that can be read has them."""
+MARK_ROWS = 8192
+"""A text file's shards begin at multiples of this row, since the offset of each such row is kept."""
 SHARD_ROWS = 1_000_000
 N_SHARDS = 64
 """A smaller input is divided into this number of shards, so that many workers finish at about the same time."""

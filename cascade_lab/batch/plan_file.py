@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cascade_lab.batch.inputs import Columns, InputFile, Piece
+from cascade_lab.batch.inputs import InputFile
 from cascade_lab.batch.plan import Plan, ScannedFile, Unreadable
+from cascade_lab.batch.reading import Columns, Piece
 from cascade_lab.exceptions import RunError
 
 PLAN = "job.json"

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from cascade_lab.batch.inputs import Piece, Rows, check_unchanged, read_rows
+from cascade_lab.batch.inputs import check_unchanged
 from cascade_lab.batch.kept_tables import kept_tables
 from cascade_lab.batch.plan import is_whole
+from cascade_lab.batch.reading import Piece, Rows, read_rows
 from cascade_lab.batch.shards import PREDICTIONS, Settings, Shard, write_parts, write_shard_manifest
 from cascade_lab.batch.summary import Counts
 from cascade_lab.cascade import Cascade

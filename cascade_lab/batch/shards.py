@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cascade_lab.atomic import write_file, write_json
-from cascade_lab.batch.inputs import Columns, InputFile, Piece
+from cascade_lab.batch.inputs import InputFile
+from cascade_lab.batch.reading import Columns, Piece
 from cascade_lab.exceptions import RunError
 from cascade_lab.json_files import read_object
 from cascade_lab.provenance import sha256

@@ -1,4 +1,4 @@
-"""`cascade-lab collect` makes a run of a service's traffic log."""
+"""`cascade-lab collect` makes a run of a service's traffic log, or of the scores that a scoring job kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 def collect(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="FOLDER", help="The folder that `cascade-lab serve --log` writes.", show_default=False),
+        typer.Argument(
+            metavar="FOLDER",
+            help="The folder that `cascade-lab serve --log` writes, or `cascade-lab score --keep scores`.",
+            show_default=False,
+        ),
     ],
     since: Annotated[
         str | None,
@@ -55,13 +59,14 @@ def collect(
     output: NEW_RUN = None,
     overwrite: OVERWRITE = False,
 ) -> None:
-    """Make a run of a service's traffic log, on which every command that reads runs works.
+    """Make a run of a service's traffic log or of kept scores, on which every command that reads runs works.
 
     Its replay equals what the service answered. A log that a service still writes, or that was killed, is read up to
     the last whole record. Metrics are of the texts that have a label.
 
     Example: cascade-lab collect traffic --since 2026-11-25 --labels labelled.tsv --output runs/tuesday
     """
+    from cascade_lab.batch.kept_run import is_job, read_scores
     from cascade_lab.label_files import read_labels
     from cascade_lab.run_directory import check_run_output
     from cascade_lab.serving.collect import collect as collect_run
@@ -70,6 +75,14 @@ def collect(
     given = None if labels is None else read_labels(labels, encoding=encoding)
     if output is not None:
         check_run_output(output, overwrite=overwrite)
+    if is_job(folder):
+        if since or until or digest or sample:
+            raise CascadeLabError(f"{folder}: is of `cascade-lab score`; omit --since, --until, --digest and --sample")
+        kept = read_scores(folder, labels=given)
+        output = output or default_directory(kept.spec.name)
+        print_run(kept.write(output, overwrite=overwrite))
+        next_step("report", output)
+        return
     found = collect_run(folder, since=times[0], until=times[1], digest=digest, sample=sample, labels=given)
     output = output or default_directory(found.run.spec.name)
     run = found.run.write(output, overwrite=overwrite)
