@@ -39,6 +39,7 @@ NOTEBOOKS = (
     "05_study_latency",
     "06_compare_runs",
     "07_choose_rejector",
+    "08_chinese",
     "09_watch_traffic",
 )
 """The notebooks of this package. A report's JSON can name one of these; `verify_report` executes no other by name."""
