@@ -167,7 +167,8 @@ METRICS = {
 def show_runs(runs: Mapping[str, Mapping[str, str]], numbers: Mapping[str, Sequence[str]]) -> None:
     """Print a table of runs: name, facts such as the cascade, and numbers.
 
-    If the terminal is too narrow for a column for each fact, the facts of a run are below its name.
+    If the terminal is too narrow for a column for each fact, the facts of a run are below its name, and those that all
+    runs share are below the table.
 
     Parameters
     ----------
@@ -189,12 +190,21 @@ def show_runs(runs: Mapping[str, Mapping[str, str]], numbers: Mapping[str, Seque
         return
     narrow = table("run", *numbers, fold_first=True)
     width = console.width - sum(2 + max(map(len, (header, *column))) for header, column in numbers.items()) - 2
+    shared = {fact: {values[fact] for values in runs.values()} for fact in facts}
+    shared = {fact: values for fact, values in shared.items() if len(values) == 1 < len(runs)}
     for (name, values), row in zip(runs.items(), rows, strict=True):
-        below = ", ".join(f"{fact} {value}" for fact, value in values.items() if value != UNDEFINED)
+        below = _facts({fact: value for fact, value in values.items() if fact not in shared})
         lines: list[RenderableType] = [fold_name(cell(name).plain, width)]
         lines += [Padding(Text(below, style="dim"), (0, 0, 0, 2))] if below else []
         narrow.add_row(Group(*lines), *row)
     show(narrow)
+    of_all = _facts({fact: value for fact, (value,) in shared.items()})
+    if of_all:
+        line(f"all runs: {of_all}")
+
+
+def _facts(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{fact} {value}" for fact, value in values.items() if value != UNDEFINED)
 
 
 def fold_name(name: str, width: int) -> str:
