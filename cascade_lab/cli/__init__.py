@@ -21,6 +21,7 @@ from cascade_lab.cli.import_logits import import_logits
 from cascade_lab.cli.init import init
 from cascade_lab.cli.inspect import inspect
 from cascade_lab.cli.latency import latency
+from cascade_lab.cli.log import log
 from cascade_lab.cli.monitor import monitor
 from cascade_lab.cli.predict import predict
 from cascade_lab.cli.report import report
@@ -58,6 +59,7 @@ COMMANDS = (
     attribute,
     calibrate,
     compare,
+    log,
     latency,
     serve,
     monitor,
