@@ -325,9 +325,7 @@ def _one_line(to: str) -> Iterator[None]:
         raise
     except Exception as error:  # each tracker raises classes of its own, of its libraries and of Python
         reason = shorten(printable(str(error)), 200).rstrip(".") or type(error).__name__
-        raise RunError(
-            f"{to}: the run was not logged: {reason}; check --tracking-uri, or {to}'s own settings"
-        ) from error
+        raise RunError(f"{to}: the run was not logged: {reason}; {_WAYS_OUT[to]}") from error
     finally:
         if not is_set:
             del os.environ[key]

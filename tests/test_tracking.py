@@ -131,6 +131,7 @@ def test_mlflow_has_what_was_logged_and_gives_the_run_back(store, run, mlflow, t
     result = cascade_lab("log", run.directory, "--to", "mlflow", "--tracking-uri", uri, "--name", "付款 1")
     assert result.exit_code == 0, result.output
     assert "mlflow: run 付款 1 (" in result.stdout
+    assert f"look at it: mlflow ui --backend-store-uri {uri}\n" in result.stdout
     client, record = mlflow.tracking.MlflowClient(uri), run_record(run)
     experiment = client.get_experiment_by_name("random")
     (found,) = client.search_runs([experiment.experiment_id])
@@ -189,6 +190,7 @@ def test_wandb_keeps_a_run_offline_once_unless_it_is_asked_again(run, tmp_path, 
         refused(*to, words="wandb: the run was not logged: no space left")
     result = cascade_lab("log", *to)
     assert result.exit_code == 0, result.output
+    assert f"upload it: wandb sync {tmp_path}" in result.stdout
     record, digest = run_record(run), run_record(run).tags[DIGEST]
     (kept,) = (tmp_path / "wandb").glob(f"offline-run-*-{digest[:12]}/*.wandb")
     content = kept.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Literal
 
 import typer
@@ -56,6 +57,10 @@ def log(
         f"{len(record.files)} files ({record.n_bytes / 1e6:.1f} MB)"
     )
     line(f"at: {logged.place}")
+    if to == "mlflow" and not logged.place.startswith("http"):
+        line(f"look at it: mlflow ui --backend-store-uri {shlex.quote(logged.place)}")
+    elif to == "wandb" and not logged.place.startswith("http"):
+        line(f"upload it: wandb sync {shlex.quote(logged.place)}")
     if "report.html" not in record.files:
         line("the run has no report; write one with `cascade-lab report` and log the run with --again")
     next_step("runs")
