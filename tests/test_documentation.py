@@ -14,6 +14,13 @@ from pathlib import Path
 import pytest
 import typer
 
+import cascade_lab
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 GUIDES = ROOT / "data" / "docs"
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted(GUIDES.glob("*.md"))]
@@ -95,6 +102,15 @@ def test_the_readme_is_short_and_leads_to_every_guide():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 160
     assert [path.name for path in GUIDES.glob("*.md") if f"(data/docs/{path.name})" not in text] == []
+
+
+def test_the_extras_and_the_version_are_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.search(r"^Extras: .*?\.", readme, re.MULTILINE | re.DOTALL).group()
+    assert {*re.findall(r"`(\w+)`", named)} == set(project["optional-dependencies"]) - {"dev"}
+    assert project["version"] == cascade_lab.__version__
+    assert f"\nversion: {cascade_lab.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_pictures_are_small_and_shown():
