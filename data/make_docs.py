@@ -221,6 +221,8 @@ def main() -> None:
     parser.add_argument("--site", type=Path, default=ROOT / "site", help="the folder to write")
     parser.add_argument("--no-execute", action="store_true", help="show the notebooks without their results")
     arguments = parser.parse_args()
+    if sys.version_info < (3, 11):
+        sys.exit("error: Zensical, which builds the site, needs Python 3.11 or newer; make .venv with it")
     sources = arguments.runs.resolve() / "docs"
     shutil.rmtree(sources, ignore_errors=True)
     copy(ROOT / "README.md", sources)
