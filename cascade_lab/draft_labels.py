@@ -87,6 +87,8 @@ def draft_labels(
     >>> labels.gate, labels.pass_label, labels.other.gate
     (('oos', 'in'), 'in', ('in', 'oos'))
     """
+    if pass_label is not None and not pass_label.strip():
+        raise SpecError("--pass-label is empty; give one of the gate's labels")
     seen = sorted(set(seen), key=_number_or_text)
     gate_names, _ = gate
     intents, assumptions = _intent_labels(intent, seen, gate_names, where)

@@ -81,7 +81,46 @@ MONITOR = [
     "--against {other} --minimize mean_cost --cost 'false accept=nan'",
     "--against {other} --minimize mean_cost --cost 'false accept'", "--against {other} --overwrite=1",
 ]  # fmt: skip
-BAD = {"fit-rejector": FIT_REJECTOR, "calibrate": CALIBRATE, "tune": TUNE, "study": STUDY, "monitor": MONITOR}
+INIT = [
+    "--gate-labels", "--gate-labels ''", "--gate-labels ,", "--gate-labels oos", "--gate-labels oos,in,out",
+    "--gate-labels oos,oos", "--gate-labels none.txt", "--gate-labels {folder}", "--gate-labels {folder}/texts.tsv",
+    "--gate-labels \x1b[31m", "--gate-labels \x00", "--intent-labels 0,1", "--intent-labels 0,1,2,2",
+    "--intent-labels 0,1,2,", "--intent-labels 5,6,7,8", "--pass-label", "--pass-label ''",
+    "--gate-labels oos,in --pass-label nothing",
+    "--gate-labels oos,in --pass-label \u202ein", "--limit 0", "--limit -1", "--limit x", "--limit nan", "--limit 1e3",
+    "--text-column nothing", "--text-column ''", "--label-column nothing", "--label-column \x1b[31m",
+    "--label-map none.csv", "--label-map {folder}", "--label-map {folder}/texts.tsv", "--columns ''", "--columns text",
+    "--columns text,,label", "--columns split,text", "--split nothing", "--encoding nothing", "--encoding ''",
+    "--overwrite=1", "--gate_labels oos,in", "extra",
+]  # fmt: skip
+RUNS = [
+    "{folder} --sort", "{folder} --sort ''", "{folder} --sort acuracy", "{folder} --sort Accuracy",
+    "{folder} --sort accuracy,date", "{folder} --sort name", "{folder} --sort run", "{folder} --sort 0",
+    "{folder} --sort nan", "{folder} --sort -date", "{folder} --sort \x1b[31m", "{folder} --sort \u202edate",
+    "{folder} --sort \x00", "{folder} --sort same_texts", "{folder} --sort risk", "{folder} --sort=", "--sort",
+    "{folder} --sorted accuracy", "{folder} --json=1", "{folder} --jsn", "{folder} --json --sort x",
+    "{folder} --json extra", "{folder} {plain}", "{folder} --output x", "{folder} --overwrite", "none", "none --json",
+    "{folder}/none", "{folder}/texts.tsv", "{plain}/manifest.json", "{folder}/init", "\x1b[31m", "\u202e", "\x00",
+]  # fmt: skip
+COMPARE = [
+    "", "{plain}", "none", "''", "{folder}", "{plain}/manifest.json", "{plain}/none", "{plain}/scores", "\x1b[31m",
+    "\x00", "{other} none", "{other} {plain}", "{other} {other}", "{other} {folder}", "{other} --column",
+    "{other} --column nothing", "{other} --column ''", "{other} --column text", "{other} --column label",
+    "{other} --column \x1b[31m", "{other} --column \u202e", "{other} --texts", "{other} --texts -1",
+    "{other} --texts x", "{other} --texts 1.5", "{other} --texts nan", "{other} --picture",
+    "{other} --picture {folder}", "{other} --picture {folder}/texts.tsv", "{other} --picture {folder}/texts.tsv/p.png",
+    "{other} --output {folder}", "{other} --output", "{other} --overwrite=1", "{other} --colunm x",
+]  # fmt: skip
+BAD = {
+    "fit-rejector": FIT_REJECTOR,
+    "calibrate": CALIBRATE,
+    "tune": TUNE,
+    "study": STUDY,
+    "monitor": MONITOR,
+    "init": INIT,
+    "runs": RUNS,
+    "compare": COMPARE,
+}
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +134,18 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def starts(folder, tiny, tiny_evalset) -> dict[str, list[Path]]:
+    """The arguments of each command before its flags, where these are not a run."""
+    return {
+        "study": [folder / "texts.tsv"],
+        "init": [tiny.parent / "gate", tiny.parent / "intent", tiny_evalset],
+        "runs": [],
+    }
+
+
 @pytest.mark.parametrize("command", BAD)
-def test_bad_flags_are_one_line(command, folder, tmp_path):
+def test_bad_flags_are_one_line(command, folder, starts, tmp_path):
     assert len(BAD[command]) >= 30
     names = {name: folder / name for name in ("plain", "rejector")} | {
         "other": folder / "plain-other",
@@ -105,8 +154,9 @@ def test_bad_flags_are_one_line(command, folder, tmp_path):
     for number, flags in enumerate(BAD[command]):
         words = [word.strip("'") for word in flags.format(**names).replace("false accept", "false@accept").split(" ")]
         words = [word.replace("false@accept", "false accept").replace("''", "") for word in words]
-        output = tmp_path / f"{number}"
-        start = [command, str(folder / ("texts.tsv" if command == "study" else "plain")), "--output", str(output)]
+        output = tmp_path / f"{number}{'.toml' * (command == 'init')}"
+        start = [command, *map(str, starts.get(command, [folder / "plain"]))]
+        start += [] if command == "runs" or "--output" in words else ["--output", str(output)]
         start += ["--init", str(folder / "init")] if command == "study" and "--init" not in words else []
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)

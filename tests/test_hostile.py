@@ -144,7 +144,8 @@ def report(runs, tmp_path_factory):
         cell["id"] = f"cell-{number}"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "all.ipynb")
     others = {name for name, default in parameters.items() if "../runs/" in default and not name.startswith("output")}
-    given = {name: str(runs[name in ("test_dir", "other_runs")].directory) for name in others - {"run_dir"}}
+    given = {name: str(runs[name == "test_dir"].directory) for name in others - {"run_dir"}}
+    given["other_runs"] = str(runs[0].with_thresholds({"gate": 0.4}).write(folder / "other").directory)
     return write_report(runs[0], folder / "all.html", notebook=folder / "all.ipynb", parameters=given)
 
 
