@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-fuzz lint types lab format map docs pictures lock demo-checkpoints study study-rejectors study-held-out bench bench-serve clean
+.PHONY: demo test test-slow test-fuzz lint types lab format map docs pictures lock demo-checkpoints study study-rejectors study-held-out bench bench-serve bench-batch clean
 
 # The demo's run on the test split; then thresholds tuned on dev, and the tuned cascade on test.
 demo: .venv/ready
@@ -103,6 +103,11 @@ bench: .venv-bench/ready
 bench-serve: .venv-bench/ready
 	.venv-bench/bin/python tests/benchmarks/serve.py --clinc150 $(CLINC150) --folder runs/benchmarks
 	cp runs/benchmarks/serving.json tests/benchmarks/serving.json
+
+# Scoring of many texts: rates, memory, Ray, and what reads kept scores: about three hours on two quiet cores.
+bench-batch: .venv-bench/ready
+	.venv-bench/bin/python tests/benchmarks/batch.py --folder runs/benchmarks
+	cp runs/benchmarks/batch.json tests/benchmarks/batch.json
 
 .venv-bench/ready: requirements.lock pyproject.toml tests/benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -56,7 +57,17 @@ def score_on_ray(
 
     failed: dict[int, str] = {}
     try:
-        ray.init(address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False)
+        ray.init(
+            address=None if address == "local" else address,
+            ignore_reinit_error=True,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # Ray has no class of its own for a cluster that does not answer in time
+        raise RunError(
+            f"--ray {address}: cannot be reached ({_cause(error)}); start it, or give another address"
+        ) from error
+    try:
         if workers is None:
             workers = max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
         context = ray.data.DataContext.get_current()
