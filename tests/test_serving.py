@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from helpers import texts, without_texts
 from prometheus_client.parser import text_string_to_metric_families
@@ -32,7 +34,7 @@ from cascade_lab.exceptions import CascadeLabError, CheckpointError
 from cascade_lab.serving.api_key import read_api_key
 from cascade_lab.serving.app import create_app
 from cascade_lab.serving.protocol import Limits
-from cascade_lab.serving.server import listen, make_server
+from cascade_lab.serving.server import listen, make_server, return_free_memory
 from cascade_lab.spec import CascadeSpec
 
 COMMAND = [sys.executable, "-c", "from cascade_lab.cli import main; main()"]
@@ -642,3 +644,14 @@ def test_the_application_can_be_mounted_into_another(loaded):
     assert asyncio.run(ask()).status_code == 200
     inner.state.service.batcher.close()
     assert asyncio.run(ask()).status_code == 503
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_freed_memory_between_blocks_in_use_returns_to_the_system():
+    blocks = [bytearray(2000) for _ in range(50_000)]
+    kept = blocks[::1000]  # the C library itself returns only what is above the last block in use
+    before = psutil.Process().memory_info().rss
+    del blocks
+    asyncio.run(return_free_memory())
+    assert before - psutil.Process().memory_info().rss > 50e6
+    assert len(kept) == 50

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -202,7 +203,11 @@ def peer(kind: str, folder: Path, settings: dict[str, Any]) -> Iterator[Service]
 
 
 def hostile(port: int) -> None:
-    """Send what no good client sends, from seven connections at a time, until this process is stopped."""
+    """Send what no good client sends, from seven connections at a time, until this process is stopped.
+
+    It has the lowest priority, since it shares the cores: what it costs the service counts, not its own work.
+    """
+    os.nice(19)
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\n"
     good = predict_body(["what is my balance"])
     bodies = {
