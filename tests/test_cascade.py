@@ -57,9 +57,13 @@ def test_predict_takes_no_text_one_text_pairs_and_any_text(loaded):
         "text", "predicted", "decided_by", "probability", "confidence", "gate_probability", "intent_probability",
     ]  # fmt: skip
     odd = ["", "x" * 100_000, "\x00\x07\x1b[31m", "שלום عالم", "🙂", "half \ud83d"]
-    assert loaded.predict(odd)["predicted"].notna().all()
+    answers = loaded.predict(odd)
+    assert answers["predicted"].notna().all()
+    assert answers["text"].tolist() == odd
     alone, paired = (loaded.predict(["pay my bill"], other) for other in (None, ["now please"]))
     assert alone["gate_probability"][0] != paired["gate_probability"][0]
+    assert list(paired)[:3] == ["text", "text_b", "predicted"]
+    assert loaded.predict(["pay", "sing"], [None, "now"])["text_b"].tolist() == [None, "now"]
     with pytest.raises(TypeError, match="not one str"):
         loaded.predict("pay")
 
@@ -101,6 +105,7 @@ def test_a_runs_replay_at_its_own_thresholds_is_the_live_run_row_for_row(balance
     run = balanced.run(EvalSet.read(tiny_evalset), output=tmp_path / "run", batch_size=16)
     assert 0 < (run.predictions["decided_by"] == "gate").sum() < 200
     pd.testing.assert_frame_equal(without_texts(run.replay()), run.predictions, check_exact=True)
+    pd.testing.assert_series_equal(run.replay()["text"], run.examples["text"])
 
 
 def test_a_replay_at_another_threshold_is_a_live_run_at_it(balanced, tiny, tiny_evalset, tmp_path):
