@@ -137,7 +137,9 @@ def score(
         if (folder / PLAN).exists():
             plan, content = _resumed(folder, cascade, digest_, options, found)
         else:
-            plan, content = _planned(folder, cascade, spec, digest_, options, found, workers or n_cores(), progress)
+            plan, content = _planned(
+                folder, cascade, spec, digest_, options, found, min(workers or n_cores(), n_cores()), progress
+            )
         settings = Settings(
             str(Path(cascade).resolve()), digest_, tuple(options["keep"]), sample, options["shadow"], str(folder)
         )
