@@ -1,6 +1,7 @@
 // The page of the error browser: it draws what Python sends, and sends back what a person clicks.
 // Texts and labels of users become text nodes or are drawn on a canvas; nothing is parsed as HTML.
 
+const FONT = "11px sans-serif"; // of the matrix
 const LABELLED = 40; // labels up to which every row and column of the matrix has its name
 
 /** Make an element; strings among the children become text nodes. */
@@ -21,6 +22,7 @@ const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s
 function render({ model, el }) {
   const overview = model.get("_overview");
   const root = make("div", { className: "cascade-browser" });
+  root.dataset.lmSuppressShortcuts = "true"; // keys typed here are no commands of JupyterLab
   const listeners = [];
   const on = (name, listener) => {
     model.on(`change:${name}`, listener);
@@ -86,7 +88,10 @@ function matrixPanel({ on, select, model, overview }) {
     counts.set(cells[k] * n + cells[k + 1], cells[k + 2]);
     most = Math.max(most, cells[k + 2]);
   }
-  const margin = n <= LABELLED ? 130 : 14;
+  const ruler = make("canvas").getContext("2d");
+  ruler.font = FONT;
+  const longest = Math.max(0, ...names.map((name) => ruler.measureText(name).width));
+  const margin = n <= LABELLED ? Math.ceil(Math.min(130, longest + 12)) : 14;
   const size = n <= LABELLED ? Math.min(26, Math.max(13, 440 / n)) : n <= 300 ? Math.max(4, Math.floor(604 / n)) : 1200 / n;
   const canvas = make("canvas", { tabIndex: 0, className: "cb-matrix" });
   canvas.setAttribute("role", "img");
@@ -152,7 +157,7 @@ function matrixPanel({ on, select, model, overview }) {
     }
     if (n <= LABELLED) {
       context.fillStyle = `rgb(${ink})`;
-      context.font = "11px sans-serif";
+      context.font = FONT;
       context.textBaseline = "middle";
       for (let i = 0; i < n; i++) {
         context.textAlign = "right";
@@ -323,7 +328,7 @@ function slicesPanel({ on, ask, select, model }) {
 
 function textsPanel({ on, set, ask, model, overview }) {
   const ticked = new Set();
-  const title = make("div", { className: "cb-title", dir: "auto" });
+  const title = make("div", { className: "cb-title", dir: "ltr" }); // Python isolates the labels in it
   title.setAttribute("aria-live", "polite");
   const search = make("input", { type: "search", placeholder: "search in texts, labels, ids" });
   search.setAttribute("aria-label", search.placeholder);
@@ -387,10 +392,10 @@ function textsPanel({ on, set, ask, model, overview }) {
     tick.onchange = () => ticked[tick.checked ? "add" : "delete"](text.id);
     const box = make("span", { className: text.right ? "cb-box" : "cb-box cb-error", title: text.outcome });
     box.style.backgroundColor = text.color;
-    const facts = make("div", { className: "cb-facts" }, box, words(text.outcome), "  true ", words(text.label, "cb-label"));
+    const facts = make("div", { className: "cb-facts", dir: "ltr" }, box, `${text.outcome}  true `, words(text.label, "cb-label"));
     facts.append("  predicted ", words(text.predicted, "cb-label"));
     for (const [name, says, reached] of text.stages) {
-      const stage = make("span", { className: "cb-stage" }, words(name), ": ", words(says));
+      const stage = make("span", { className: "cb-stage" }, words(name), `: ${says}`);
       if (!reached) {
         stage.classList.add("cb-shadow");
         stage.title = "an earlier stage had decided already";
