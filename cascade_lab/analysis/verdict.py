@@ -84,11 +84,12 @@ class RunVerdict:
             for name, value, between in self._tiles()
         )
         said = "".join(f"<p>{escape(printable(sentence))}</p>" for sentence in self.sentences)
+        note = " <i>(RUN: the directory of this run)</i>"
         tries = "".join(
-            f"<p><b>Try.</b> {escape(printable(each.text))}<br><code>{escape(printable(each.command))}</code></p>"
+            f"<p><b>Try.</b> {escape(printable(each.text))}<br><code>{escape(printable(each.command))}</code>"
+            f"{note if each is self.suggestions[-1] and ' RUN ' in each.command else ''}</p>"
             for each in self.suggestions
         )
-        tries += "<p><i>RUN is the directory of this run.</i></p>" if " RUN" in tries else ""
         parts = {"tiles": tiles, "said": said, "tries": tries}
         return f'<div class="verdict">{"".join(f"""<div class="{k}">{v}</div>""" for k, v in parts.items() if v)}</div>'
 
@@ -186,7 +187,7 @@ def _metrics_without_labels(run: Run) -> pd.DataFrame:
 
 def _faults(run: Run, errors: pd.DataFrame) -> pd.DataFrame:
     """Return one row per stage: how many errors it causes, and what a perfect one would gain."""
-    groups = _error_groups(run)
+    groups = _error_groups(run, errors)
     everything = np.ones(len(errors), dtype=bool)
     ladder, rows = oracle_ladder(run), {}
     for stage in run.spec.stages:
@@ -197,9 +198,9 @@ def _faults(run: Run, errors: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=_FAULTS).rename_axis("stage")
 
 
-def _error_groups(run: Run) -> np.ndarray:
-    wrong = (run.predictions["label"] != run.predictions["predicted"]).to_numpy()
-    return text_groups(run.examples)[wrong]
+def _error_groups(run: Run, errors: pd.DataFrame) -> np.ndarray:
+    groups = pd.Series(text_groups(run.examples), index=run.examples["example_id"])
+    return groups[errors["example_id"]].to_numpy()
 
 
 def _stage_to_improve(run: Run, errors: pd.DataFrame, faults: pd.DataFrame) -> tuple[list[str], list[Suggestion]]:
@@ -214,7 +215,7 @@ def _stage_to_improve(run: Run, errors: pd.DataFrame, faults: pd.DataFrame) -> t
     ]
     if len(faults) == 1:
         sentences = [f"There is one stage, {stage}, so it causes all {n_errors:,} errors."] if n_errors > 1 else []
-    elif not _leads(errors, ranked, _error_groups(run)):
+    elif not _leads(errors, ranked, _error_groups(run, errors)):
         counts = ", ".join(f"{name} {int(count):,}" for name, count in ranked["n_errors"].items())
         return [f"Which stage to improve first is not clear from these errors: {counts}."], []
     kinds = errors.loc[errors["fault"] == stage, "kind"].replace(

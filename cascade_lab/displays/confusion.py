@@ -104,7 +104,9 @@ class MatrixDisplay(Display):
         n = len(self.display_labels)
         side = float(np.clip(1.6 + 0.3 * n, 3.4, 13 if n <= MAX_LABELLED else 8.5))
         longest = min(max(map(len, self.display_labels), default=0), _MAX_CHARACTERS) if n <= MAX_LABELLED else 0
-        extra = 0.08 * max(0, longest - 10)  # inches, beyond what a short label takes
+        cell = 72 * (side - 1.6) / max(n, 1)  # points
+        size = 10 if n <= MAX_NUMBERED else min(11.0, 0.65 * cell)
+        extra = 0.009 * size * max(0, longest - 10)  # inches, beyond what a short label takes
         ax = self._axes(ax, (side + 1.4 + extra, side + extra))
         if not n:
             self._set_title(*self.title.split("\n", 2), "no label is confused")
@@ -121,12 +123,11 @@ class MatrixDisplay(Display):
         bar.set_label(_UNITS[self.normalize])
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
         if n <= MAX_LABELLED:
-            size = 10 if n <= MAX_NUMBERED else 8
             labels = [plain_text(label, _MAX_CHARACTERS) for label in self.display_labels]
             fits = n * max(map(len, labels), default=0) <= 24  # characters side by side
             ax.set_xticks(range(n), labels, fontsize=size, rotation=0 if fits else 90)
             ax.set_yticks(range(n), labels, fontsize=size)
-            self._write_values(image, size)
+            self._write_values(image, size, cell)
         else:
             ax.grid(color="0.85", linewidth=0.5)
             ax.set_axisbelow(True)
@@ -134,16 +135,19 @@ class MatrixDisplay(Display):
         self._set_title(*self.title.split("\n", 2))
         return self
 
-    def _write_values(self, image: AxesImage, size: int) -> None:
-        """Write each cell's value into it; zeros are left out if there are many."""
+    def _write_values(self, image: AxesImage, size: float, cell: float) -> None:
+        """Write each cell's value into it, in cells of `cell` points; zeros are left out if there are many."""
         n = len(self.display_labels)
+        highest = np.nanmax(self.confusion_matrix, initial=0)
+        n_characters = len(f"{highest:,.0f}") if self.normalize is None else 3
+        size = min(size, 10, 1.4 * cell / max(n_characters, 2))
         for row, column in np.ndindex(n, n):
             value = self.confusion_matrix[row, column]
             if np.isnan(value) or (value == 0 and n > MAX_NUMBERED):
                 continue
             text = f"{value:,.0f}" if self.normalize is None else f"{value:.2f}".removeprefix("0")
             color = text_color(image.cmap(image.norm(value))) if value > 0 else "black"
-            self.ax_.text(column, row, text, ha="center", va="center", color=color, fontsize=min(size, 10 - n // 12))
+            self.ax_.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
 
 
 class CascadeConfusionDisplay(MatrixDisplay):

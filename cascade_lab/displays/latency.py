@@ -85,7 +85,7 @@ class StageLatencyDisplay(Display):
         """
         names = list(self.stages)
         ax = self._axes(ax, (7.5, 1.6 + 0.85 * len(names)))
-        colors = plt.get_cmap("viridis")(np.linspace(0.15, 0.75, len(names)))
+        colors = plt.get_cmap("Greys")(np.linspace(0.8, 0.35, len(names)))  # no colour of an outcome
         limit = 1.25 * max(stage.percentiles_ms[99] for stage in self.stages.values() if len(stage.text_ms))
         n_beyond = sum(int((stage.text_ms > limit).sum()) for stage in self.stages.values())
         for row, (stage, color) in enumerate(zip(self.stages.values(), colors, strict=True)):

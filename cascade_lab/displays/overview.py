@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from cascade_lab.analysis.errors import GOES_ON
@@ -45,11 +46,17 @@ def overview(run: Run, verdict: RunVerdict) -> list[Display]:
     last, faults = run.spec.last.name, verdict.faults
     n_errors = verdict.n_labelled - int(verdict.outcomes[list(OUTCOMES[:2])].sum())
     if len(faults) > 1 and faults["n_errors"].idxmax() != last:
-        displays.append(OracleLadderDisplay.from_run(run))
+        displays.append(_narrow(OracleLadderDisplay.from_run(run)))
     elif n_errors:
         matrix = CascadeConfusionDisplay.from_run(run, stage=last)
         displays.append(matrix if len(matrix.display_labels) <= N_CONFUSED else matrix.most_confused(N_CONFUSED))
     return displays
+
+
+def _narrow(ladder: OracleLadderDisplay) -> OracleLadderDisplay:
+    """Draw the ladder in a figure that fits beside another picture."""
+    size = (5.6, 1.2 + 0.42 * len(ladder.ladder))
+    return ladder.plot(plt.subplots(figsize=size, layout="constrained")[1])
 
 
 def _flow_without_fault(run: Run) -> OutcomeFlowDisplay:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import base64
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import sha256
 from html import escape, unescape
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
 import mistune
-from bleach.css_sanitizer import CSSSanitizer
-from bleach.sanitizer import Cleaner
 
 from cascade_lab.reporting.capture import VALUES_MIME
+from cascade_lab.reporting.glossary import glossary_html, link_terms
+from cascade_lab.reporting.sanitize import sanitize
+from cascade_lab.reporting.tables import csv_link, scrolling_tables, tables_as_csv, values_as_csv
 from cascade_lab.text import exact, shorten, visible
 
 # The browser refuses to load or run anything, even if a text got past the escaping.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_ORIGIN = "Where this comes from"
+_ORIGIN, _GLOSSARY = "Where this comes from", "Glossary"
+_SHOW = "show-contents"  # the id of the box that shows the contents on a phone
+_PICTURE = '<label class="picture">'
 _MAX_LENGTH = 120  # characters of a name in the head and in the titles
 _MAX_ORIGIN_LENGTH = 600  # characters of a value in the last section
 
 
+FIRST_SCREEN = "first-screen"
+"""The tag of the cell whose outputs are a report's first screen: the verdict, and pictures side by side below it."""
+
+
 def render_page(cells: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> str:
     """Return the HTML page: the texts and outputs of the cells (not their code), with a table of contents.
+
+    The first use of each term is a link to the glossary near the end. Every table has its csv, as a link.
 
     Parameters
     ----------
@@ -41,13 +50,28 @@ def render_page(cells: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -
         if cell["cell_type"] == "markdown":
             parts.append(render_prose(visible(cell["source"])))
         elif cell["cell_type"] == "code":
-            parts += filter(None, (_output(output, render_output_text) for output in cell["outputs"]))
+            outputs = [_output(output, render_output_text, contents) for output in cell["outputs"]]
+            is_first_screen = FIRST_SCREEN in cell.get("metadata", {}).get("tags", [])
+            parts += [_first_screen(outputs)] if is_first_screen else outputs
     cascade_names = ", ".join(dict.fromkeys(run["name"] for run in record["runs"].values()))
     heading = next((text for level, text, _ in contents.entries if level == 1), None)
     title = _escaped_line(record["notebook"]) if heading is None else re.sub("<[^>]*>", "", heading)
     after_heading = next((i + 1 for i, part in enumerate(parts) if "<h1" in part), 0)
     parts.insert(after_heading, _run_facts(record["runs"]))
-    parts.append(f'<section class="origin">{contents.heading(_ORIGIN, 2)}{_origin(record)}</section>')
+    body, terms = link_terms("".join(parts))
+    if terms:
+        body += f"<section>{contents.heading(_GLOSSARY, 2)}{glossary_html(terms)}</section>"
+    body += f'<section class="origin">{contents.heading(_ORIGIN, 2)}{_origin(record)}</section>'
+    names = _escaped_line(cascade_names)
+    navigation = (
+        f'<nav aria-label="Contents"><input type="checkbox" id="{_SHOW}"><label for="{_SHOW}">Contents</label>'
+        f"<strong>{names}</strong>\n<ul>\n{contents.html()}\n</ul></nav>\n"
+    )
+    return page_html(f"{title} – {names}", f"{navigation}<main>\n{body}\n</main>")
+
+
+def page_html(title: str, body: str, *, kind: str = "report") -> str:
+    """Return a whole page that loads nothing and runs nothing; `title` and `body` are HTML, `kind` is a class."""
     css = files("cascade_lab.reporting").joinpath("page.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -55,21 +79,23 @@ def render_page(cells: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} – {_escaped_line(cascade_names)}</title>
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
 <style>
 {css}</style>
 </head>
-<body>
-<nav aria-label="Contents"><strong>{_escaped_line(cascade_names)}</strong>
-<ul>
-{contents.html()}
-</ul></nav>
-<main>
-{"".join(parts)}
-</main>
+<body class="{kind}">
+{body}
 </body>
 </html>
 """
+
+
+def _first_screen(outputs: Sequence[str]) -> str:
+    """Return outputs as the first screen: pictures in one row below everything else."""
+    pictures = [output for output in outputs if output.startswith(_PICTURE)]
+    words = "".join(output for output in outputs if not output.startswith(_PICTURE))
+    return f'<div class="first">{words}<div class="pictures">{"".join(pictures)}</div></div>\n'
 
 
 class _Contents:
@@ -77,16 +103,23 @@ class _Contents:
 
     def __init__(self) -> None:
         self.entries: list[tuple[int, str, str]] = []
+        self.n_tables: Counter[str] = Counter()
 
     def heading(self, text: str, level: int) -> str:
         """Add a heading and return it as HTML; `text` is HTML already."""
         base = re.sub(r"\W+", "-", re.sub(r"<[^>]*>|&\w+;", "", text).lower()).strip("-") or "section"
-        taken = {anchor for *_, anchor in self.entries}
+        taken = {_SHOW, *(anchor for *_, anchor in self.entries)}
         anchor, number = base, 2
         while anchor in taken:
             anchor, number = f"{base}-{number}", number + 1
         self.entries.append((level, text, anchor))
         return f'<h{level} id="{escape(anchor)}">{text}</h{level}>\n'
+
+    def next_name(self) -> str:
+        """Return a name for a file with a table of this section, different from all names before."""
+        section = self.entries[-1][2] if self.entries else "table"
+        self.n_tables[section] += 1
+        return f"{section}-{self.n_tables[section]}"
 
     def html(self) -> str:
         return "\n".join(
@@ -126,7 +159,7 @@ def _markdown(contents: _Contents, *, links: bool) -> Callable[[str], str]:
     return lambda text: str(reader(text))
 
 
-def _output(output: Mapping[str, Any], render_markdown: Callable[[str], str]) -> str:
+def _output(output: Mapping[str, Any], render_markdown: Callable[[str], str], contents: _Contents) -> str:
     """Return one output of a cell as HTML; stderr is left out, because it is meant for who runs the notebook."""
     if output["output_type"] == "stream":
         return f"<pre>{escape(visible(output['text']))}</pre>\n" if output["name"] == "stdout" else ""
@@ -141,10 +174,10 @@ def _output(output: Mapping[str, Any], render_markdown: Callable[[str], str]) ->
     if "text/markdown" in data:
         return render_markdown(visible(data["text/markdown"]))
     if "text/html" in data:
-        html = re.sub(
-            r"<table\b.*?</table>", lambda match: _align(match[0]), sanitize(data["text/html"]), flags=re.DOTALL
-        )
-        return f'<div class="table" tabindex="0">{html}</div>\n'
+        html, values = sanitize(data["text/html"]), data.get(VALUES_MIME, {})
+        texts = [values_as_csv(values)] if values.get("kind") == "table" else tables_as_csv(html)
+        links = "".join(csv_link(text, contents.next_name()) for text in texts)
+        return f"{scrolling_tables(html)}\n" + (f'<p class="csv">{links}</p>\n' if links else "")
     if "text/plain" in data and not any("widget" in mime for mime in data):
         return f"<pre>{escape(visible(without_addresses(data['text/plain'])))}</pre>\n"
     return ""
@@ -160,103 +193,13 @@ def without_addresses(text: str) -> str:
 
 
 def _image(source: str, data: Mapping[str, Any], size: Mapping[str, Any]) -> str:
-    """Return an image; its description for screen readers is the titles of its axes."""
+    """Return an image, larger after a click. Its description for screen readers is the titles of its axes."""
     all_axes = data.get(VALUES_MIME, {}).get("axes", [])
     description = "; ".join(_escaped_line(axes["title"]) for axes in all_axes if "title" in axes) or "figure"
     width = f' width="{int(size["width"])}"' if "width" in size else ""
-    return f'<img alt="{description}" src="{source}"{width}>\n'
-
-
-# fmt: off
-_TAGS = [
-    "table", "caption", "colgroup", "col", "thead", "tbody", "tfoot", "tr", "th", "td", "div", "span", "p", "br", "b",
-    "strong", "i", "em", "u", "mark", "code", "pre", "ul", "ol", "li", "sup", "sub",
-]
-_PROPERTIES = [
-    "background", "background-color", "border", "border-bottom", "border-left", "border-radius", "border-right",
-    "border-top", "color", "display", "font-family", "font-size", "font-style", "font-weight", "line-height", "margin",
-    "max-width", "min-width", "opacity", "padding", "text-align", "text-decoration", "vertical-align", "white-space",
-    "width",
-]
-# fmt: on
-_CSS_SANITIZER = CSSSanitizer(allowed_css_properties=_PROPERTIES)
-_CLEANER = Cleaner(
-    tags=_TAGS,
-    attributes={
-        "*": lambda tag, name, value: (
-            name in ("class", "style", "title", "dir", "colspan", "rowspan", "scope")
-            or (name == "id" and value.startswith("T_"))
-        )
-    },
-    strip=True,
-    css_sanitizer=_CSS_SANITIZER,
-)
-
-
-def sanitize(html: str) -> str:
-    """Return a piece of HTML without anything that runs, that is loaded, or that changes the page around it.
-
-    The style rules that pandas' Styler writes are kept; its random ids are replaced by ids that depend on the content.
-
-    >>> sanitize('<b onclick="x()">1<script>alert(1)</script><img src="http://a"></b>')
-    '<b>1alert(1)</b>'
-    """
-    random_ids = dict.fromkeys(re.findall(r'<table id="(T_\w+)"', html))
-    rules = []
-    for sheet in re.findall(r"<style\b[^>]*>(.*?)</style>", html, flags=re.DOTALL | re.IGNORECASE):
-        for selector, declarations in re.findall(r"(#T_[\w#,\s.:-]*)\{([^{}]*)\}", sheet):
-            rules.append(f"{selector.strip()} {{{_CSS_SANITIZER.sanitize_css(declarations)}}}")
-    style = f"<style>{' '.join(rules)}</style>" if rules else ""
-    body = re.sub(r"<style\b.*?</style>", "", html, flags=re.DOTALL | re.IGNORECASE)
-    clean = style + str(_CLEANER.clean(visible(_ENTITY.sub(_visible_entity, body)))).strip()
-    for random_id in random_ids:
-        stable_id = "T_" + sha256(clean.replace(random_id, "").encode()).hexdigest()[:8]
-        clean = clean.replace(random_id, stable_id)
-    return clean
-
-
-_ENTITY = re.compile(r"&#?\w+;?")
-
-
-def _visible_entity(entity: re.Match[str]) -> str:
-    """Return an entity as it is, or the visible form of the character that it stands for, such as &#x202e;."""
-    character = unescape(entity[0])
-    return entity[0] if visible(character) == character else visible(character)
-
-
-_CELL = re.compile(r"<t([dh])\b([^>]*)>(.*?)</t\1>", re.DOTALL)
-_NUMBER = re.compile(r"[-+−]?[\d.,]+(e[-+]?\d+)?%?( \([^a-z]*( to )?[^a-z]*\))?|–|nan|", re.IGNORECASE)
-
-
-def _align(table: str) -> str:
-    """Mark every cell of a table as number, words or text, so that the style sheet aligns numbers right, words left.
-
-    A header is aligned as its column. The contents stay, except that NaN in a column of numbers is shown as –.
-    """
-    body = table.partition("<tbody>")[2]
-    rows = [_CELL.findall(row) for row in body.split("</tr>")]
-    columns = zip(*([content for tag, _, content in row if tag == "d"] for row in rows if row), strict=False)
-    kinds = ["number" if all(_NUMBER.fullmatch(cell.strip()) for cell in column) else "words" for column in columns]
-
-    def aligned_row(row: str) -> str:
-        cells = _CELL.findall(row)
-        has_spanning_header = any("colspan" in attributes for _, attributes, _ in cells)
-        column_numbers = iter(range(len(kinds) - len(cells), len(kinds)))  # row headers come first: below 0
-
-        def aligned_cell(cell: re.Match[str]) -> str:
-            tag, attributes, content = cell.groups()
-            column = next(column_numbers)
-            kind = "words" if column < 0 or has_spanning_header else kinds[column]
-            if kind == "number":
-                content = "–" if tag == "d" and content.strip() == "NaN" else content
-            elif "<" not in content:
-                is_long = len(content) > 40 or any(len(word) > 40 for word in content.split())
-                kind, content = "text" if is_long else "words", re.sub(r"_(?=\w)", "_<wbr>", content)
-            return f'<t{tag}{attributes} data-kind="{kind}">{content}</t{tag}>'
-
-        return _CELL.sub(aligned_cell, row)
-
-    return "</tr>".join(aligned_row(row) for row in table.split("</tr>"))
+    natural = f' style="--width: {int(size["width"])}px"' if "width" in size else ""
+    image = f'<img alt="{description}" src="{source}"{width}{natural}>'
+    return f'{_PICTURE}<input type="checkbox" aria-label="Enlarge the picture">{image}</label>\n'
 
 
 def _run_facts(runs: Mapping[str, Any]) -> str:
@@ -307,7 +250,8 @@ def _origin(record: Mapping[str, Any]) -> str:
         "<p>The same run gives the same report, byte for byte. "
         "<code>cascade-lab verify</code> rebuilds the report and compares.</p>\n"
     )
-    return introduction + "".join(tables)
+    summary = "<summary>Digests of all inputs, versions of all packages</summary>"
+    return f"{introduction}<details>{summary}{''.join(tables)}</details>\n"
 
 
 def package_list(record: Mapping[str, Any]) -> str:

@@ -1,14 +1,18 @@
-"""The JSON of a report: written, and read and checked, because it may come from somebody else."""
+"""The JSON of a report: written beside the page, and read and checked, because it may come from somebody else."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any
 
+from cascade_lab.atomic import locked_file, write_files
 from cascade_lab.exceptions import RunError
 from cascade_lab.json_files import read_object
+from cascade_lab.provenance import sha256
+from cascade_lab.run import Run
 from cascade_lab.text import shorten
 
 SCHEMA_VERSION = 3
@@ -22,6 +26,51 @@ _RECORD = {
     "fonts": dict,
     "outputs": list,
 }
+
+
+def write_page(output: Path, build: Callable[[], tuple[str, dict[str, Any]]]) -> Path:
+    """Write a page and its JSON, both or none; `build` returns the HTML and the content of the JSON.
+
+    Raises
+    ------
+    RunError
+        Another process is writing the page, `output` is a file of another kind, or a file cannot be written.
+    """
+    with locked_file(output, overwrite=True, what="report", error=RunError):
+        check_report_output(output)
+        html, record = build()
+        page = html.encode()
+        # The JSON goes first, with the page's digest: so `verify_report` notices where a process was killed in between.
+        text = record_text({"page_sha256": new_sha256(page).hexdigest(), **record})
+        write_files({output.with_suffix(".json"): text.encode(), output: page}, error=RunError)
+    return output
+
+
+def directory_of(run: Run) -> Path:
+    """Return the directory of a run; raises RunError where the run, or a change of it, is only in memory."""
+    if run.directory is None:
+        raise RunError(f"{run.name} is only in memory; write the run first: run.write(path)")
+    return run.directory
+
+
+def check_unchanged(run: Run) -> None:
+    """Raise RunError where another process has replaced a run while its report was made."""
+    read = Run.read(directory_of(run))
+    if any(read.manifest[key] != run.manifest[key] for key in ("run_id", "contents")):
+        raise RunError(f"{run.name}: the run was replaced while its report was made; make the report again")
+
+
+def run_identity(run: Run) -> dict[str, Any]:
+    """Return what identifies a run: ids, digests, thresholds. What a manifest lacks is empty or None."""
+    manifest = run.manifest
+    return {
+        "name": run.spec.name,
+        "n_examples": len(run.examples),
+        "manifest_sha256": sha256(directory_of(run) / "manifest.json"),
+        **{key: manifest.get(key) for key in ("run_id", "source", "started", "processor", "tuned_on")},
+        **{key: manifest.get(key) or {} for key in ("packages", "evalset", "inputs", "contents")},
+        "thresholds": run.spec.thresholds,
+    }
 
 
 def record_text(record: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 from cascade_lab.analysis.latency import is_timed
-from cascade_lab.atomic import locked_file, write_file, write_files
+from cascade_lab.atomic import write_file
 from cascade_lab.displays import CascadeConfusionDisplay, StageLatencyDisplay
 from cascade_lab.displays.confusion import MAX_LABELLED
 from cascade_lab.displays.fonts import font_digests, warn_of_missing
@@ -24,7 +24,14 @@ from cascade_lab.exceptions import RunError, did_you_mean
 from cascade_lab.provenance import environment, package_version, sha256
 from cascade_lab.reporting.capture import VALUES_MIME, plain_value
 from cascade_lab.reporting.html import render_page, without_addresses
-from cascade_lab.reporting.record import SCHEMA_VERSION, check_report_output, record_text
+from cascade_lab.reporting.record import (
+    SCHEMA_VERSION,
+    check_unchanged,
+    directory_of,
+    record_text,
+    run_identity,
+    write_page,
+)
 from cascade_lab.run import Run
 from cascade_lab.stage_files import stage_file
 
@@ -74,7 +81,7 @@ def write_figures(run: Run, folder: str | Path | None = None) -> list[Path]:
     RunError
         The run is only in memory and `folder` is not given; a file cannot be written.
     """
-    folder = _directory(run) / "figures" if folder is None else Path(folder)
+    folder = directory_of(run) / "figures" if folder is None else Path(folder)
     displays: dict[str, CascadeConfusionDisplay | StageLatencyDisplay] = {}
     if is_timed(run):
         displays["latency"] = StageLatencyDisplay.from_run(run)
@@ -132,15 +139,8 @@ def write_report(
     """
     path = notebook_path(notebook)
     name = "report.html" if path.stem == NOTEBOOK else f"{path.stem}.html"
-    output = _directory(run) / name if output is None else Path(output)
-    with locked_file(output, overwrite=True, what="report", error=RunError):
-        check_report_output(output)
-        html, record = build_report(run, path, parameters or {}, progress=progress)
-        page = html.encode()
-        # The JSON goes first, with the page's digest: so `verify_report` notices where a process was killed in between.
-        text = record_text({"page_sha256": new_sha256(page).hexdigest(), **record})
-        write_files({output.with_suffix(".json"): text.encode(), output: page}, error=RunError)
-    return output
+    output = directory_of(run) / name if output is None else Path(output)
+    return write_page(output, lambda: build_report(run, path, parameters or {}, progress=progress))
 
 
 def notebook_path(name: str | Path) -> Path:
@@ -205,7 +205,7 @@ def build_report(
         )
     defaults = _default_parameters(notebook)
     parameters = _sort_parameters(run, path, defaults, given, saved_values or {})
-    links = {f"runs/{name}": _directory(each_run) for name, each_run in parameters.runs.items()}
+    links = {f"runs/{name}": directory_of(each_run) for name, each_run in parameters.runs.items()}
     for each_run in parameters.runs.values():
         each_run.check()
     links |= {f"files/{name}{file.suffix}": file for name, file in parameters.files.items()}
@@ -215,7 +215,7 @@ def build_report(
     data = path.resolve().parent.parent / "data"  # the default parameters name files in it
     cells = _execute(notebook, run, links | ({"data": data} if data.is_dir() else {}), values, progress)
     for each_run in parameters.runs.values():
-        _check_unchanged(each_run)
+        check_unchanged(each_run)
     outputs = list(_outputs(cells))
     figure_text = "".join(_texts([output for output in outputs if output["kind"] == "figure"]))
     warn_of_missing(figure_text)  # the kernel's own warning is not shown
@@ -224,7 +224,7 @@ def build_report(
         "notebook": path.stem,
         "notebook_sha256": digest,
         "parameters": plain_value(parameters.values),
-        "runs": {name: _run_identity(each_run) for name, each_run in parameters.runs.items()},
+        "runs": {name: run_identity(each_run) for name, each_run in parameters.runs.items()},
         "files": {name: _digests(file) for name, file in parameters.files.items()},
         "packages": environment()["packages"] | {name: package_version(name) for name in ("scipy", "matplotlib")},
         "fonts": font_digests(figure_text),
@@ -232,20 +232,6 @@ def build_report(
     }
     record = json.loads(record_text(record))  # as `verify_report` reads it
     return render_page(cells, record), record
-
-
-def _directory(run: Run) -> Path:
-    """Return the directory of a run; raises RunError where the run, or a change of it, is only in memory."""
-    if run.directory is None:
-        raise RunError(f"{run.name} is only in memory; write the run first: run.write(path)")
-    return run.directory
-
-
-def _check_unchanged(run: Run) -> None:
-    """Raise RunError where another process has replaced a run while the notebook read it."""
-    read = Run.read(_directory(run))
-    if any(read.manifest[key] != run.manifest[key] for key in ("run_id", "contents")):
-        raise RunError(f"{run.name}: the run was replaced while its report was made; make the report again")
 
 
 def _read_notebook(path: Path) -> NotebookNode:
@@ -378,19 +364,6 @@ def _texts(content: Any) -> Iterator[str]:
     elif isinstance(content, list):
         for part in content:
             yield from _texts(part)
-
-
-def _run_identity(run: Run) -> dict[str, Any]:
-    """Return what identifies a run: ids, digests, thresholds. What a manifest lacks is empty or None."""
-    manifest = run.manifest
-    return {
-        "name": run.spec.name,
-        "n_examples": len(run.examples),
-        "manifest_sha256": sha256(_directory(run) / "manifest.json"),
-        **{key: manifest.get(key) for key in ("run_id", "source", "started", "processor", "tuned_on")},
-        **{key: manifest.get(key) or {} for key in ("packages", "evalset", "inputs", "contents")},
-        "thresholds": run.spec.thresholds,
-    }
 
 
 def _digests(path: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from cascade_lab.exceptions import RunError
 from cascade_lab.reporting.html import package_list, versions
 from cascade_lab.reporting.record import not_a_record, read_record
 from cascade_lab.reporting.report import NOTEBOOKS, build_report, notebook_path
+from cascade_lab.reporting.summary import SUMMARY, build_summary
 from cascade_lab.run import Run
 from cascade_lab.text import shorten
 
@@ -96,14 +97,17 @@ def verify_report(
     saved_run_id = next(iter(saved["runs"].values()))["run_id"]
     if run.manifest["run_id"] != saved_run_id:
         raise RunError(f"{report}: is of run {_shown(saved_run_id)}, and {run.name} is run {run.manifest['run_id']}")
-    new_html, new = build_report(
-        run,
-        notebook_path(saved["notebook"] if notebook is None else notebook),
-        given,
-        saved_values=saved["parameters"],
-        notebook_sha256=None if notebook is None else saved["notebook_sha256"],
-        progress=progress,
-    )
+    if saved["notebook"] == SUMMARY and notebook is None:
+        new_html, new = build_summary(run)
+    else:
+        new_html, new = build_report(
+            run,
+            notebook_path(saved["notebook"] if notebook is None else notebook),
+            given,
+            saved_values=saved["parameters"],
+            notebook_sha256=None if notebook is None else saved["notebook_sha256"],
+            progress=progress,
+        )
     before, after = versions(saved), versions(new)
     return Verdict(
         changed_values=_changed_values(old_values, _named_values(new)),
@@ -128,7 +132,7 @@ def _check_given(
 
     The JSON may come from somebody else. So it decides neither which code is executed nor which files are read.
     """
-    if notebook is None and saved["notebook"] not in NOTEBOOKS:
+    if notebook is None and saved["notebook"] not in (*NOTEBOOKS, SUMMARY):
         raise RunError(
             f"{report}: its notebook '{_shown(saved['notebook'])}' is not one of this package, so it is not executed; "
             "if you trust it, give it: --notebook PATH (notebook=PATH)"
