@@ -33,7 +33,8 @@ def object_html(name: str, facts: Iterable[str], *tables: Rows) -> str:
     facts : iterable of str
         Few words each, such as "1,451 texts".
     tables : rows
-        A column of numbers is aligned to the right, another one as its script is read.
+        A column of numbers is aligned to the right, another one as its script is read. A table without rows is left
+        out.
 
     Examples
     --------
@@ -55,7 +56,8 @@ def object_html(name: str, facts: Iterable[str], *tables: Rows) -> str:
     </table>
     """
     described = ", ".join(f"<bdi>{_escaped(fact)}</bdi>" for fact in facts)
-    return "\n".join([f"<p><b><bdi>{_escaped(name)}</bdi></b>: {described}</p>", *map(_table_html, tables)])
+    first = f"<p><b><bdi>{_escaped(name)}</bdi></b>: {described}</p>"
+    return "\n".join([first, *map(_table_html, filter(None, tables))])
 
 
 def run_html(run: Run) -> str:

@@ -93,6 +93,9 @@ def test_an_eval_set_shows_its_first_rows_and_how_many_there_are(tiny_evalset):
     pairs = EvalSet.from_frame(pd.DataFrame({"text": ["a", "b"], "text_b": ["c", None]}), unlabelled=True)
     assert repr(pairs) == "<EvalSet a table: 2 texts, some in pairs, no labels>"
     assert Cells(pairs._repr_html_()).rows[2] == ["1", "b", "–"]
+    assert Cells(pairs.take([])._repr_html_()).first == "a table: 0 texts"
+    nested = EvalSet.from_frame(pd.DataFrame({"text": ["a"], "label": ["b"], "more": [[1, None]], "n": [float("nan")]}))
+    assert Cells(nested._repr_html_()).rows == [["example_id", "text", "label", "more"], ["0", "a", "b", "[1, None]"]]
 
 
 def test_a_cascade_and_a_tuning_show_themselves(tiny, run):
