@@ -139,7 +139,7 @@ def test_texts_that_a_run_lacks_are_left_out_of_all_comparisons(runs, tmp_path):
     third = perturbed_run(runs[1], tmp_path / "third", noise=0, examples=unlabelled)
     many = compare_many([runs[0], part, few, third], n_resamples=50)
     assert many.n_examples == 149
-    assert [facts["n_alone"] for facts in many.runs.values()] == [151, 101, 51, 150]
+    assert many.runs_table()["n_alone"].to_dict() == {"a": 151, "part": 101, "few": 51, "third": 150}
     assert many.notes == [
         "Texts that are not in all runs are left out: 151 of a, 101 of part, 51 of few, 150 of third."
     ]

@@ -60,6 +60,16 @@ class Comparisons:
         facts = [self.comparisons[0].runs[0], *(comparison.runs[1] for comparison in self.comparisons)]
         return dict(zip(self.names, facts, strict=True))
 
+    def runs_table(self) -> pd.DataFrame:
+        """Return what tells the runs apart, one row per run in the order given.
+
+        Columns `cascade`, `thresholds`, `evalset`, `date`, `tuned_on`, and `n_alone`, how many labelled texts are left
+        out because another run lacks them.
+        """
+        columns = ["cascade", "thresholds", "evalset", "date", "tuned_on", "n_alone"]
+        table = pd.DataFrame(list(self.runs.values()), index=pd.Index(self.names, name="run"))
+        return table[columns].astype({"thresholds": str})
+
     @property
     def n_examples(self) -> int:
         """The number of texts that the runs are compared on."""
