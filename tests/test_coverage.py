@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from test_displays import drawn_inside
 
 from cascade_lab import RiskCoverageDisplay
+from cascade_lab.analysis.bootstrap import resample_counts, wilson, wilson_of_variance
 from cascade_lab.analysis.coverage import (
     AREAS,
     correct_and_confidence,
@@ -62,7 +63,7 @@ def test_five_texts_worked_by_hand():
     confidence, correct = np.array([0.1, 0.9, 0.8, 0.3, 0.5]), np.array([False, True, False, True, True])
     expected = [89 / 300, 89 / 300 - 13 / 100, 0.16]
     assert unweighted_areas(correct, confidence) == pytest.approx(expected)
-    table = risk_coverage_areas(correct, confidence, n_resamples=50)
+    table = risk_coverage_areas(correct, confidence)
     assert table["value"].to_dict() == pytest.approx(dict(zip(AREAS, expected, strict=True)))
     assert (table["low"] <= table["high"]).all()
 
@@ -104,6 +105,34 @@ def test_a_random_order_has_the_error_rate_as_its_aurc_and_a_perfect_one_the_clo
     assert excess == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("n_values", [4, 1000])
+def test_the_variance_of_an_area_is_that_of_redrawn_texts(n_values):
+    """Texts that occur five times are one text; the upper end counts a fifth of an error more."""
+    rng = np.random.default_rng(1)
+    confidence = rng.integers(0, n_values, 400) / n_values
+    correct = rng.random(400) < 0.4 + 0.5 * confidence
+    redrawn = weighted_areas(correct, confidence, weights=resample_counts(400, n_resamples=4000))
+    table = risk_coverage_areas(correct, confidence)
+    for name, areas, squared_weight in zip(AREAS, redrawn, (2, 2, 1 / 3), strict=True):
+        bounds = (0.0, 0.5 if name == "augrc" else 1.0)
+        value, low, high = table.loc[name]
+        for end, more in ((0, 0.0), (1, 0.2 * squared_weight / 400**2)):
+            ends = wilson_of_variance(value, areas.var() + more, n_constant=400, bounds=bounds)
+            assert (low, high)[end] - value == pytest.approx(ends[end] - value, rel=0.05), name
+    groups = np.arange(400).repeat(5)
+    five = risk_coverage_areas(correct.repeat(5), confidence.repeat(5), groups=groups)
+    assert five.to_numpy() == pytest.approx(table.to_numpy(), abs=0.002)
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_an_error_or_a_correct_text_an_area_has_the_interval_of_a_fraction():
+    confidence = np.arange(30) / 30
+    right, wrong = (risk_coverage_areas(np.full(30, is_right), confidence) for is_right in (True, False))
+    assert right.loc["aurc"].tolist() == pytest.approx([0, *wilson(0, 30)[1:]])
+    assert wrong.loc["aurc"].tolist() == pytest.approx([1, *wilson(30, 30)[1:]])
+    assert wrong.loc["augrc", "high"] == 0.5
+
+
 @pytest.mark.parametrize("confidence", ["product", "last", "gate"])
 def test_a_curve_is_the_error_rate_of_those_above_each_threshold(run, confidence):
     correct, values = correct_and_confidence(run, confidence)
@@ -116,7 +145,7 @@ def test_a_curve_is_the_error_rate_of_those_above_each_threshold(run, confidence
         assert 0 <= row.low <= row.high <= 1
     assert table["coverage"].iloc[-1] == 1
     pd.testing.assert_frame_equal(risk_coverage_curve(correct, values, n_resamples=200), table)
-    metrics = coverage_metrics(run, [confidence], n_resamples=100).set_index("metric")
+    metrics = coverage_metrics(run, [confidence]).set_index("metric")
     assert list(metrics["value"]) == pytest.approx(unweighted_areas(correct, values))
     assert (metrics["low"] <= metrics["high"]).all()
 
@@ -154,7 +183,7 @@ def test_what_has_no_confidence_is_refused(run):
 
 def test_a_cascade_without_gates_has_one_confidence(tmp_path):
     alone = random_run(tmp_path / "alone", n=60, n_gates=0)
-    assert set(coverage_metrics(alone, n_resamples=10)["confidence"]) == {"last"}
+    assert set(coverage_metrics(alone)["confidence"]) == {"last"}
     with pytest.raises(RunError, match="no gate"):
         correct_and_confidence(alone, "gate")
 

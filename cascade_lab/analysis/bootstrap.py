@@ -1,15 +1,15 @@
 """Confidence intervals of metrics: Wilson's interval and its relatives, and the bootstrap over texts.
 
 A fraction has Wilson's interval. Any other metric in [0, 1] has Wilson's interval too, with the number of texts that
-would give a fraction the same variance; the variance is that of the bootstrap. Texts that repeat are no new evidence:
-`groups` says which texts are equal, and a group is counted, or resampled, as a whole.
+would give a fraction the same variance; the variance is that of the bootstrap, or of the texts' influences. Texts that
+repeat are no new evidence: `groups` says which texts are equal, and a group is counted, or resampled, as a whole.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -281,10 +281,9 @@ def score_interval(
 ) -> Interval:
     """Return a metric between two bounds with Wilson's interval of a fraction that has the same variance.
 
-    The metric's variance v is that of the bootstrap, so its effective number of texts is value (1 - value) / v, at most
-    `n` (for fractions of surveys: Korn and Graubard 1998). A metric such as macro F1 is lower in samples than it is
-    in truth, and lower again in resamples. How much lower depends on how the texts were drawn, so the interval is moved
-    by half of the bootstrap's bias, and widened by the other half.
+    The variance is that of the bootstrap (see `wilson_of_variance`). A metric such as macro F1 is lower in samples than
+    it is in truth, and lower again in resamples. How much lower depends on how the texts were drawn, so the interval is
+    moved by half of the bootstrap's bias, and widened by the other half.
 
     Parameters
     ----------
@@ -304,18 +303,56 @@ def score_interval(
     resampled = resampled[~np.isnan(resampled)]
     if len(resampled) < 2 or np.isnan(value) or not n > 0:
         return Interval(value, np.nan, np.nan)
+    half_bias = (float(resampled.mean()) - value) / 2
+    variance = float(resampled.var(ddof=1)) + half_bias**2
+    degrees = math.inf if n_least is None else max(n_least - 1, 1)
+    n_constant = n if n_least is None else n_least
+    options: dict[str, Any] = {"n_constant": n_constant, "n_most": n, "degrees": degrees, "bounds": bounds}
+    low, high = wilson_of_variance(value - half_bias, variance, **options, level=level)
+    return Interval(float(value), min(value, low), max(value, high))
+
+
+def wilson_of_variance(
+    value: float,
+    variance: float,
+    *,
+    n_constant: float,
+    n_most: float = math.inf,
+    degrees: float = math.inf,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Return the ends of Wilson's interval of a fraction that has this value and this variance.
+
+    Its number of texts is value (1 - value) / variance (for fractions of surveys: Korn and Graubard 1998).
+
+    Parameters
+    ----------
+    value, variance : float
+    n_constant : float
+        The number of texts where the variance is 0: all of them are right, or all are wrong.
+    n_most : float
+        The largest number of texts.
+    degrees : float
+        Those of Student's t distribution, which replaces the normal one where few texts show the variance.
+    bounds : tuple of float
+        The lowest and the highest possible value.
+    level : float
+
+    Examples
+    --------
+    >>> [round(end, 3) for end in wilson_of_variance(0.9, 0.0009, n_constant=100)]
+    [0.826, 0.945]
+    """
     lowest, width = bounds[0], bounds[1] - bounds[0]
-    half_bias = (float(resampled.mean()) - value) / 2 / width
-    middle = float(np.clip((value - lowest) / width - half_bias, 0.0, 1.0))
-    variance = float(resampled.var(ddof=1)) / width**2 + half_bias**2
-    if variance > 1e-20 and 0 < middle < 1:
-        n = min(n, middle * (1 - middle) / variance)
-    elif n_least is not None:
-        n = n_least
-    if n_least is not None:
-        n *= (norm.ppf((1 + level) / 2) / student_t.ppf((1 + level) / 2, max(n_least - 1, 1))) ** 2
-    _, low, high = wilson(n * middle, n, level=level)
-    return Interval(float(value), min(value, lowest + width * low), max(value, lowest + width * high))
+    fraction, variance = float(np.clip((value - lowest) / width, 0.0, 1.0)), variance / width**2
+    n = n_constant
+    if variance > 1e-20 and 0 < fraction < 1:
+        n = min(n_most, fraction * (1 - fraction) / variance)
+    z = norm.ppf((1 + level) / 2)
+    n *= float(z / (student_t.ppf((1 + level) / 2, degrees) if math.isfinite(degrees) else z)) ** 2
+    _, low, high = wilson(n * fraction, n, level=level)
+    return lowest + width * low, lowest + width * high
 
 
 def mean_difference_interval(

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, Interval, blocks, effective_n, resample_counts, score_interval
+from cascade_lab.analysis.bootstrap import (
+    N_RESAMPLES,
+    Interval,
+    blocks,
+    effective_n,
+    resample_counts,
+    score_interval,
+    wilson_of_variance,
+)
 from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.metrics import in_scope_predictions
@@ -29,6 +37,9 @@ if TYPE_CHECKING:
 Confidence = Literal["product", "last", "gate"]
 CONFIDENCES: tuple[Confidence, ...] = get_args(Confidence)
 AREAS = ("aurc", "excess_aurc", "augrc")
+_ADDED_ERRORS = 0.2
+_SQUARED_WEIGHT = {"aurc": 2.0, "excess_aurc": 2.0, "augrc": 1 / 3}
+"""The mean of w² over all ranks: an error adds w / n, w is -log(rank / n) for AURC and 1 - rank / n for AUGRC."""
 _MAX_POINTS = 200
 
 
@@ -156,8 +167,6 @@ def coverage_metrics(
     which: Sequence[Confidence] | None = None,
     *,
     level: float = 0.95,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Return how well each confidence of a run ranks correct predictions first.
 
@@ -166,8 +175,7 @@ def coverage_metrics(
     run : Run
     which : sequence of {"product", "last", "gate"}, optional
         By default all that the cascade has.
-    level, n_resamples, seed
-        Of the bootstrap.
+    level : float
 
     Returns
     -------
@@ -181,23 +189,25 @@ def coverage_metrics(
         As for `correct_and_confidence`.
     """
     tables, groups = {}, text_groups(run.labelled.examples)
-    options: dict[str, Any] = {"groups": groups, "level": level, "n_resamples": n_resamples, "seed": seed}
     for name in which or (CONFIDENCES if any(stage.is_gate for stage in run.spec.stages) else ("last",)):
         correct, values = correct_and_confidence(run, name)
-        tables[name] = risk_coverage_areas(correct, values, **options)
+        tables[name] = risk_coverage_areas(correct, values, groups=groups, level=level)
     return pd.concat(tables, names=["confidence"]).reset_index()
 
 
 def risk_coverage_areas(
-    correct: Any,
-    confidence: Any,
-    *,
-    groups: np.ndarray | None = None,
-    level: float = 0.95,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
+    correct: Any, confidence: Any, *, groups: np.ndarray | None = None, level: float = 0.95
 ) -> pd.DataFrame:
-    """Return the areas under the risk–coverage curve, with intervals (`bootstrap.score_interval`). Lower is better.
+    """Return the areas under the risk–coverage curve, with intervals. Lower is better.
+
+    An interval is Wilson's of a fraction with the variance of the area (`bootstrap.wilson_of_variance`), and the
+    variance is that of the texts' influences on it (the infinitesimal jackknife, Efron 1982). An error among the
+    surest texts is rare and weighs much, so a set without one shows too small a variance. For the upper end, a fifth
+    of another error, at a random place, is added to it.
+
+    Simulated coverage at 0.95, with 100 to 1,000 texts of five kinds of classifiers, where 9 errors or more are
+    expected: 0.93 to 0.975 of `aurc` and `augrc`, 0.925 to 0.98 of `excess_aurc`. With fewer errors up to 0.995, as for
+    fractions near 0 (see `wilson`). With a variance of at least that of a fraction, `aurc` was covered in 0.985.
 
     Parameters
     ----------
@@ -205,8 +215,9 @@ def risk_coverage_areas(
         Whether each prediction is correct.
     confidence : array-like of float, shape (n,)
         Higher where the prediction is more certain; any scale.
-    groups, level, n_resamples, seed
-        As for `risk_coverage_curve`.
+    groups : ndarray of int, shape (n,), optional
+        Equal texts have the same number (`duplicates.text_groups`), and count as one observation.
+    level : float
 
     Returns
     -------
@@ -233,13 +244,18 @@ def risk_coverage_areas(
     correct, confidence = _checked(correct, confidence)
     n = len(confidence)
     values = weighted_areas(correct, confidence, weights=np.ones((1, n), dtype=np.int32))
-    weights = resample_counts(n, groups=groups, n_resamples=n_resamples, seed=seed)
-    resampled, n_texts = weighted_areas(correct, confidence, weights=weights), effective_n(np.ones(n), groups)
-    rows = [
+    group = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    n_groups, n_texts = int(group.max()) + 1, effective_n(np.ones(n), groups)
+    rows = []
+    for name, value, influence in zip(AREAS, values, _influences(correct, confidence), strict=True):
+        variance = float((np.bincount(group, weights=influence) ** 2).sum()) / n**2 * n_groups / max(n_groups - 1, 1)
         # AUGRC is at most 1/2: all texts are wrong.
-        score_interval(float(value[0]), drawn, n=n_texts, bounds=(0.0, 0.5 if name == "augrc" else 1.0), level=level)
-        for name, value, drawn in zip(AREAS, values, resampled, strict=True)
-    ]
+        options: dict[str, Any] = {"bounds": (0.0, 0.5 if name == "augrc" else 1.0), "n_constant": n_texts}
+        low, high = (
+            wilson_of_variance(float(value[0]), variance + more, **options, level=level)[end]
+            for end, more in ((0, 0.0), (1, _ADDED_ERRORS * _SQUARED_WEIGHT[name] / n_texts**2))
+        )
+        rows.append(Interval(float(value[0]), low, high))
     return pd.DataFrame(rows, index=pd.Index(AREAS, name="metric"), columns=list(Interval._fields))
 
 
@@ -324,6 +340,36 @@ def _areas(ranked: _Ranked, harmonic: np.ndarray) -> tuple[np.ndarray, np.ndarra
     sums = errors + (errors_before - error_rate * before) * (harmonic[before + size] - harmonic[before])
     trapezoids = size * (errors_before + errors / 2)
     return sums.sum(axis=1) / n, errors.sum(axis=1), trapezoids.sum(axis=1) / n**2
+
+
+def _influences(correct: np.ndarray, confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return by how much n more weight of one text would change AURC, excess AURC and AUGRC: arrays of shape (n,).
+
+    The mean of AURC's terms E(k) / k changes by the new text's own term; and if it is wrong, by 1 / j for each text j
+    at or below it; and the weight below each text j lowers its term by E(j) / j². Of equal confidences, the means over
+    all orders are taken.
+    """
+    n, order = len(confidence), np.argsort(-confidence, kind="stable")
+    ranked = _ranked(correct, confidence, np.ones((1, n), dtype=np.int32))
+    size, errors, before, errors_before = (np.asarray(part[0], dtype=np.float64) for part in ranked[1:])
+    tie = np.repeat(np.arange(len(size)), size.astype(int))
+    wrong, rank = (~correct[order]).astype(np.float64), np.arange(1, n + 1)
+    risk = (errors_before[tie] + (rank - before[tie]) * (errors / size)[tie]) / rank
+
+    def from_here(terms: np.ndarray) -> np.ndarray:
+        return terms[::-1].cumsum()[::-1]
+
+    def mean_of_ties(terms: np.ndarray) -> np.ndarray:
+        return (np.bincount(tie, weights=terms) / size)[tie]
+
+    aurc = mean_of_ties(risk - from_here(risk / rank)) + wrong * mean_of_ties(from_here(1 / rank)) - risk.mean()
+    error_rate = float(wrong.mean())
+    # The AURC of a perfect order is about e + (1 - e) log(1 - e), for an error rate e.
+    excess = aurc + np.log(max(1 - error_rate, 1 / n)) * (wrong - error_rate)
+    middle = (errors_before + errors / 2)[tie] + wrong * (n - before - size / 2)[tie]
+    augrc = middle / n - 2 * float((size * (errors_before + errors / 2)).sum()) / n**2
+    place = np.argsort(order)
+    return aurc[place], excess[place], augrc[place]
 
 
 def _risk_at(ranked: _Ranked, coverage: np.ndarray) -> np.ndarray:

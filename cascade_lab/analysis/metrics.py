@@ -388,7 +388,7 @@ def metric_intervals(
     decisions = stage_decisions(run, stage, on=on)
     if run.spec.stage(stage).is_gate:
         should_stop = decisions.y_true != run.spec.stage(stage).pass_label
-        metrics |= ranking_intervals(should_stop, -decisions.confidence, **options)
+        metrics |= ranking_intervals(should_stop, -decisions.confidence, groups=groups, level=level)
         if math.isnan(metrics["auroc"].low) and not math.isnan(metrics["auroc"].value):
             notes.append("AUROC and average precision have no interval: one kind has a single text.")
     else:

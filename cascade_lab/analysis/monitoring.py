@@ -15,6 +15,7 @@ from cascade_lab.analysis.prevalence import (
     N_RESAMPLES,
     Labelled,
     Unlabelled,
+    atc_note,
     estimate_notes,
     estimate_shift,
     fits_prevalence_shift,
@@ -59,7 +60,7 @@ class Monitoring:
     fit_p_value : float
         Of the test that another prevalence alone explains the scores: see `prevalence.fits_prevalence_shift`.
     notes : tuple of str
-        Why estimates are undefined, and which texts they leave out: see `prevalence.estimate_notes`.
+        Why estimates or intervals are undefined, and which texts are left out: see `prevalence.estimate_notes`.
     """
 
     run: Run
@@ -250,7 +251,8 @@ def _estimate(
     unlabelled = _sample(run)
     estimates = estimate_shift(labelled, unlabelled, n_resamples=n_resamples, level=level, seed=seed)
     fit_p_value = fits_prevalence_shift(labelled, unlabelled, seed=seed)
-    return estimates, fit_p_value, tuple(estimate_notes(labelled, unlabelled))
+    notes = [atc_note(estimates), *estimate_notes(labelled, unlabelled)]
+    return estimates, fit_p_value, tuple(note for note in notes if note)
 
 
 def _sample(run: Run) -> Unlabelled:
