@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-fuzz lint types lab format map docs pictures lock demo-checkpoints study study-rejectors study-held-out bench bench-serve bench-batch clean
+.PHONY: demo test test-slow test-fuzz test-log lint types lab format map docs pictures lock demo-checkpoints study study-rejectors study-held-out bench bench-serve bench-batch clean
 
 # The demo's run on the test split; then thresholds tuned on dev, and the tuned cascade on test.
 demo: .venv/ready
@@ -21,6 +21,16 @@ test-slow: .venv/ready
 # Damaged and hostile files in great numbers: eval sets, TOML, runs, reports, checkpoints. Prints how many were refused.
 test-fuzz: .venv/ready
 	$(BIN)/python -m pytest -m fuzz -s
+
+# `cascade-lab log` with MLflow and Weights & Biases themselves, in a separate environment; `make test` skips these tests.
+test-log: .venv-log/ready
+	.venv-log/bin/python -m pytest tests/test_tracking.py
+
+.venv-log/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv-log
+	.venv-log/bin/python -m pip install --quiet --requirement requirements.lock
+	.venv-log/bin/python -m pip install --quiet --editable '.[mlflow,wandb]'
+	touch $@
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -121,4 +131,4 @@ lock: # pins the newest compatible versions for every supported Python and platf
 		--no-header --no-annotate pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv .venv-bench
+	rm -rf .venv .venv-bench .venv-log
