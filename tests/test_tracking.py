@@ -1,5 +1,7 @@
-"""What `cascade-lab log` sends, and that MLflow and Weights & Biases get it. Their parts are skipped where they are not
-installed: `pip install '.[mlflow,wandb]'`."""
+"""What `cascade-lab log` sends, and that MLflow and Weights & Biases get it.
+
+Their parts are skipped where they are not installed; `make test-log` runs them.
+"""
 
 from __future__ import annotations
 
