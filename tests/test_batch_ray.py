@@ -47,7 +47,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*COMMAND, *arguments], stdout=file, stderr=file)
 
 
-@pytest.mark.parametrize(("n", "n_kills", "longest"), [(20_000, 3, 60), (1_000_000, 10, 120)])
+@pytest.mark.parametrize(("n", "n_kills", "longest"), [(20_000, 6, 15), (1_000_000, 10, 60)])
 def test_killed_actors_nodes_and_drivers_change_no_byte(cluster, tiny, tmp_path, n, n_kills, longest):
     inputs, rng = write_texts(tmp_path / "in", n, files=5), random.Random(n)
     arguments = [str(tiny), str(inputs), "--keep", "scores", "--sample", "0.1", "--shard-rows", str(max(2000, n // 50))]

@@ -73,6 +73,7 @@ def score_on_ray(
         context = ray.data.DataContext.get_current()
         context.max_errored_blocks = 0  # a shard that is left out silently would be a hole in the output
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         rows = [{"shard": pickle.dumps(shard)} for shard in shards]
         scored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             ShardScorer,
