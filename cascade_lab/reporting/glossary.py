@@ -39,9 +39,9 @@ GLOSSARY = {
     "reach": "the fraction of texts that arrive at a stage",
     "recoverable reject": "a text in scope that was rejected, although the last stage's most probable label is right",
     "reject": "to answer with a label that means “out of scope”",
-    "rejector": "a logistic regression over scores of all stages, whose output decides what is rejected",
     "reject precision": "of the rejected texts, the fraction whose true label is the answer",
     "reject recall": "of the texts out of scope, the fraction that is rejected with the right label",
+    "rejector": "a logistic regression over scores of all stages, whose output decides what is rejected",
     "replay": "the answers at other thresholds, computed from kept logits",
     "risk": "of the texts that are not rejected, the fraction with a wrong answer",
     "shadow scores": "logits of texts that ended at an earlier stage, computed after the run, so that other thresholds "
