@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +19,8 @@ from cascade_lab.analysis.many_runs import FIRST, HIGHER, LOWER, NO_TEST, NOT_DE
 from cascade_lab.analysis.paired import holm, holm_over_runs, mcnemar, wins_and_losses
 from cascade_lab.cli import app
 from cascade_lab.exceptions import RunError
+from cascade_lab.reporting.report import write_report
+from cascade_lab.reporting.verify import verify_report
 
 INTENT = {"name": "intent", "labels": ["a", "b"]}
 
@@ -284,3 +287,28 @@ def test_the_command_prints_a_leaderboard_and_writes_all_numbers_and_a_picture(f
         metrics = pd.DataFrame(comparison["metrics"]).set_index("metric").astype(float)
         pd.testing.assert_frame_equal(metrics, many.metrics.loc[name], check_names=False)
         assert {"labels", "slices", "changes", "decomposition", "latency"} <= comparison.keys()
+
+
+def test_a_report_takes_a_list_of_runs_and_is_verified_with_it(folder, tmp_path):
+    parameters = 'run_a = "../runs/a"\nother_runs = ["../runs/b"]'
+    read = (
+        "from cascade_lab import Run\nprint(*(f'{run}: {len(Run.read(run).examples)}' for run in [run_a, *other_runs]))"
+    )
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(read),
+    ]
+    notebook = tmp_path / "small.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), notebook)
+    others = [str(folder / name) for name in NAMES[1:3]]
+    options = {"notebook": notebook, "parameters": {"other_runs": others}}
+    report = write_report(Run.read(folder / "a"), tmp_path / "report.html", **options)
+    assert "../runs/other_runs_1: 300 ../runs/other_runs_2: 300" in report.read_text(encoding="utf-8")
+    record = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
+    assert list(record["runs"]) == ["run_a", "other_runs_1", "other_runs_2"]
+    assert verify_report(report, Run.read(folder / "a"), **options).holds
+    with pytest.raises(RunError, match="read another run or file as other_runs; give it: -p other_runs=PATH"):
+        verify_report(report, Run.read(folder / "a"), notebook=notebook)
+    for given in ({}, {"other_runs": ["none"]}):
+        with pytest.raises(RunError, match=r"give it: -p other_runs=RUN|none: no such run directory"):
+            write_report(Run.read(folder / "a"), tmp_path / "no.html", notebook=notebook, parameters=given)
