@@ -229,13 +229,15 @@ class GroupedTexts:
 
     def _row(self, text: dict[str, Any], similar: list[Any]) -> str:
         both = [text["text"], *([text["text_b"]] if isinstance(text.get("text_b"), str) else [])]
-        cells = ["<br>".join(_html(part, MAX_TEXT) for part in both)]
+        # A cell with one text has no tag in it, so that a report can break its line at underscores.
+        one, words = f'<td dir="auto" {_LEFT}>', _plain(both[0], MAX_TEXT)
+        row = f"{one}{words}</td>" if len(both) == 1 else _cell("<br>".join(_html(part, MAX_TEXT) for part in both))
         if not self._same_labels:
-            cells += [_html(text[column], MAX_LABEL) for column in ("label", "predicted")]
-        cells += [_stage_html(text, stage) for stage in self.stages]
+            row += "".join(f"{one}{_plain(text[column], MAX_LABEL)}</td>" for column in ("label", "predicted"))
+        row += "".join(_cell(_stage_html(text, stage)) for stage in self.stages)
         if len(self.similar):
-            cells.append("<br>".join(_similar_html(other) for other in similar))
-        return f"<tr>{''.join(f'<td {_LEFT}>{cell}</td>' for cell in cells)}</tr>"
+            row += _cell("<br>".join(_similar_html(other) for other in similar))
+        return f"<tr>{row}</tr>"
 
     def _key(self, has_similar: bool) -> str:
         key = (
@@ -268,7 +270,16 @@ def _similar_html(other: Any) -> str:
 
 def _html(text: Any, max_length: int) -> str:
     """Return a text as HTML on one line: shortened, escaped, and isolated from the direction of the text around it."""
-    return f'<span dir="auto">{escape(visible(shorten(str(text), max_length)))}</span>'
+    return f'<span dir="auto">{_plain(text, max_length)}</span>'
+
+
+def _plain(text: Any, max_length: int) -> str:
+    """Return a text as HTML on one line: shortened and escaped."""
+    return escape(visible(shorten(str(text), max_length)))
+
+
+def _cell(html: str) -> str:
+    return f"<td {_LEFT}>{html}</td>"
 
 
 def _number_of(n: int, noun: str) -> str:
