@@ -128,6 +128,7 @@ def test_every_notebook_runs(path, demo, tmp_path):
     assert not [output for output in outputs(executed) if output.output_type == "error"]
     printed = "".join(output.text for output in outputs(executed) if output.output_type == "stream")
     assert "FontWarning" not in printed
+    assert "WARNING:tensorflow" not in printed
     assert "missing from" not in printed, "matplotlib says this of each character that it draws as a box"
 
 

@@ -37,6 +37,8 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            # In a notebook's kernel the import itself has set the level to INFO, and the target to stdout.
+            logging.getLogger("tensorflow").setLevel(logging.ERROR)
             os.dup2(stderr_copy, 2)
             os.close(stderr_copy)
             if level is None:
