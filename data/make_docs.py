@@ -133,7 +133,7 @@ def write_notebook(notebook: Path, runs: Path | None, sources: Path) -> None:
         print(f"executing {notebook.name}", flush=True)
         shown = [cell.source for cell in book.cells]
         for cell in book.cells:
-            if "parameters" in cell.metadata.get("tags", []):
+            if "parameters" in cell.metadata.get("tags", []) and runs.resolve() != ROOT / "runs":
                 cell.source = cell.source.replace("../runs/", f"{runs.resolve().as_posix()}/")
         ExecutePreprocessor(timeout=1200).preprocess(book, {"metadata": {"path": str(notebook.parent)}})
         for cell, source in zip(book.cells, shown, strict=True):

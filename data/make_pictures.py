@@ -31,10 +31,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTH = 840  # of a picture in a guide, in pixels
 
 
-def drawn(figure: Figure, width: int = WIDTH) -> Image.Image:
-    """Return a figure as a picture of about this width."""
+def drawn(figure: Figure) -> Image.Image:
+    """Return a figure as a picture of about the width of a page."""
     content = io.BytesIO()
-    dpi = width / figure.get_size_inches()[0]
+    dpi = WIDTH / figure.get_size_inches()[0]
     figure.savefig(content, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.08)
     return Image.open(content)
 
@@ -58,15 +58,6 @@ def screenshot(page: Path, size: tuple[int, int]) -> Image.Image:
         picture = Image.open(f"{folder}/page.png")
         picture.load()
     return picture
-
-
-def above(first: Image.Image, second: Image.Image, gap: int = 40) -> Image.Image:
-    """Return two pictures, one above the other, the first one as wide as the second one."""
-    size = (second.width, round(first.height * second.width / first.width))
-    both = Image.new("RGB", (second.width, size[1] + gap + second.height), "white")
-    both.paste(first.resize(size, Image.Resampling.LANCZOS), (0, 0))
-    both.paste(second, (0, size[1] + gap))
-    return both
 
 
 def framed(picture: Image.Image) -> Image.Image:
@@ -96,9 +87,8 @@ def main() -> None:
     figures = {name: display.plot().figure_ for name, display in displays.items()}
     for name, figure in figures.items():
         save(drawn(figure), arguments.output / f"{name}.png")
-    report = framed(screenshot(arguments.runs / "demo" / "report.html", (1280, 800)))
-    save(report, arguments.output / "report.png")
-    save(above(drawn(figures["flow"], 1280), report), arguments.output / "overview.png")
+    first = screenshot(arguments.runs / "demo" / "report.html", (1280, 800))
+    save(framed(first), arguments.output / "report.png")
 
 
 if __name__ == "__main__":
