@@ -230,6 +230,8 @@ def _print_groups(name: str, groups: pd.DataFrame) -> None:
         shown.add_row(cell(group, MAX_NAME), f"{int(row['n_examples']):,}", *accuracies, *counts, *p)
     show(shown)
     line(f"p (Holm): corrected for {len(groups):,} tests")
+    if name == "slice":
+        line("tokens: words, punctuation marks, and the letters of scripts without blanks, such as Chinese")
     show("")
 
 
