@@ -147,17 +147,16 @@ class Explorer(widgets.VBox):
         self._show()
 
     def _on_slider(self, name: str) -> None:
-        if not self._moving:
-            slider = self.sliders[name]
-            # The ends of a slider lie beyond every confidence: all texts pass, or none.
-            value = (
-                0.0
-                if slider.value <= slider.min
-                else 1.0
-                if slider.value >= slider.max
-                else _from_log_odds(slider.value)
-            )
-            self.move({name: value})
+        slider = self.sliders[name]
+        at = _clip(_log_odds(self.thresholds[name]), slider.min, slider.max)
+        # A page rounds a slider to its step and sends that back: the threshold in the box stays.
+        if self._moving or abs(slider.value - at) <= slider.step / 2:
+            return
+        # The ends of a slider lie beyond every confidence: all texts pass, or none.
+        value = (
+            0.0 if slider.value <= slider.min else 1.0 if slider.value >= slider.max else _from_log_odds(slider.value)
+        )
+        self.move({name: value})
 
     def _on_box(self, name: str) -> None:
         if self._moving:

@@ -89,6 +89,9 @@ def test_a_typed_threshold_counts_to_the_last_digit_and_nonsense_is_refused(run)
         explorer.boxes["gate0"].value = value
         assert explorer.thresholds["gate0"] == value
         assert explorer.predictions["predicted"].tolist() == run.replay({"gate0": value})["predicted"].tolist()
+    slider = explorer.sliders["gate0"]
+    slider.value = round(slider.value, 2)  # what a page sends, which rounds to the slider's step
+    assert explorer.thresholds["gate0"] == explorer.boxes["gate0"].value == reached[1]
     before = explorer.html
     explorer.boxes["gate0"].value = 1.5
     assert "1.5 is not a threshold of gate0" in explorer.status.value
