@@ -6,9 +6,12 @@ BIN := .venv/bin
 
 # The demo's run on the test split; then thresholds tuned on dev, and the tuned cascade on test.
 demo: .venv/ready
+	@echo "Step 1 of 3: run the cascade on dev, and tune its thresholds there."
 	$(BIN)/cascade-lab run data/cascade.toml data/dev.tsv --output runs/demo-dev --overwrite --no-report
 	$(BIN)/cascade-lab tune runs/demo-dev --maximize accuracy --output runs/demo-tuned.toml --overwrite --write-anyway
+	@echo "Step 2 of 3: run the tuned cascade on test, to compare."
 	$(BIN)/cascade-lab run runs/demo-tuned.toml data/test.tsv --output runs/demo-tuned --overwrite --no-report
+	@echo "Step 3 of 3: run the cascade on test, and write its report."
 	$(BIN)/cascade-lab run data/cascade.toml data/test.tsv --output runs/demo --overwrite
 
 test: .venv/ready lint types
@@ -64,6 +67,7 @@ lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url=/lab/tree/notebooks
 
 .venv/ready: requirements.lock pyproject.toml
+	@echo "Installing the pinned packages into .venv: one or two minutes, and 3 GB."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
