@@ -80,18 +80,19 @@ class RunVerdict:
     def _repr_html_(self) -> str:
         inline = 'style="display: inline-block; margin: 0 1.5em 0 0"'
         tiles = "".join(
-            f"<div {inline}><b>{escape(value)}</b> <span>{escape(name)}</span> <i>{escape(between)}</i></div>"
+            f"<div {inline}><b>{escape(value)}</b> <span>{escape(name)}</span> <i>{escape(between)}</i></div>\n"
             for name, value, between in self._tiles()
         )
-        said = "".join(f"<p>{escape(printable(sentence))}</p>" for sentence in self.sentences)
+        said = "".join(f"<p>{escape(printable(sentence))}</p>\n" for sentence in self.sentences)
         note = " <i>(RUN: the directory of this run)</i>"
         tries = "".join(
-            f"<p><b>Try.</b> {escape(printable(each.text))}<br><code>{escape(printable(each.command))}</code>"
-            f"{note if each is self.suggestions[-1] and ' RUN ' in each.command else ''}</p>"
+            f"<p><b>Try.</b> {escape(printable(each.text))}<br>\n<code>{escape(printable(each.command))}</code>"
+            f"{note if each is self.suggestions[-1] and ' RUN ' in each.command else ''}</p>\n"
             for each in self.suggestions
         )
         parts = {"tiles": tiles, "said": said, "tries": tries}
-        return f'<div class="verdict">{"".join(f"""<div class="{k}">{v}</div>""" for k, v in parts.items() if v)}</div>'
+        inner = "".join(f'<div class="{name}">{part}</div>' for name, part in parts.items() if part)
+        return f'<div class="verdict">{inner}</div>'
 
     def _tiles(self) -> Iterator[tuple[str, str, str]]:
         """Yield name, value and interval of each key number, as texts."""
