@@ -147,7 +147,7 @@ def test_the_summary_begins_with_the_verdict_and_ends_with_advice():
     assert sentences[-1].startswith("Advice: prefer B to A")
     table = comparison.runs_table()
     assert table.index.tolist() == ["A", "B"]
-    assert table["thresholds"].tolist() == ["{'gate': 0.5, 'intent': None}", "{'gate': 0.3, 'intent': None}"]
+    assert table["thresholds"].tolist() == ["gate 0.5", "gate 0.3"]
 
 
 def test_four_wins_to_none_are_not_decided_whatever_the_interval():

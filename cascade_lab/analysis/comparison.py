@@ -10,7 +10,13 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.bootstrap import N_RESAMPLES
-from cascade_lab.analysis.comparison_notes import correction, refuse_same_runs, same_texts_notes, scope_notes
+from cascade_lab.analysis.comparison_notes import (
+    correction,
+    refuse_same_runs,
+    same_texts_notes,
+    scope_notes,
+    thresholds_text,
+)
 from cascade_lab.analysis.decomposition import Decomposition, common_rows, decompose
 from cascade_lab.analysis.duplicates import repeats_sentences, text_groups
 from cascade_lab.analysis.latency import PERCENTILES, is_timed, stage_latencies
@@ -125,7 +131,7 @@ class Comparison:
         """Return `runs` as a table, one row per run: `name`, `cascade`, `thresholds`, `batch_size`, `n_alone`."""
         columns = ["name", "cascade", "thresholds", "batch_size", "n_alone"]
         table = pd.DataFrame(list(self.runs), index=pd.Index(["A", "B"], name="run"))[columns]
-        return table.astype({"thresholds": str})
+        return table.assign(thresholds=[thresholds_text(run) for run in self.runs])
 
     def changed_labels(self, n: int | None = None) -> pd.DataFrame:
         """Return the first `n` rows of `labels` (None: all) in which a text was won or lost."""

@@ -21,6 +21,15 @@ def refuse_same_runs(runs: Sequence[Run]) -> None:
         seen.append(identity)
 
 
+def thresholds_text(facts: Mapping[str, Any]) -> str:
+    """Return the thresholds of a run, from its facts; empty where it has none.
+
+    >>> thresholds_text({"thresholds": {"gate": 0.5, "intent": None}})
+    'gate 0.5'
+    """
+    return ", ".join(f"{name} {value:g}" for name, value in facts["thresholds"].items() if value is not None)
+
+
 def correction(n_compared: int) -> str:
     """Return what a p-value is corrected for, if `n_compared` runs are compared with one; empty for a single run.
 

@@ -14,7 +14,13 @@ import pandas as pd
 
 from cascade_lab.analysis.bootstrap import N_RESAMPLES
 from cascade_lab.analysis.comparison import ALPHA, Comparison, compare
-from cascade_lab.analysis.comparison_notes import correction, refuse_same_runs, same_texts_notes, scope_notes
+from cascade_lab.analysis.comparison_notes import (
+    correction,
+    refuse_same_runs,
+    same_texts_notes,
+    scope_notes,
+    thresholds_text,
+)
 from cascade_lab.analysis.decomposition import common_rows
 from cascade_lab.analysis.paired import holm_over_runs
 from cascade_lab.analysis.sentences import Summary, percent, points
@@ -68,7 +74,8 @@ class Comparisons:
         """
         columns = ["cascade", "thresholds", "evalset", "date", "tuned_on", "n_alone"]
         table = pd.DataFrame(list(self.runs.values()), index=pd.Index(self.names, name="run"))
-        return table[columns].astype({"thresholds": str})
+        thresholds = [thresholds_text(facts) for facts in self.runs.values()]
+        return table[columns].assign(thresholds=thresholds, tuned_on=table["tuned_on"].fillna("–"))
 
     @property
     def n_examples(self) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.padding import Padding
@@ -110,6 +109,7 @@ def compare(
 
 
 def _print_leaderboard(comparisons: Comparisons) -> None:
+    from cascade_lab.analysis.comparison_notes import thresholds_text
     from cascade_lab.analysis.many_runs import MULTIPLICITY
 
     first, *others = comparisons.names
@@ -122,7 +122,7 @@ def _print_leaderboard(comparisons: Comparisons) -> None:
     runs = {
         name: {
             "cascade": shorten(facts[name]["cascade"], MAX_NAME),
-            "thresholds": _thresholds(facts[name]) or UNDEFINED,
+            "thresholds": thresholds_text(facts[name]) or UNDEFINED,
             "tuned on": tuned_on(facts[name]),
         }
         for name in board.index
@@ -141,10 +141,6 @@ def _print_leaderboard(comparisons: Comparisons) -> None:
     show_runs({name: {} for name in values.index}, percents)
     show("")
     show(f"difference: to {first}, in percentage points. {MULTIPLICITY}")
-
-
-def _thresholds(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in facts["thresholds"].items() if value is not None)
 
 
 def _print_comparison(comparison: Comparison, *, n_texts: int) -> None:
@@ -173,8 +169,10 @@ def _print_comparison(comparison: Comparison, *, n_texts: int) -> None:
 
 
 def _print_runs(comparison: Comparison) -> None:
+    from cascade_lab.analysis.comparison_notes import thresholds_text
+
     for letter, run in zip("AB", comparison.runs, strict=True):
-        facts = [shorten(run["cascade"], MAX_CELL), _thresholds(run)]
+        facts = [shorten(run["cascade"], MAX_CELL), thresholds_text(run)]
         line(f"{letter}: {run['name']} ({'; '.join(filter(None, facts))})")
     only = ", ".join(f"{run['n_alone']:,} only in {letter}" for letter, run in zip("AB", comparison.runs, strict=True))
     line(f"{len(comparison.pairs):,} texts in both, {only}")
