@@ -115,7 +115,7 @@ log runs/test --to mlflow --tracking-uri sqlite:///mlflow.db
 report runs/test --notebook 03_analyse_errors
 report runs/dev --notebook 04_tune_thresholds -p test_dir=runs/test
 report runs/test --notebook 05_study_latency -p latency_dir=latency
-report runs/test --notebook 06_compare_runs -p run_b=runs/tuned
+report runs/test --notebook 06_compare_runs -p other_runs=runs/tuned
 report runs/dev --notebook 07_choose_rejector
 report runs/test --notebook 09_watch_traffic -p against_dir=runs/dev
 verify runs/test/03_analyse_errors.html
