@@ -193,10 +193,12 @@ def test_a_click_in_jupyterlab_leads_to_texts_that_are_marked_and_corrected(run,
         page.locator(".cb-row details summary").first.click()
         page.locator(".cb-similar div").first.wait_for()
         page.locator(".cb-tabs button", has_text="Slices").click()
-        page.locator(".cb-list button:visible", has_text="wrong (").first.click()
-        page.locator(".cb-title", has_text="n_tokens").wait_for()
+        first_slice = page.locator(".cb-list button:visible", has_text="wrong (").first
+        rule = first_slice.inner_text().split(":")[0]
+        first_slice.click()
+        page.locator(".cb-title", has_text=rule).wait_for()
         page.locator(".cascade-browser input[type=search]").press_sequentially("bill")
-        found = "[...document.querySelectorAll('.cb-text')].every((text) => text.textContent.includes('bill'))"
+        found = "[...document.querySelectorAll('.cb-row')].every((row) => row.textContent.includes('bill'))"
         page.wait_for_function(found)
     assert correct(run, tmp_path / "marks.csv", tmp_path / "corrected.tsv") == 3
 
