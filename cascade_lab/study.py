@@ -352,7 +352,7 @@ def _score(
                 runs["val"], scheme["evidence"], train_run=train_run, at_least=float(scheme["in_scope_accuracy"])
             )
             parts = [name.rpartition(".") for name in scheme["evidence"]]
-            used = [f"{stage_file(stage)}.{score}" for stage, _, score in parts]
+            used = [f"{stage_file(stage)}.{score}" if stage else score for stage, _, score in parts]
             name = "-".join([*map(stage_file, names), f"seed{seed}", *used, f"{scheme['in_scope_accuracy']:g}"])
             fitted.write(output / "cascades" / f"{name}.toml")
             chosen, validation = CascadeSpec.read(output / "cascades" / f"{name}.toml"), fitted.run.predictions
