@@ -22,6 +22,7 @@ from cascade_lab.analysis.text_features import features
 from cascade_lab.analysis.text_tokens import split_tokens, split_words
 from cascade_lab.bert import reference
 from cascade_lab.cli import app
+from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import SpecError
 from cascade_lab.run import Run
 from cascade_lab.serving.collect import collect
@@ -192,3 +193,15 @@ def test_a_run_says_which_file_has_which_stage(tmp_path):
         path = f"scores/{stage_file(name)}.parquet"
         assert run.manifest["contents"][path] == sha256((tmp_path / "run" / path).read_bytes()).hexdigest()
         assert Path(path).parent.name == "scores"
+
+
+def test_no_chinese_text_of_the_walk_through_is_in_two_splits():
+    folder = Path(__file__).parents[1] / "data" / "chinese"
+    splits = {name: EvalSet.read(folder / f"{name}.tsv").examples for name in ("train", "dev", "test")}
+    texts = pd.concat(splits)
+    assert texts["text"].is_unique
+    assert ((texts["label"] == "域外") == (texts["scope"] == "域外")).all()
+    for examples in splits.values():
+        counts = examples["label"].value_counts()
+        assert len(counts) == 15
+        assert counts.min() >= 9
