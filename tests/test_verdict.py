@@ -22,6 +22,7 @@ from cascade_lab.analysis import blame, run_verdict
 from cascade_lab.analysis.advice import STAGE_ADVICE, rejector_suggestion
 from cascade_lab.cli import app
 from cascade_lab.displays.overview import overview
+from cascade_lab.exceptions import RunError
 from cascade_lab.reporting.report import NOTEBOOKS
 
 LAST = {"name": "intent", "labels": ["a", "b"]}
@@ -163,6 +164,8 @@ def test_what_is_missing_is_said_with_the_way_out(every_run):
     assert verdict.metrics.index.tolist() == ["rejected", "reach"]
     assert verdict.suggestions[0].command == "cascade-lab run CASCADE LABELLED_TEXTS --output NEW_RUN"
     assert "75 of 150 texts have a label" in every_run["some labels"][2].sentences[0]
+    with pytest.raises(RunError, match="has no example, so there is nothing to say of it; run the cascade on some"):
+        run_verdict(every_run["two stages"][0].select(np.arange(0)))
     verdict = every_run["no shadow"][2]
     assert verdict.faults.empty
     assert verdict.suggestions[0].command == "cascade-lab run CASCADE EVALSET --output NEW_RUN"

@@ -111,6 +111,11 @@ def run_verdict(run: Run) -> RunVerdict:
     on these texts shows a gain (`thresholds.tune`, `thresholds.compare_rejectors`). Works without labels, without
     shadow scores and for any number of stages; then there are fewer sentences.
 
+    Raises
+    ------
+    RunError
+        The run has no example.
+
     Examples
     --------
     >>> from cascade_lab import CascadeSpec, Run, StageSpec
@@ -121,6 +126,8 @@ def run_verdict(run: Run) -> RunVerdict:
     - So few texts leave the accuracy uncertain: its interval is 66 points wide. Use more texts.
     """
     n, n_labelled = len(run.examples), int(run.examples["label"].notna().sum())
+    if not n:
+        raise RunError(f"{run.name}: has no example, so there is nothing to say of it; run the cascade on some texts")
     reach = float(np.mean(run.scores(run.spec.last.name).scored & ~run.scores(run.spec.last.name).shadow))
     ms_per_text = sum(each.seconds for each in stage_latencies(run).values()) * 1000 / n if is_timed(run) else np.nan
     counts = pd.Series(0, index=pd.Index(OUTCOMES), name="n_examples")
