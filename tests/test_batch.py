@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,12 +25,13 @@ import pytest
 from helpers import WORDS, write_checkpoint
 from typer.testing import CliRunner
 
-from cascade_lab import Cascade, CascadeSpec, Run
+from cascade_lab import Cascade, CascadeSpec, EvalSet, Run
 from cascade_lab.batch.job import score
 from cascade_lab.batch.scoring import Block, load_for_scoring, score_block, score_shard
 from cascade_lab.batch.shards import Settings
 from cascade_lab.cli import app
 from cascade_lab.exceptions import CascadeLabError, RunError
+from cascade_lab.thresholds import fit_rejector
 
 COMMAND = [sys.executable, "-m", "cascade_lab", "score"]
 
@@ -207,7 +209,19 @@ def test_killed_jobs_go_on_and_end_with_equal_bytes(tiny, whole, texts_folder, t
 
 
 @pytest.fixture(scope="module")
-def faulty(tiny, tmp_path_factory):
+def with_rejector(tiny: Path, tiny_evalset: Path, tmp_path_factory) -> Path:
+    """The tiny cascade with a rejector over distances, of which both stages' features are needed."""
+    folder, spec = tmp_path_factory.mktemp("rejector"), CascadeSpec.read(tiny)
+    spec = replace(spec, stages=(spec.stages[0], replace(spec.last, reject_label="oos")))
+    with Cascade.load(spec, keep_features=True) as cascade:
+        run = cascade.run(EvalSet.read(tiny_evalset), output=folder / "run")
+    fitted = fit_rejector(run, ["gate.mahalanobis", "mahalanobis"], train_run=run, at_least=0.01)
+    fitted.write(folder / "cascade.toml")
+    return folder / "cascade.toml"
+
+
+@pytest.fixture(scope="module")
+def faulty(with_rejector, tmp_path_factory):
     """The result of the command on a folder with every fault of a row and of a file, and the output folder."""
     folder = tmp_path_factory.mktemp("faulty")
     inputs = folder / "in"
@@ -222,9 +236,8 @@ def faulty(tiny, tmp_path_factory):
     (inputs / "d.jsonl").write_text("\n".join([*lines, '{"id": "j4", "text": "a", "text_b": "b"}', "[1]"]))
     (inputs / "e.tsv").write_bytes("id\ttext\ne1\tpay\ne2\tünïcode\n".encode() + b"e3\t\xff\n")
     (inputs / "f.parquet").write_bytes((inputs / "a.parquet").read_bytes()[:-20])
-    result = CliRunner().invoke(
-        app, ["score", str(tiny), str(inputs), "--output", str(folder / "out"), "--workers", "1"]
-    )
+    arguments = ["score", str(with_rejector), str(inputs), "--output", str(folder / "out"), "--workers", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--keep", "scores"])
     return result, folder / "out"
 
 
@@ -261,6 +274,20 @@ def test_a_file_that_cannot_be_read_is_named_and_the_exit_code_is_3(faulty):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [one["name"] for one in manifest["unreadable"]] == [f"{folder.parent}/in/f.parquet"]
     assert manifest["n_errors"] == 10
+
+
+def test_kept_scores_of_a_cascade_with_distances_replay_alike_and_have_no_row_with_an_error(faulty, tmp_path):
+    _, folder = faulty
+    run = Run.read_scores(folder)
+    found = predictions_of(folder)
+    assert run.examples["example_id"].tolist() == found[found["error"].isna()]["example_id"].tolist()
+    evidence = run.evidence(run.spec)
+    assert sorted(evidence) == ["gate.mahalanobis", "intent.mahalanobis"]
+    assert all(np.isfinite(values).all() for values in evidence.values())
+    columns = ["example_id", "predicted", "decided_by", "probability", "confidence"]
+    assert run.replay()[columns].equals(run.predictions[columns])
+    written = run.write(tmp_path / "run")
+    assert written.replay()[columns].equals(run.predictions[columns])
 
 
 def copy_of(whole: Path, tmp_path: Path) -> Path:
