@@ -9,11 +9,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import GATE, hostile_pair, one_stage_run, perturbed_run, random_run, run_of_probabilities
+from helpers import GATE, HOSTILE, one_stage_run, perturbed_run, random_run, run_of_probabilities
 from test_comparison_display import assert_inside
 from typer.testing import CliRunner
 
-from cascade_lab import LeaderboardDisplay, Run
+from cascade_lab import ComparisonDisplay, LeaderboardDisplay, Run
 from cascade_lab.analysis import compare, compare_many, paired_metrics
 from cascade_lab.analysis.many_runs import FIRST, HIGHER, LOWER, NO_TEST, NOT_DECIDED
 from cascade_lab.analysis.paired import holm, holm_over_runs, mcnemar, wins_and_losses
@@ -245,7 +245,7 @@ def test_equal_runs_seem_to_differ_in_at_most_5_percent_of_eval_sets_for_each_me
     assert max(n_false_alarms.values()) / 300 <= 0.05
 
 
-def test_the_picture_colours_what_is_decided_and_is_legible(by_hand, runs, tmp_path):
+def test_the_picture_colours_what_is_decided_and_is_legible(by_hand, runs):
     display = LeaderboardDisplay(by_hand).plot()
     faces = {
         line.get_ydata()[0]: line.get_markerfacecolor() for line in display.ax_.lines if len(line.get_xdata()) == 1
@@ -256,8 +256,10 @@ def test_the_picture_colours_what_is_decided_and_is_legible(by_hand, runs, tmp_p
     points = [line.get_xdata()[0] for line in display.ax_.lines if len(line.get_xdata()) == 1]
     assert points == pytest.approx([45, 30, 0, 0, -40])
     assert_inside(display.figure_)
-    plt.close(display.figure_)
-    hostile = hostile_pair(tmp_path / "hostile")
+    assert_inside(ComparisonDisplay(by_hand.comparison()).plot().figure_)
+    plt.close("all")
+    hostile = [run_right_on([True] * n + [False] * 9, name) for n, name in enumerate(HOSTILE, 1)]
+    hostile = [run.select(np.arange(10)) for run in hostile]
     for compared, metric in ((runs, "accuracy"), (runs[:2], "risk"), (hostile, "reject_recall")):
         display = LeaderboardDisplay.from_runs(compared, metric=metric, n_resamples=20)
         assert display.plot() is display

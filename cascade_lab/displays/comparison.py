@@ -93,11 +93,9 @@ class LeaderboardDisplay(Display):
         if (board["decision"] == NO_TEST).any():
             meaning = "there is no test of this metric"
         else:
-            meaning = f"filled: p < {ALPHA:g} in McNemar's test{correction(n)}"
-        ax.set_xlabel(
-            f"difference to {plain_text(self.comparisons.names[0], 40)} (◆) in percentage points, with paired "
-            f"{self.comparisons.level:.0%} intervals\n{meaning}"
-        )
+            meaning = f"filled: p < {ALPHA:g} in McNemar's test{correction(n).replace(' after', chr(10) + 'after')}"
+        intervals = f"paired {self.comparisons.level:.0%} intervals"
+        ax.set_xlabel(f"difference to ◆ in percentage points, {intervals}\n{meaning}")
         self._set_title(self.title, max_length=110)
         return self
 
@@ -160,8 +158,9 @@ class ComparisonDisplay(Display):
         ax.set_ylim(len(metrics) - 0.5, -0.5)
         ax.set_xlabel(
             f"B − A in percentage points, with {self.comparison.level:.0%} intervals\n"
-            f"● p < {ALPHA:g} in McNemar's test{correction(self.comparison.n_compared)}, which decides   "
-            f"○ p ≥ {ALPHA:g}   | no test"
+            f"● p < {ALPHA:g} in McNemar's test{correction(self.comparison.n_compared)}, which decides"
+            + ("   " if self.comparison.n_compared == 1 else "\n")
+            + f"○ p ≥ {ALPHA:g}   | no test"
         )
         self._set_title(self.title, max_length=110)
         return self
