@@ -138,7 +138,7 @@ def test_the_test_run_a_confidence_and_several_guarantees(run, tmp_path):
             "leave out confidence (--confidence) or guarantee",
         ),
         (["--maximize", "accuracy", "--guarantee", "in_scope_accuracy=0.3", "--by-label"], "leave out guarantee (--gu"),
-        ([], "one metric to maximize or to minimize"),
+        ([], "maximizes or minimizes one metric"),
         (["--maximize", "reject_recal"], "did you mean 'reject_recall'"),
         (["--maximize", "accuracy", "--at-least", "coverage"], "is not NAME=NUMBER"),
         (["--maximize", "accuracy", "--at-least", "in_scope_accuracy=0.999"], "infeasible"),
