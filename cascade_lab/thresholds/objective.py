@@ -52,7 +52,9 @@ class Goal:
 
     def __post_init__(self) -> None:
         if (self.maximize is None) == (self.minimize is None):
-            raise GoalError("a goal maximizes or minimizes one metric; give one of the two, such as --maximize accuracy")
+            raise GoalError(
+                "a goal maximizes or minimizes one metric; give one of the two, such as --maximize accuracy"
+            )
         for name in (self.metric, *self.at_least, *self.at_most):
             if name not in METRICS and not (name in LATENCIES and name in self.at_most):
                 raise GoalError(f"no metric is named '{name}'{did_you_mean(name, list(METRICS))}")
