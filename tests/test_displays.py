@@ -79,7 +79,7 @@ def test_every_outcome_has_its_own_colour():
     [
         CascadeConfusionDisplay.from_run,
         CascadeCalibrationDisplay.from_run,
-        lambda run: ComparisonDisplay.from_runs(run, run, n_resamples=10),
+        lambda run: ComparisonDisplay.from_runs(run, run.with_thresholds({"gate0": 0.9}), n_resamples=10),
         CounterfactualMatrixDisplay.from_run,
         lambda run: OracleLadderDisplay.from_run(run),
         OutcomeFlowDisplay.from_run,

@@ -99,7 +99,7 @@ BAD = {
     "min without reject": (SPEC + "    min_probability = 0.5\n", "min_probability needs a reject_label"),
     "wrong type": (SPEC.replace("= 24", '= "24"'), "max_seq_length must be a whole number, not '24'"),
     "length too small": (SPEC.replace("= 24", "= 2"), "max_seq_length is 2"),
-    "name has a line break": (SPEC.replace('name = "gate"', 'name = "ga\\nte"'), "give a name without '=', line breaks"),
+    "name has a line break": (SPEC.replace('name = "gate"', 'name = "ga\\nte"'), "give a name without '='"),
     "stage is no table": ("stage = [1]", "has no stage"),
 }
 
