@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Run
 from cascade_lab.batch.job import score
+from cascade_lab.batch.ray_engine import check_reachable
 from cascade_lab.batch.scoring import Block, load_for_scoring, score_block, score_shard
 from cascade_lab.batch.shards import Settings
 from cascade_lab.cli import app
@@ -385,6 +386,16 @@ def test_options_that_make_no_sense_are_refused(tiny, texts_folder, tmp_path, op
     with pytest.raises(CascadeLabError, match=message):
         score(tiny, [texts_folder], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("here", "is no address of a cluster"), ("ray://here:1", "is no address"), ("127.0.0.1:1", "cannot be reached")],
+)
+def test_a_ray_cluster_that_does_not_answer_is_refused(address, message):
+    with pytest.raises(RunError, match=message):
+        check_reachable(address)
+    check_reachable("auto")
 
 
 def test_a_duplicate_id_leaves_nothing_behind(tiny, tmp_path):

@@ -124,9 +124,10 @@ def score(
         job_options(text_column, id_column, make_ids, keep, sample, shadow, shard_rows),
     )
     if ray is not None:
-        from cascade_lab.batch.ray_engine import check_ray
+        from cascade_lab.batch.ray_engine import check_ray, check_reachable
 
         check_ray()
+        check_reachable(ray)
     folder = Path(os.path.abspath(output))
     _check_folder(folder)
     with lock(folder, "scoring job", RunError):

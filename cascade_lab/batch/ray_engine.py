@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -21,6 +22,21 @@ def check_ray() -> None:
     """Raise CascadeLabError where Ray is not installed."""
     if find_spec("ray") is None:
         raise CascadeLabError("--ray needs Ray; install it: pip install 'cascade-lab[ray]'")
+
+
+def check_reachable(address: str) -> None:
+    """Raise RunError where nobody answers at HOST:PORT. Ray itself would wait for a minute and end the process."""
+    host, colon, port = address.rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if not colon or not port.isdigit() or "/" in host:
+        raise RunError(f"--ray {address}: is no address of a cluster; give auto, HOST:PORT, or local")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(
+            f"--ray {address}: cannot be reached ({error}); start Ray there, or give another address"
+        ) from error
 
 
 def score_on_ray(
@@ -41,7 +57,7 @@ def score_on_ray(
     shards, settings, done
         As `local.score_locally` has them.
     address : str
-        "auto", "ray://HOST:PORT" or "HOST:PORT"; "local" starts Ray on this machine.
+        "auto" or "HOST:PORT"; "local" starts Ray on this machine.
     workers : int, optional
         The number of actors; by default as many as the cluster has processors for.
     threads : int
@@ -52,7 +68,6 @@ def score_on_ray(
     CascadeLabError
         The cluster cannot be reached, the cascade cannot be loaded, or the output cannot be written.
     """
-    check_ray()
     import ray
 
     failed: dict[int, str] = {}
