@@ -37,6 +37,7 @@ def disturb(folder: Path, *tasks: str) -> None:
 
 def test_every_command_with_an_output_is_disturbed():
     names = [command.__name__ for command in COMMANDS if "output" in inspect.signature(command).parameters]
+    names.remove("score")  # a killed job goes on where it was: see test_batch.py
     assert {name.replace("_", "-") for name in names} == {
         next((command for command in ("export", "fit-rejector") if name.startswith(command)), name) for name in NAMES
     }

@@ -302,7 +302,7 @@ def _sentences(found: Monitoring) -> list[str]:
     if weighted:
         sentences.append(
             f"The labels of {' and of '.join(weighted)} have unequal weights, which are left out here: every text "
-            "counts equally, so the results can be biased. `collect` and sampled_metrics use the weights."
+            "counts equally, so the results can be biased. cascade-lab collect and sampled_metrics use the weights."
         )
     return sentences + _estimate_sentences(found)
 

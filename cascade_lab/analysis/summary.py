@@ -34,10 +34,10 @@ _ADVICE = {
     FALSE_REJECT: "false rejects (texts in scope that were rejected). A lower threshold rejects fewer of them. More "
     "training texts in scope help the stage that rejects them.",
     WRONG_CLASS: "confusions between the labels of the last stage. Read the most confused pairs, and check the labels "
-    "of these texts (`cascade-lab audit`).",
+    "of these texts (cascade-lab audit).",
     WRONG_REJECT: "texts out of scope that were rejected with a wrong label. Check whether the reject labels overlap.",
     RECOVERABLE_ANSWER: "overconfident answers that the later stages would have corrected. A higher threshold defers "
-    "more of them, which costs time (`cascade_lab.thresholds.cost_front`).",
+    "more of them, which costs time (cascade_lab.thresholds.cost_front).",
     UNRECOVERABLE_ANSWER: "overconfident answers that the later stages would not have corrected. A higher threshold "
     "does not help; more training texts of these labels do.",
 }

@@ -157,7 +157,7 @@ def divide(units: Sequence[Sequence[tuple[int, int, int]]], size: int) -> Iterat
     --------
     >>> shards = divide([[(0, 4, 0), (4, 8, 90)], [(0, 2, 0)]], 5)
     >>> [[tuple(piece) for piece in shard] for shard in shards]
-    [[(0, 0, 4, 0)], [(0, 4, 8, 90)], [(1, 0, 2, 0)]]
+    [[(0, 0, 4, 0)], [(0, 4, 8, 90), (1, 0, 2, 0)]]
     """
     shard: list[Piece] = []
     n = 0

@@ -62,7 +62,7 @@ def values_as_csv(values: Mapping[str, Any]) -> str:
     """Return the csv of a table's values (`capture.table_values`), with all their digits.
 
     >>> values_as_csv({"columns": ["a"], "index": ["x", "=1+1"], "rows": [[0.5], [None]]})
-    ',a\\r\\nx,0.5\\r\\n\'=1+1,\\r\\n'
+    ",a\\r\\nx,0.5\\r\\n'=1+1,\\r\\n"
     """
     rows = zip(values["index"], values["rows"], strict=True)
     return _csv([["", *values["columns"]], *([label, *row] for label, row in rows)])

@@ -77,7 +77,7 @@ class RejectorComparison:
         ]
         if proposed["recall_low"] > 0:
             names = self.proposed.replace(" + ", ",")
-            sentences.append(f"Fit it with `cascade-lab fit-rejector RUN --evidence {names} --output rejector.toml`.")
+            sentences.append(f"Fit it: cascade-lab fit-rejector RUN --evidence {names} --output rejector.toml")
         else:
             sentences.append("The interval contains no difference: keep one threshold per stage, or add texts.")
         return Summary(sentences)
