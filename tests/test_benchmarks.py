@@ -32,6 +32,7 @@ def test_every_row_is_in_one_batch(grouping: str):
         assert all(len(set(lengths[batch])) == 1 for batch in batches)
 
 
+@pytest.mark.slow
 def test_the_package_and_the_hand_written_script_give_the_same_answers_from_processes_of_their_own(
     tiny: Path, tmp_path: Path
 ):

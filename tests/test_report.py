@@ -510,8 +510,15 @@ def test_a_kernel_that_dies_is_an_error_of_one_line(tiny_run, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["in a cell", "while the kernel starts"])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("in a cell", signal.SIGTERM),
+        ("while the kernel starts", signal.SIGINT),
+        pytest.param("in a cell", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("while the kernel starts", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_a_report_and_its_kernel(tiny_run, tmp_path, number, moment):
     (tmp_path / "temporary").mkdir()
     pid_file = tmp_path / "pid"

@@ -91,7 +91,7 @@ def script_first(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and needs renameat2")
-@pytest.mark.parametrize("name", ["replaces", "first"])
+@pytest.mark.parametrize("name", ["replaces", pytest.param("first", marks=pytest.mark.slow)])
 def test_a_training_that_is_killed_at_its_end_is_lost_nowhere(name, tmp_path):
     assert int(script(name, tmp_path, file=__file__)) > 30
 
