@@ -78,6 +78,7 @@ def plain_commands(folder: Path) -> dict[str, Command]:
     for run in (a, b):
         for stage in spec.stages:
             np.save(folder / f"{run.name}-{stage.name}.npy", run.scores(stage.name).logits)
+    a.examples[["example_id", "label"]].to_csv(folder / "labels.csv", index=False)
     for name in ("old", "new"):
         rows = a.examples.assign(corrected_label=a.examples["label"] if name == "old" else "label1", score=0.5)
         rows.to_csv(folder / f"{name}.csv", index=False)
@@ -88,7 +89,7 @@ def plain_commands(folder: Path) -> dict[str, Command]:
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
 
     def log() -> None:
-        with TrafficLog(folder / "log", shadow=1.0) as traffic:
+        with TrafficLog(folder / "log") as traffic:
             for batch in answered_batches(a.with_thresholds({"gate0": 0.0})):
                 traffic.add(batch)
 
@@ -108,7 +109,7 @@ def plain_commands(folder: Path) -> dict[str, Command]:
     calibrate, collected = ("calibrate", folder / "a"), ("collect", folder / "log")
     return {
         "import-logits": Command((*imported, *logits("a")), (*imported, *logits("b")), ("out",)),
-        "collect": Command((*collected, "--sample"), collected, ("out",)),
+        "collect": Command((*collected, "--labels", folder / "labels.csv"), collected, ("out",)),
         "monitor": Command((*watch,), (*watch, "--maximize", "coverage"), ("out.toml",)),
         "tune": Command((*maximize, "--test", folder / "other"), (*maximize, "--stage", "last"), ("out.toml",)),
         "calibrate": Command((*calibrate, "--method", "auto"), calibrate, ("out.toml",)),
