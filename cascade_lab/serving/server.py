@@ -98,8 +98,7 @@ def _allow_connections() -> None:
 async def return_free_memory() -> None:
     """Return freed memory to the system, where the C library can.
 
-    Batches of many shapes leave gaps between blocks that are in use, which would stay part of the process. What still
-    grows are the products that oneDNN has prepared, one per shape: each thread keeps the latest 1,024.
+    Batches of many shapes leave gaps between blocks that are in use, which would stay part of the process.
     """
     with suppress(AttributeError, OSError):
         await asyncio.to_thread(ctypes.CDLL(None).malloc_trim, 0)
