@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -169,10 +170,13 @@ def run_and_kill(
     try:
         process.wait(rng.uniform(0, 6 if from_start else 3))
     except subprocess.TimeoutExpired:
-        parent = psutil.Process(process.pid)
-        children = [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+        parent, children = psutil.Process(process.pid), []
+        for child in parent.children():
+            with suppress(psutil.Error):  # it has just ended
+                children += [child] if "spawn_main" in " ".join(child.cmdline()) else []
         victim = rng.choice(children) if only_worker and children else parent
-        victim.kill()
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
         if victim == parent:  # its workers notice, and end
             assert not psutil.wait_procs(children, timeout=60)[1]
     output = process.communicate(timeout=1200)
