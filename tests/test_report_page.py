@@ -65,14 +65,14 @@ def rendered(*outputs) -> str:
 
 @needs_chromium
 def test_the_first_screen_has_verdict_metrics_and_pictures(page, tmp_path):
-    script = """[...['.said', '.tries', '.tiles', '.pictures img', '.pictures label:last-child img'].map(
+    script = """[...['.findings', '.tries', '.tiles', '.pictures img', '.pictures label:last-child img'].map(
         name => document.querySelector(name)?.getBoundingClientRect().bottom), innerWidth, innerHeight,
         document.querySelectorAll('.tiles > div').length]"""
-    said, tries, tiles, first, second, width, height, n_tiles = measure(page, tmp_path, 1280, script)
+    findings, tries, tiles, first, second, width, height, n_tiles = measure(page, tmp_path, 1280, script)
     assert (width, height, n_tiles) == (1280, 800, 5)
-    assert tiles < said < height
+    assert tiles < findings < height
     assert tries is None or tries < height  # no suggestion where no interval supports one
-    assert max(said, tries or 0) < min(first, second) <= max(first, second) < height
+    assert max(findings, tries or 0) < min(first, second) <= max(first, second) < height
 
 
 @needs_chromium

@@ -83,14 +83,14 @@ class RunVerdict:
             f"<div {inline}><b>{escape(value)}</b> <span>{escape(name)}</span> <i>{escape(between)}</i></div>\n"
             for name, value, between in self._tiles()
         )
-        said = "".join(f"<p>{escape(printable(sentence))}</p>\n" for sentence in self.sentences)
+        findings = "".join(f"<p>{escape(printable(sentence))}</p>\n" for sentence in self.sentences)
         note = " <i>(RUN: the directory of this run)</i>"
         tries = "".join(
             f"<p><b>Try.</b> {escape(printable(each.text))}<br>\n<code>{escape(printable(each.command))}</code>"
             f"{note if each is self.suggestions[-1] and ' RUN ' in each.command else ''}</p>\n"
             for each in self.suggestions
         )
-        parts = {"tiles": tiles, "said": said, "tries": tries}
+        parts = {"tiles": tiles, "findings": findings, "tries": tries}
         inner = "".join(f'<div class="{name}">{part}</div>' for name, part in parts.items() if part)
         return f'<div class="verdict">{inner}</div>'
 
@@ -153,8 +153,8 @@ def run_verdict(run: Run) -> RunVerdict:
             try:
                 errors = blame(labelled)
                 faults = _faults(labelled, errors)
-                said, advice = _stage_to_improve(labelled, errors, faults)
-                sentences += said
+                findings, advice = _stage_to_improve(labelled, errors, faults)
+                sentences += findings
                 cheap = sorted(_cheap_suggestions(labelled), key=lambda each: -each.points_low)
                 suggestions += [*cheap[: 2 - len(advice)], *advice]
             except RunError:
