@@ -63,7 +63,7 @@ def _print_cascade(path: Path) -> None:
             f"{sum(weight.size for weight in checkpoint.weights.values()):,}",
             _n_tokens(len(checkpoint.vocab), config["vocab_size"]),
             str(stage.max_seq_length),
-            "lowered" if stage.do_lower_case else "kept",
+            "lower" if stage.do_lower_case else "kept",
         )
     show(title(spec.name), shown)
     for stage, checkpoint in zip(spec.stages, checkpoints, strict=True):
