@@ -27,6 +27,8 @@ from cascade_lab.decisions import StageDecision, check_labels, route
 from cascade_lab.evalset import EvalSet
 from cascade_lab.evalset_files import check_columns
 from cascade_lab.exceptions import EvalSetError
+from cascade_lab.mixed_precision import check_bounds, check_has_bounds
+from cascade_lab.mixed_scoring import score_live_again, score_shadow, with_time_of
 from cascade_lab.object_html import spec_html
 from cascade_lab.provenance import environment, sha256
 from cascade_lab.rejector import feature_evidence
@@ -69,6 +71,7 @@ class Cascade:
         self._closing = closing
         self._keep_features, self._arrays = keep_features, arrays
         self._no_rows = {stage.spec.name: ScoredRows(np.arange(0), stage.score([])[0]) for stage in self.stages}
+        check_bounds(spec, {stage.spec.name: stage.files for stage in self.stages})
 
     @classmethod
     def load(
@@ -87,9 +90,12 @@ class Cascade:
         Raises
         ------
         SpecError, CheckpointError
-            A stage cannot be loaded; the stages loaded before it are closed again.
+            A stage cannot be loaded, or its precision is mixed and its bounds are missing or no longer fit; the stages
+            loaded before it are closed again.
         """
         spec = cascade if isinstance(cascade, CascadeSpec) else CascadeSpec.read(cascade)
+        for stage in spec.stages:
+            check_has_bounds(stage)
         arrays, with_features = spec.read_arrays(), spec.feature_stages
         with ExitStack() as closing:
             stages = [
@@ -98,8 +104,9 @@ class Cascade:
                 )
                 for stage in spec.stages
             ]
-            opened = closing.pop_all()
-        return cls(spec, stages, opened, keep_features=keep_features, arrays=arrays)
+            loaded = cls(spec, stages, closing, keep_features=keep_features, arrays=arrays)
+            loaded._closing = closing.pop_all()
+        return loaded
 
     def __repr__(self) -> str:
         return printable(f"<Cascade {self.spec.name}: stages {', '.join(stage.spec.name for stage in self.stages)}>")
@@ -335,30 +342,34 @@ class Cascade:
         timings: list[tuple[Any, ...]] = []
         stages = {stage.spec.name: (index, stage) for index, stage in enumerate(self.stages)}
 
+        def encode(stage: Stage, rows: np.ndarray) -> list[Encoding]:
+            if stage.tokenizer.settings == first.tokenizer.settings:
+                return [encodings[row] for row in rows]
+            return stage.encode(*_take(rows, texts, texts_b))
+
         def score_and_decide(spec: StageSpec, rows: np.ndarray) -> StageDecision:
             index, stage = stages[spec.name]
             bar.set_description(spec.name)
-            encode_seconds = 0.0
+            start = perf_counter()
+            arrived = encode(stage, rows)
+            encode_seconds = perf_counter() - start if index else seconds
             batches: list[Batch] = []
             if spec.name in speculated:
                 output = speculated[spec.name].result().take(rows)
-                stage.check_finite(output.logits, [encodings[row] for row in rows])
+                stage.check_finite(output.logits, arrived)
                 bar.update(len(rows))
             else:
-                if stage.tokenizer.settings == first.tokenizer.settings:
-                    arrived, encode_seconds = [encodings[row] for row in rows], 0.0 if index else seconds
-                else:
-                    start = perf_counter()
-                    arrived = stage.encode(*_take(rows, texts, texts_b))
-                    encode_seconds = perf_counter() - start
                 output, batches = stage.score(arrived, batch_size=batch_size, done=bar.update)
             scored[spec.name] = ScoredRows(rows, output)
+            if stage.exact is not None:
+                more = score_live_again(self, stage, rows, scored, evidence, probability, encode, batch_size)
+                batches = with_time_of(batches, more)
             so_far = {name: scored[name].at(rows) for name in list(scored)[: index + 1]}
             decision, values = self.decide(spec, so_far, known={name: known[rows] for name, known in evidence.items()})
             for name in values.keys() - evidence.keys():
                 evidence[name] = np.full(len(texts), np.nan)
                 evidence[name][rows] = values[name]
-            probability[spec.name] = decision.confidence if spec.is_gate else decision.probability
+            probability[spec.name] = decision.stage_probability
             # All texts are tokenized before they are sorted into batches; a batch's part is its part of the tokens.
             n_tokens = max(sum(batch.n_tokens for batch in batches), 1)
             timings.extend(
@@ -413,12 +424,13 @@ class Cascade:
         bar: tqdm,
     ) -> dict[str, ScoredRows]:
         """Score what no earlier stage let through. Nobody waits for these scores, so they are not timed."""
-        shadowed = {}
+        shadowed: dict[str, ScoredRows] = {}
         for stage in self.stages:
             rows = np.setdiff1d(np.arange(len(texts)), scored[stage.spec.name].rows)
             bar.set_description(f"{stage.spec.name} (shadow)")
             encodings = stage.encode(*_take(rows, texts, texts_b))
-            output, _ = stage.score(encodings, batch_size=batch_size, done=bar.update)
+            parts = {name: (scored[name], shadow) for name, shadow in shadowed.items()}
+            output = score_shadow(self, stage, rows, encodings, parts, batch_size=batch_size, done=bar.update)
             shadowed[stage.spec.name] = ScoredRows(rows, output)
         return shadowed
 

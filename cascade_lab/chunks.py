@@ -11,7 +11,7 @@ import pandas as pd
 from cascade_lab.decisions import RoutingResult
 from cascade_lab.run import StageScores
 from cascade_lab.run_tables import TIMING_COLUMNS
-from cascade_lab.stage_output import ScoredRows, StageOutput
+from cascade_lab.stage_output import ScoredRows, concatenate
 
 
 class ChunkResult(NamedTuple):
@@ -83,7 +83,7 @@ def join_chunks(results: Sequence[ChunkResult]) -> JoinedChunks:
     scored = {
         name: ScoredRows(
             np.concatenate([part.scored[name].rows + start for part, start in zip(results, starts, strict=True)]),
-            _concatenate([part.scored[name].output for part in results]),
+            concatenate([part.scored[name].output for part in results]),
         )
         for name in results[0].scored
     }
@@ -112,7 +112,10 @@ def dense_scores(
         is_scored, is_shadow = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
         logits[live.rows], logits[shadow.rows] = live.output.logits, shadow.output.logits
         is_scored[live.rows] = is_scored[shadow.rows] = is_shadow[shadow.rows] = True
-        dense[name] = StageScores(logits, is_scored, is_shadow)
+        rescored = None if live.output.rescored is None else np.zeros(n, dtype=bool)
+        if rescored is not None:
+            rescored[live.rows], rescored[shadow.rows] = live.output.rescored, shadow.output.rescored
+        dense[name] = StageScores(logits, is_scored, is_shadow, rescored)
     return dense
 
 
@@ -128,8 +131,3 @@ def dense_features(
         for part in (live, shadowed[name]):
             dense[name][part.rows] = part.output.features
     return dense
-
-
-def _concatenate(outputs: Sequence[StageOutput]) -> StageOutput:
-    logits, features = zip(*outputs, strict=True)
-    return StageOutput(np.concatenate(logits), None if features[0] is None else np.concatenate(features))

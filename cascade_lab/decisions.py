@@ -79,6 +79,11 @@ class StageDecision(NamedTuple):
         """The stage's decision as one of its labels: shape (n,). A gate that passes a text on has its pass label."""
         return np.where(self.above, self.label_above, self.label_below)
 
+    @property
+    def stage_probability(self) -> np.ndarray:
+        """The probability that a table shows for the stage: a gate's of its pass label, another stage's highest."""
+        return self.confidence if self.role == "gate" else self.probability
+
     def take(self, rows: np.ndarray) -> StageDecision:
         """Return the decisions about some rows."""
         return StageDecision(

@@ -19,9 +19,10 @@ from cascade_lab.analysis.serving_latency import LatencyStudy, incoming_batches
 from cascade_lab.decisions import StageDecision, route
 from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import CascadeLabError, CheckpointError, CheckpointWarning
+from cascade_lab.mixed_scoring import score_shadow
 from cascade_lab.provenance import environment, sha256
 from cascade_lab.spec import CascadeSpec, StageSpec
-from cascade_lab.stage_output import ScoredRows
+from cascade_lab.stage_output import ScoredRows, StageOutput
 
 if TYPE_CHECKING:
     from cascade_lab.bert.tokenization import Encoding
@@ -80,7 +81,8 @@ def serve_batch(
             tokenizer = stage.tokenizer.settings
         arrived = [encodings[row] for row in rows.tolist()]
         tokenized = perf_counter()
-        outputs[stage_spec.name] = ScoredRows(rows, stage.score(arrived)[0])
+        parts = {name: [one] for name, one in outputs.items()}
+        outputs[stage_spec.name] = ScoredRows(rows, score_shadow(cascade, stage, rows, arrived, parts, spec=spec))
         scored = perf_counter()
         so_far = {name: earlier.at(rows) for name, earlier in outputs.items()}
         decision, _ = cascade.decide(stage_spec, so_far, spec=spec)
@@ -308,10 +310,12 @@ def _plan(
 def _score_all(cascade: Cascade, evalset: EvalSet) -> pd.DataFrame:
     """Return every stage's confidence in every text, whatever the stages decide, and how many tokens the text has."""
     table = evalset.examples[["example_id"]].copy()
-    outputs = {}
+    outputs: dict[str, StageOutput] = {}
+    rows = np.arange(len(evalset))
     for stage in cascade.stages:
         encodings = stage.encode(evalset.texts, evalset.texts_b)
-        outputs[stage.spec.name] = stage.score(encodings)[0]
+        parts = {name: [ScoredRows(rows, output)] for name, output in outputs.items()}
+        outputs[stage.spec.name] = score_shadow(cascade, stage, rows, encodings, parts)
         table[f"{stage.spec.name}_probability"] = cascade.decide(stage.spec, outputs)[0].confidence
         table[f"{stage.spec.name}_tokens"] = [len(encoding.input_ids) for encoding in encodings]
     return table

@@ -63,11 +63,22 @@ class StageScores(NamedTuple):
     scored : ndarray of bool, shape (n_examples,)
     shadow : ndarray of bool, shape (n_examples,)
         Scored outside the serial path, because an earlier stage had stopped the example.
+    rescored : ndarray of bool, shape (n_examples,), or None
+        Of a stage with mixed precision: the logits are float32's, and else bfloat16's. At the run's own thresholds the
+        decisions are float32's, as far as the stage's `precision_bounds` hold. At other thresholds a text near them may
+        not be among those that were scored again: its replayed decision is bfloat16's. None: the stage has one
+        precision, or the run does not say.
     """
 
     logits: np.ndarray
     scored: np.ndarray
     shadow: np.ndarray
+    rescored: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> StageScores:
+        """Return what the stage computed for some examples."""
+        rescored = None if self.rescored is None else self.rescored[rows]
+        return StageScores(self.logits[rows], self.scored[rows], self.shadow[rows], rescored)
 
 
 class Run:
@@ -512,8 +523,7 @@ class Run:
     def select(self, rows: np.ndarray) -> Run:
         """Return a run of some examples: `rows` are their places in `examples`. Timings stay those of the whole run."""
         scores: dict[str, Lazy[StageScores]] = {
-            stage.name: partial(lambda name: StageScores(*(values[rows] for values in self.scores(name))), stage.name)
-            for stage in self.spec.stages
+            stage.name: partial(lambda name: self.scores(name).take(rows), stage.name) for stage in self.spec.stages
         }
         run = Run(
             self.manifest,

@@ -257,6 +257,8 @@ def _scores(content: bytes, path: Path, n_labels: int) -> pa.Table:
     if kind is None or not pa.types.is_floating(kind.value_type):
         raise RunError(f"{path}: has no column 'logits' of lists of numbers; {WAY_OUT}")
     columns = {"example_id": STRING, "shadow": BOOL}
+    if "rescored" in pq.ParquetFile(io.BytesIO(content)).schema_arrow.names:  # of a stage with mixed precision
+        columns["rescored"] = BOOL
     table = bounded_table(content, path, columns, way_out=WAY_OUT, only=[*columns, "logits"], limit=MAX_SCORES_BYTES)
     n, ids, logits = len(table), table.select(list(columns)), table["logits"].combine_chunks()
     lengths = pc.list_value_length(logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,9 @@ TIMING_COLUMNS = {
     "tokenize_seconds": "float64",
     "run_seconds": "float64",
 }
+Scores: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
+"""What a stage computed: logits, scored, shadow and rescored, as `run.StageScores`."""
+
 _EXAMPLE_STRINGS = ("example_id", "text", "text_b", "label")
 _PREDICTION_STRINGS = ("example_id", "label", "predicted", "decided_by")
 _PREDICTION_NUMBERS = ("probability", "confidence")
@@ -32,7 +36,7 @@ _PREDICTION_NUMBERS = ("probability", "confidence")
 def write_tables(
     directory: Path,
     examples: pd.DataFrame,
-    scores: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    scores: Mapping[str, Scores],
     predictions: pd.DataFrame,
     timings: pd.DataFrame,
     *,
@@ -46,7 +50,7 @@ def write_tables(
     directory : path
     examples, predictions, timings : DataFrame
         As `Run` has them.
-    scores : mapping of str to (logits, scored, shadow)
+    scores : mapping of str to (logits, scored, shadow, rescored)
         Stage name to its scores, as `Run.scores` returns them.
     features, evidence : mapping of str to ndarray
         As `Run` has them; empty where there are none.
@@ -61,17 +65,18 @@ def write_tables(
         "predictions.parquet": _predictions_table(predictions),
         "timings.parquet": pa.Table.from_pandas(timings, preserve_index=False),
     }
-    ids = pa.array(examples["example_id"].tolist(), pa.string())
-    for name, (logits, scored, shadow) in scores.items():
+    ids = pa.array(examples["example_id"], pa.string())
+    for name, (logits, scored, shadow, rescored) in scores.items():
         rows = np.flatnonzero(scored)
         flat = pa.array(np.ascontiguousarray(logits[rows], dtype=np.float32).ravel())
-        tables[stage_table("scores", name, ())] = pa.table(
-            {
-                "example_id": ids.take(pa.array(rows)),
-                "logits": pa.FixedSizeListArray.from_arrays(flat, logits.shape[1]),
-                "shadow": shadow[rows],
-            }
-        )
+        columns = {
+            "example_id": ids.take(pa.array(rows)),
+            "logits": pa.FixedSizeListArray.from_arrays(flat, logits.shape[1]),
+            "shadow": shadow[rows],
+        }
+        if rescored is not None:
+            columns["rescored"] = rescored[rows]
+        tables[stage_table("scores", name, ())] = pa.table(columns)
     for name, values in features.items():
         rows = np.flatnonzero(~np.isnan(values[:, 0]))
         flat = pa.array(np.ascontiguousarray(values[rows], dtype=np.float16).ravel())
@@ -130,20 +135,25 @@ def read_timings(directory: Path, digests: Mapping[str, str], spec: CascadeSpec,
 
 def read_scores(
     directory: Path, stage: str, digests: Mapping[str, str], spec: CascadeSpec, examples: pd.DataFrame
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read the scores of a stage: logits, scored and shadow, rows as in `examples`; raises RunError."""
+) -> Scores:
+    """Read the scores of a stage: logits, scored, shadow and rescored, rows as in `examples`; raises RunError."""
     name = stage_table("scores", stage, digests)
     table = run_schema.read_table(directory, name, digests.get(name), spec, stage)
     rows = run_schema.check_ids(pd.Index(table["example_id"].to_pylist()), examples, directory / name)
     n, n_labels = len(examples), len(spec.stage(stage).labels)
     values = table["logits"].combine_chunks().flatten().to_numpy().reshape(len(table), n_labels)
     shadow_values = table["shadow"].to_numpy()
+    rescored_values = table["rescored"].to_numpy() if "rescored" in table.column_names else None
     if len(rows) == n and np.array_equal(rows, np.arange(n)):
-        return values, np.ones(n, dtype=bool), shadow_values
+        return values, np.ones(n, dtype=bool), shadow_values, rescored_values
     logits = np.full((n, n_labels), np.nan, dtype=np.float32)
     scored, shadow = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
     logits[rows], scored[rows], shadow[rows] = values, True, shadow_values
-    return logits, scored, shadow
+    if rescored_values is None:
+        return logits, scored, shadow, None
+    rescored = np.zeros(n, dtype=bool)
+    rescored[rows] = rescored_values
+    return logits, scored, shadow, rescored
 
 
 def read_features(
@@ -197,12 +207,12 @@ def _read_frame(directory: Path, name: str, digests: Mapping[str, str], spec: Ca
 
 
 def _examples_table(examples: pd.DataFrame) -> pa.Table:
-    strings = {key: pa.array(examples[key].tolist(), pa.string(), from_pandas=True) for key in _EXAMPLE_STRINGS}
+    strings = {key: pa.array(examples[key], pa.string(), from_pandas=True) for key in _EXAMPLE_STRINGS}
     others = {key: pa.array(examples[key], from_pandas=True) for key in examples.columns if key not in strings}
     return pa.table(strings | others)
 
 
 def _predictions_table(predictions: Mapping[str, pd.Series] | pd.DataFrame) -> pa.Table:
-    strings = {key: pa.array(predictions[key].tolist(), pa.string(), from_pandas=True) for key in _PREDICTION_STRINGS}
+    strings = {key: pa.array(predictions[key], pa.string(), from_pandas=True) for key in _PREDICTION_STRINGS}
     numbers = {key: pa.array(predictions[key].to_numpy(np.float64)) for key in _PREDICTION_NUMBERS}
     return pa.table(strings | numbers)

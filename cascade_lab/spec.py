@@ -19,6 +19,7 @@ from cascade_lab.calibrator import Calibrator, check_calibrator
 from cascade_lab.exceptions import SpecError, did_you_mean
 from cascade_lab.object_html import spec_html, stage_html
 from cascade_lab.origin_tables import check_calibrated_on, check_tuned_on
+from cascade_lab.precision_bounds import PrecisionBounds
 from cascade_lab.rejector import Rejector
 from cascade_lab.spec_order import OF_LAST, check_order, check_stage_name
 from cascade_lab.text import exact, printable, shorten
@@ -42,7 +43,8 @@ class StageSpec:
     by `temperature`, or of the logits that the `calibrator` gives.
 
     `engine` is "fast", or "reference" for bert-tensorflow's own graph; `precision` is "float32" or, for the fast
-    engine, "bfloat16". A stage without `init_checkpoint` was scored elsewhere: its logits are known
+    engine, "bfloat16" or "mixed": bfloat16, and float32 again where `precision_bounds` cannot rule out that the
+    decision differs. A stage without `init_checkpoint` was scored elsewhere: its logits are known
     (`Run.from_logits`), and it cannot be loaded.
     """
 
@@ -64,6 +66,7 @@ class StageSpec:
     calibrator: Calibrator | None = None
     engine: str = "fast"
     precision: str = "float32"
+    precision_bounds: PrecisionBounds | None = None
     output_weights: str = "output_weights"
     output_bias: str = "output_bias"
 
@@ -188,6 +191,8 @@ class CascadeSpec:
                 stage["rejector"] = spec.rejector.to_dict()
             if spec.calibrator is not None:
                 stage["calibrator"] = spec.calibrator.to_dict()
+            if spec.precision_bounds is not None:
+                stage["precision_bounds"] = spec.precision_bounds.to_dict()
         sources = {"tuned_on": self.tuned_on, "calibrated_on": self.calibrated_on}
         known = {key: dict(source) for key, source in sources.items() if source is not None}
         return {"name": self.name, **known, "stage": stages}
@@ -302,7 +307,7 @@ _PATHS = ("init_checkpoint", "bert_config_file", "vocab_file")
 _TYPES = {"do_lower_case": bool, "max_seq_length": int}
 _CHOICES = {
     "engine": ("fast", "reference"),
-    "precision": ("float32", "bfloat16"),
+    "precision": ("float32", "bfloat16", "mixed"),
     "role": ("gate", "deferral", "final"),
 }
 _MAX_DEPTH = 32  # of tables and keys; a cascade.toml needs 3
@@ -348,6 +353,8 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
             values[key] = Rejector.from_dict(value, where=where, folder=folder)
         elif key == "calibrator":
             values[key] = Calibrator.from_dict(value, where=where)
+        elif key == "precision_bounds":
+            values[key] = PrecisionBounds.from_dict(value, where=where)
         elif type(value) is not _TYPES.get(key, str):
             expected = {bool: "true or false", int: "a whole number", str: "a string"}[_TYPES.get(key, str)]
             raise SpecError(f"{where}: {key} must be {expected}, not {value!r}")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import cache
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -54,7 +55,9 @@ class Batch(NamedTuple):
 class Stage:
     """A fine-tuned BERT classifier, loaded into its own graph and its own session.
 
-    The session holds the weights: use the stage as a context manager, or call `close`.
+    The session holds the weights: use the stage as a context manager, or call `close`. A stage with mixed precision has
+    a second session, in float32, and scores with the first one, in bfloat16; `mixed_scoring` decides what to score
+    again.
 
     Parameters
     ----------
@@ -73,6 +76,8 @@ class Stage:
         The number of multiplications for one token, attention not counted: the cost of this stage relative to others.
     files : list of Path
         The files that were loaded.
+    exact : Stage or None
+        The same stage in float32, of a stage with mixed precision.
 
     Raises
     ------
@@ -83,13 +88,14 @@ class Stage:
     def __init__(self, spec: StageSpec, *, features: bool = False, n_workers: int | None = None):
         paths = stage_files(spec)
         fused = fast.has_fused_nodes()
-        if spec.precision == "bfloat16" and not fast.has_bfloat16():
+        if spec.precision != "float32" and not fast.has_bfloat16():
             raise CheckpointError(
-                f"stage '{spec.name}': precision bfloat16 needs a processor with bfloat16 instructions (avx512_bf16 or "
-                'amx_bf16, under Linux); set precision = "float32"'
+                f"stage '{spec.name}': precision {spec.precision} needs a processor with bfloat16 instructions "
+                '(avx512_bf16 or amx_bf16, under Linux); set precision = "float32"'
             )
         checkpoint = read_checkpoint(spec)
         self.spec = spec
+        self._precision = "bfloat16" if spec.precision == "mixed" else spec.precision  # of the first session
         self._features = features
         self._hidden = checkpoint.config["hidden_size"]
         self.files = [paths.bert_config_file, paths.vocab_file, *checkpoint_files(checkpoint.prefix)]
@@ -108,13 +114,20 @@ class Stage:
             "inter_op_parallelism_threads": -1 if on_processor else 0,  # -1: run in the thread that calls
         }
         self._load(checkpoint, fused)
-        self.logits(self.encode([""]))  # the first run is slow, since TensorFlow then optimizes the graph
+        self.exact: Stage | None = None
+        try:
+            self.logits(self.encode([""]))  # the first run is slow, since TensorFlow then optimizes the graph
+            if spec.precision == "mixed":
+                self.exact = Stage(replace(spec, precision="float32"), features=features, n_workers=n_workers)
+        except BaseException:
+            self.close()
+            raise
 
     def _load(self, checkpoint: Checkpoint, fused: bool) -> None:
         names = {"output_weights": self.spec.output_weights, "output_bias": self.spec.output_bias}
-        config, precision = checkpoint.config, self.spec.precision
+        config = checkpoint.config
         if self._is_fast:
-            network = fast.fast_graph(config, checkpoint.weights, precision=precision, fused=fused, **names)
+            network = fast.fast_graph(config, checkpoint.weights, precision=self._precision, fused=fused, **names)
             self.graph = network.graph
             self.session = self._new_session()
             network.load(self.session)
@@ -162,7 +175,12 @@ class Stage:
         else:
             fetches = [self._classifier.logits_t, *([self._classifier.features_t] if self._features else [])]
             logits, *features = self.session.run(fetches, graph.feed(self._classifier.inputs, batch))
-        return StageOutput(logits, features[0].astype(np.float16) if features else None).take(slice(len(batch)))
+        n = len(batch)
+        return StageOutput(
+            logits[:n],
+            features[0][:n].astype(np.float16) if features else None,
+            None if self.exact is None else np.zeros(n, dtype=bool),
+        )
 
     def speculate(self, batch: Sequence[Encoding]) -> Future[StageOutput]:
         """Start `outputs` of one batch in another thread, before it is known whether the result is needed."""
@@ -222,7 +240,8 @@ class Stage:
                 batches.append(batch)
                 done(batch.n_examples)
         self.check_finite(logits, distinct)
-        return StageOutput(logits, features).take(row_of_text), batches
+        rescored = None if self.exact is None else np.zeros(len(distinct), dtype=bool)
+        return StageOutput(logits, features, rescored).take(row_of_text), batches
 
     def check_finite(self, logits: np.ndarray, encodings: Sequence[Encoding]) -> None:
         """Raise CheckpointError if the logits of a text hold NaN or infinity, naming the first such text.
@@ -236,7 +255,7 @@ class Stage:
         raise CheckpointError(
             f"stage '{self.spec.name}': the text '{shorten(self.tokenizer.text(encodings[row]), 60)}' (as wordpieces) "
             f"gets the logit {logits[row, label]} for label '{shorten(self.spec.labels[label], 40)}': the weights are "
-            f"finite, but their products overflow {self.spec.precision}; take an earlier checkpoint"
+            f"finite, but their products overflow {self._precision}; take an earlier checkpoint"
         )
 
     def _run_all(self, run: Callable[[np.ndarray], Batch], plan: list[np.ndarray]) -> Generator[Batch, None, None]:
@@ -256,6 +275,8 @@ class Stage:
     def close(self) -> None:
         """Close the session, which frees the weights."""
         self.session.close()
+        if self.exact is not None:
+            self.exact.close()
 
     def __enter__(self) -> Stage:
         return self

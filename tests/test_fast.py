@@ -234,7 +234,7 @@ def test_equal_texts_are_scored_once_and_every_text_gets_its_logits(tiny):
     with Stage(CascadeSpec.read(tiny).last) as stage:
         encodings = stage.encode([*texts(40), *texts(40), "pay", "pay"])
         counts = []
-        (logits, _), batches = stage.score(encodings, done=counts.append)
+        (logits, *_), batches = stage.score(encodings, done=counts.append)
         assert sum(counts) == sum(batch.n_examples for batch in batches) == 82
         assert sum(batch.n_tokens for batch in batches) <= sum(len(e.input_ids) for e in encodings[:41])
         np.testing.assert_array_equal(logits[:40], logits[40:80])
@@ -246,7 +246,7 @@ def test_many_texts_are_scored_and_counted_once_though_the_last_batch_is_filled_
     with Stage(CascadeSpec.read(tiny).last) as stage:
         encodings = stage.encode(texts(2000))
         assert sum(len(encoding.input_ids) for encoding in encodings) > MANY_BATCHES * MAX_TOKENS
-        (logits, _), batches = stage.score(encodings)
+        (logits, *_), batches = stage.score(encodings)
         distinct = {tuple(encoding.input_ids) for encoding in encodings}
         assert sum(batch.n_tokens for batch in batches) > sum(map(len, distinct))  # the last batch is filled up
         assert sum(batch.n_examples for batch in batches) == 2000

@@ -18,6 +18,7 @@ from cascade_lab.calibrator import METHODS, calibrated_logits, methods_of
 from cascade_lab.decisions import decide
 from cascade_lab.evidence import log_odds
 from cascade_lab.exceptions import CalibrationError, did_you_mean
+from cascade_lab.mixed_precision import without_stale_bounds
 from cascade_lab.spec import CascadeSpec, StageSpec
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def calibrated(run: Run, temperatures: pd.DataFrame, comparison: CalibratorCompa
     sides of the threshold the same probability. A temperature of a gate with more labels, and any calibration of a last
     stage with a `min_probability`, has no threshold that keeps the decision of every text; their thresholds stay as
     they are. `vector` also changes which label is the most probable. `n_changed` counts the effect, and such a cascade
-    should be tuned again. If a predicted label changes, the new cascade has no `tuned_on`.
+    should be tuned again. If a predicted label changes, the new cascade has no `tuned_on`. A stage whose probabilities
+    change has no `precision_bounds` any longer.
 
     Parameters
     ----------
@@ -198,7 +200,7 @@ def calibrated(run: Run, temperatures: pd.DataFrame, comparison: CalibratorCompa
         stages.append(new)
         if is_kept:
             kept.append(stage.name)
-    spec = replace(run.spec, stages=tuple(stages))
+    spec = without_stale_bounds(run.spec, replace(run.spec, stages=tuple(stages)))
     before, after = run.predictions, run.with_spec(spec).predictions
     n_changed = int((before["predicted"] != after["predicted"]).sum())
     origin: dict[str, Any] = {

@@ -166,6 +166,7 @@ class _Parts:
         n, n_labels = self.n_rows("examples"), len(stage.labels)
         logits = np.full((n, n_labels), np.nan, dtype=np.float32)
         scored, shadow = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+        rescored = np.zeros(n, dtype=bool) if stage.precision == "mixed" else None
         for number, rows, table in self._rows(f"scores/{stage_file(stage.name)}"):
             values = table["logits"].combine_chunks().flatten().to_numpy()
             if len(values) != len(table) * n_labels or not np.isfinite(values).all():
@@ -173,7 +174,9 @@ class _Parts:
                 raise RunError(f"{path}: does not have {n_labels} finite logits per text; {_WAY_OUT}")
             logits[rows] = values.reshape(-1, n_labels)
             scored[rows], shadow[rows] = True, table["shadow"].to_numpy()
-        return StageScores(logits, scored, shadow)
+            if rescored is not None:
+                rescored[rows] = table["rescored"].to_numpy()
+        return StageScores(logits, scored, shadow, rescored)
 
     def features(self, stage: StageSpec) -> np.ndarray:
         features: np.ndarray | None = None

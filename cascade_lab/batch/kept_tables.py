@@ -11,10 +11,11 @@ from cascade_lab.batch.shards import Settings
 from cascade_lab.cascade import Cascade
 from cascade_lab.chunks import ChunkResult, dense_features, dense_scores
 from cascade_lab.exceptions import CheckpointError
+from cascade_lab.mixed_scoring import score_shadow
 from cascade_lab.serving.shadow import is_chosen
 from cascade_lab.stage import Stage
 from cascade_lab.stage_files import stage_file
-from cascade_lab.stage_output import ScoredRows, StageOutput
+from cascade_lab.stage_output import ScoredRows, StageOutput, concatenate
 
 if TYPE_CHECKING:
     from cascade_lab.batch.scoring import Block
@@ -46,7 +47,7 @@ def kept_tables(
         shadowed[name] = _nothing(stage)
         missing = np.setdiff1d(np.arange(len(own)), scored[name].rows)
         if settings.shadow and len(missing):
-            shadowed[name] = _shadow(stage, texts, second, missing)
+            shadowed[name] = _shadow(cascade, stage, texts, second, missing, scored, shadowed)
     n, ids = len(own), pa.array([str(block.ids[row]) for row in own], pa.string())
     tables = {
         "examples": pa.table(
@@ -58,12 +59,13 @@ def kept_tables(
         )
     }
     if "scores" in settings.keep:
-        for name, (logits, is_scored, is_shadow) in dense_scores(scored, shadowed, n).items():
-            at = np.flatnonzero(is_scored)
-            values = _lists(logits[at], np.float32)
-            tables[f"scores/{stage_file(name)}"] = pa.table(
-                {"example_id": ids.take(pa.array(at)), "logits": values, "shadow": is_shadow[at]}
-            )
+        for name, dense in dense_scores(scored, shadowed, n).items():
+            at = np.flatnonzero(dense.scored)
+            of_stage = dense.take(at)
+            columns = {"logits": _lists(of_stage.logits, np.float32), "shadow": of_stage.shadow}
+            if of_stage.rescored is not None:
+                columns["rescored"] = of_stage.rescored
+            tables[f"scores/{stage_file(name)}"] = pa.table({"example_id": ids.take(pa.array(at)), **columns})
     if "features" in settings.keep:
         for name, vectors in dense_features(scored, shadowed, n).items():
             at = np.flatnonzero(~np.isnan(vectors[:, 0]))
@@ -86,18 +88,26 @@ def _nothing(stage: Stage) -> ScoredRows:
     return ScoredRows(np.arange(0), stage.score([])[0])
 
 
-def _shadow(stage: Stage, texts: list[str], second: list[str | None] | None, rows: np.ndarray) -> ScoredRows:
+def _shadow(
+    cascade: Cascade,
+    stage: Stage,
+    texts: list[str],
+    second: list[str | None] | None,
+    rows: np.ndarray,
+    scored: dict[str, ScoredRows],
+    shadowed: dict[str, ScoredRows],
+) -> ScoredRows:
     """Score rows that no earlier stage passed on; those whose logits are not finite are left out."""
     encodings = stage.encode([texts[row] for row in rows], second and [second[row] for row in rows])
+    earlier = {name: (scored[name], shadowed[name]) for name in shadowed}
     try:
-        return ScoredRows(rows, stage.score(encodings)[0])
+        return ScoredRows(rows, score_shadow(cascade, stage, rows, encodings, earlier))
     except CheckpointError:
         if len(rows) == 1:
             return _nothing(stage)
-        parts = [_shadow(stage, texts, second, half) for half in np.array_split(rows, 2)]
-        logits, features = zip(*(part.output for part in parts), strict=True)
-        output = StageOutput(np.concatenate(logits), None if features[0] is None else np.concatenate(features))
-        return ScoredRows(np.concatenate([part.rows for part in parts]), output)
+        halves = np.array_split(rows, 2)
+        parts = [_shadow(cascade, stage, texts, second, half, scored, shadowed) for half in halves]
+        return ScoredRows(np.concatenate([part.rows for part in parts]), concatenate([part.output for part in parts]))
 
 
 def _evidence(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.options import NEW_CASCADE, OVERWRITE, RUN, STAGES
-from cascade_lab.cli.printing import interval, line, next_step, number, show, table
+from cascade_lab.cli.printing import interval, line, next_step, number, print_dropped_bounds, show, table
 from cascade_lab.text import exact
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def calibrate(
         line(f"{result.n_changed:,} answers of this run change; tune thresholds again on a run of the new cascade")
     else:
         line("no answer of this run changes")
+    print_dropped_bounds(fitted_run.spec, result.spec, output)
     line(f"cascade: {output}")
     next_step("run", output, "EVALSET", "--output", "RUN")
 

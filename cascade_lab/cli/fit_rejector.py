@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cascade_lab.cli.options import NEW_CASCADE, OVERWRITE, RUN
-from cascade_lab.cli.printing import interval, line, next_step, number, show, table
+from cascade_lab.cli.printing import interval, line, next_step, number, print_dropped_bounds, show, table
 from cascade_lab.text import exact
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def fit_rejector(
     if comparison is not None:
         _print_comparison(comparison)
     _print_fitted(fitted)
+    print_dropped_bounds(tuned_run.spec, fitted.spec, output)
     line(f"cascade: {output}")
     next_step("run", output, "EVALSET", "--output", "RUN")
 

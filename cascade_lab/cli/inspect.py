@@ -68,6 +68,20 @@ def _print_cascade(path: Path) -> None:
     show(title(spec.name), shown)
     for stage, checkpoint in zip(spec.stages, checkpoints, strict=True):
         line(f"{stage.name}: {checkpoint.prefix}")
+        if stage.precision != "float32":
+            line(f"{stage.name}: {_precision(stage)}")
+
+
+def _precision(stage: StageSpec) -> str:
+    """Return a stage's precision in words; of mixed precision also its bounds and what they were measured on."""
+    bounds = stage.precision_bounds
+    if stage.precision != "mixed":
+        return f"precision {stage.precision}"
+    if bounds is None:
+        return "precision mixed, without precision_bounds: `cascade-lab verify-precision --calibrate` measures them"
+    n_texts = bounds.measured_on.get("n_texts")
+    of_texts = f", of {n_texts:,} texts" if isinstance(n_texts, int) else ""
+    return f"precision mixed; bounds of labels {bounds.labels:.4g}, of the confidence {bounds.confidence:.4g}{of_texts}"
 
 
 def _n_tokens(n_tokens: int, n_rows: int) -> str:

@@ -21,7 +21,10 @@ from rich.text import Text
 from cascade_lab.text import printable, shorten
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cascade_lab.run import Run
+    from cascade_lab.spec import CascadeSpec
 
 UNDEFINED = "–"
 MAX_CELL = 200  # characters of a text in a table
@@ -237,11 +240,29 @@ def print_run(run: Run) -> None:
     else:
         _print_decided(run)
     print_labelled(run)
+    for stage in run.spec.stages:
+        scores = run.scores(stage.name) if stage.precision == "mixed" else None
+        if scores is not None and scores.rescored is not None:
+            n_again, n_scored = int(scores.rescored.sum()), int(scores.scored.sum())
+            line(f"{stage.name}: {n_again:,} of its {n_scored:,} kept scores are float32's, the others bfloat16's")
     if run.directory is None:
         return
     for name, path in (("run", run.directory), ("report", run.directory / "report.html")):
         if path.exists():
             line(f"{name}: {path}")
+
+
+def print_dropped_bounds(before: CascadeSpec, after: CascadeSpec, output: Path) -> None:
+    """Print which stages have lost their bounds of mixed precision, and the command that measures them again."""
+    names = [
+        stage.name
+        for stage, old in zip(after.stages, before.stages, strict=True)
+        if stage.precision_bounds is None and old.precision_bounds is not None
+    ]
+    if names:
+        command = shlex.join(["cascade-lab", "verify-precision", str(output), "EVALSET", "--calibrate"])
+        line(f"{', '.join(names)}: the precision_bounds no longer fit, and were left out; measure them again:")
+        line(f"{command} --output {shlex.quote(str(output))} --overwrite")
 
 
 def print_labelled(run: Run) -> None:

@@ -1,6 +1,11 @@
-"""`cascade-lab verify-precision` compares a cascade's precision with float32."""
+"""`cascade-lab verify-precision` compares a cascade with float32, or measures the bounds of mixed precision."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from cascade_lab.cli.actions import read_evalset
 from cascade_lab.cli.console import shows_progress, spinner
@@ -12,16 +17,33 @@ from cascade_lab.cli.options import (
     LABEL_COLUMN,
     LABEL_MAP,
     LIMIT,
+    OVERWRITE,
     SHOWN_TEXTS,
     SPLIT,
     TEXT_COLUMN,
 )
-from cascade_lab.cli.printing import cell, line, next_step, number, show, table
+from cascade_lab.cli.printing import cell, line, next_step, number, percent, show, table
+from cascade_lab.exceptions import CascadeLabError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def verify_precision(
     cascade: CASCADE,
     evalset: EVALSET,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure how far float32 moves each stage's decisions from bfloat16's, and write the cascade with "
+            "mixed precision.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The cascade.toml to write with --calibrate.", show_default=False)
+    ] = None,
+    overwrite: OVERWRITE = False,
     split: SPLIT = None,
     encoding: ENCODING = None,
     text_column: TEXT_COLUMN = "text",
@@ -33,10 +55,17 @@ def verify_precision(
 ) -> None:
     """Compare a cascade in its own precision with float32; a cascade in float32 is compared in bfloat16.
 
+    A cascade with mixed precision is compared by its answers. --calibrate makes one: of the stages whose precision is
+    mixed, or of all. EVALSET is then a validation set, with texts like those that will be scored.
+
     Example: cascade-lab verify-precision cascade.toml data_full.json --split test
     """
+    from cascade_lab.atomic import locked_file
     from cascade_lab.spec import CascadeSpec
 
+    if calibrate != (output is not None):
+        given, missing = ("--calibrate", "--output") if calibrate else ("--output", "--calibrate")
+        raise CascadeLabError(f"{given} is given without {missing}; give both, or neither")
     spec = CascadeSpec.read(cascade)
     examples = read_evalset(
         evalset,
@@ -50,17 +79,57 @@ def verify_precision(
         columns=columns,
     )
     with spinner("loading TensorFlow"):
-        from cascade_lab.precision_check import verify_precision as check_precision
-    check = check_precision(spec, examples, progress=shows_progress(), quiet=spinner)
-    stages = table("stage", "precision", "logits: rms", "p99", "largest", "answers changed")
-    for name, row in check.stages.iterrows():
-        differences = [number(row[key]) for key in ("rms", "p99", "max")]
-        stages.add_row(str(name), row["precision"], *differences, f"{row['n_changed']:,}")
+        from cascade_lab import precision_check
+    options: dict[str, Any] = {"progress": shows_progress(), "quiet": spinner}
+    if output is not None:
+        with locked_file(output, overwrite=overwrite, what="cascade with mixed precision"):
+            measured = precision_check.measure_bounds(spec, examples, **options)
+            measured.spec.write(output)
+        _print_bounds(measured)
+        line(f"cascade: {output}")
+        next_step("verify-precision", output, "EVALSET")
+    elif any(stage.precision == "mixed" for stage in spec.stages):
+        mixed = precision_check.verify_mixed(spec, examples, **options)
+        stages = table("stage", "precision", "texts", "scored again", "of its texts")
+        for name, row in mixed.stages.iterrows():
+            share = percent(row["n_rescored"] / row["n_scored"]) if row["n_scored"] else number(None)
+            stages.add_row(str(name), row["precision"], f"{row['n_scored']:,}", f"{row['n_rescored']:,}", share)
+        show(stages)
+        _print_changed(mixed.changed, mixed.n_examples, texts)
+        line(
+            f"with confidence {precision_check.LEVEL:.0%}, at most {mixed.limit:.2%} of texts like these get another "
+            "answer"
+        )
+        next_step("run", cascade, evalset, "--output", "RUN")
+    else:
+        check = precision_check.verify_precision(spec, examples, **options)
+        stages = table("stage", "precision", "logits: rms", "p99", "largest", "answers changed")
+        for name, row in check.stages.iterrows():
+            differences = [number(row[key]) for key in ("rms", "p99", "max")]
+            stages.add_row(str(name), row["precision"], *differences, f"{row['n_changed']:,}")
+        show(stages)
+        _print_changed(check.changed, check.n_examples, texts)
+        next_step("latency", cascade, evalset)
+
+
+def _print_changed(changed: pd.DataFrame, n_examples: int, n_shown: int) -> None:
+    line(f"{len(changed):,} of {n_examples:,} texts get another answer than in float32")
+    if len(changed) and n_shown:
+        shown = table("text", "true label", "float32", "lower precision")
+        for row in changed.head(n_shown).itertuples():
+            shown.add_row(cell(row.text), cell(row.label), cell(row.float32), cell(row.lower))
+        show(shown)
+
+
+def _print_bounds(measured: Any) -> None:
+    from cascade_lab.precision_check import LEVEL
+
+    stages = table("stage", "bound: labels", "confidence", "scored again")
+    for name, row in measured.stages.iterrows():
+        stages.add_row(str(name), number(row["labels"]), number(row["confidence"]), percent(row["rescored"]))
     show(stages)
-    line(f"{len(check.changed):,} of {check.n_examples:,} texts get another answer than in float32")
-    if len(check.changed) and texts:
-        changed = table("text", "true label", "float32", "lower precision")
-        for row in check.changed.head(texts).itertuples():
-            changed.add_row(cell(row.text), cell(row.label), cell(row.float32), cell(row.lower))
-        show(changed)
-    next_step("latency", cascade, evalset)
+    line("labels: of the differences of two logits; confidence: of its log-odds; the largest of these texts")
+    line(
+        f"with confidence {LEVEL:.0%}, fewer than {measured.outside_probability:.2%} of texts like these "
+        f"{measured.n_texts:,} are outside the bounds; only those can get another answer than in float32"
+    )

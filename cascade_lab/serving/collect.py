@@ -133,7 +133,7 @@ def collect(
     run = Run(
         manifest,
         examples_frame(examples),
-        {name: StageScores(*(values[rows] for values in one)) for name, one in scores.items()},
+        {name: one.take(rows) for name, one in scores.items()},
         predictions_frame(examples, answered.select(_ANSWER).to_pandas()),
         pd.DataFrame(columns=list(TIMING_COLUMNS)).astype(TIMING_COLUMNS),
         evidence={name: values[rows] for name, values in evidence.items()},

@@ -11,8 +11,11 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.exceptions import CascadeLabError
+from cascade_lab.mixed_precision import is_mixed
+from cascade_lab.mixed_scoring import score_shadow
 from cascade_lab.serving.answered import Answered, SeenRows, ServedCascade
 from cascade_lab.serving.log_files import ShadowScores
+from cascade_lab.stage_output import ScoredRows
 
 if TYPE_CHECKING:
     from cascade_lab.cascade import Cascade
@@ -111,16 +114,18 @@ def is_chosen(ids: list[str] | pd.Series, share: float) -> np.ndarray:
 
 
 def _score(cascade: Cascade, served: ServedCascade, texts: list[_Text]) -> ShadowScores:
-    """Score texts with the stages that did not score them; where a rejector needs features, with all stages."""
+    """Score texts with the stages that did not score them; where a rejector needs other stages' scores, with all."""
     needs_features = bool(cascade.spec.feature_evidence)
+    needs_all = needs_features or any(is_mixed(stage) and stage.rejector for stage in cascade.spec.stages)
     n_stages = len(cascade.stages)
     early = [text for text in texts if len(text.scored_by) < n_stages]
     texts = [*early, *(text for text in texts if len(text.scored_by) == n_stages)]
     every, scores, outputs = np.arange(len(early)), {}, {}
+    parts: dict[str, list[ScoredRows]] = {}
     for stage in cascade.stages:
         name = stage.spec.name
         missing = np.array([row for row in every if name not in early[row].scored_by], dtype=int)
-        rows = every if needs_features else missing
+        rows = every if needs_all else missing
         if not len(rows):
             continue
         chosen = [early[row] for row in rows]
@@ -128,9 +133,9 @@ def _score(cascade: Cascade, served: ServedCascade, texts: list[_Text]) -> Shado
         encodings = stage.encode(
             [text.text for text in chosen], second if any(one is not None for one in second) else None
         )
-        output, _ = stage.score(encodings)
-        outputs[name] = output
-        scores[name] = SeenRows(missing, output.logits[missing] if needs_features else output.logits)
+        output = score_shadow(cascade, stage, rows, encodings, parts)
+        parts[name], outputs[name] = [ScoredRows(rows, output)], output
+        scores[name] = SeenRows(missing, output.logits[missing] if needs_all else output.logits)
     evidence: dict[str, np.ndarray] = {}
     for spec in cascade.spec.stages if needs_features and early else ():
         evidence |= cascade.decide(spec, outputs)[1]

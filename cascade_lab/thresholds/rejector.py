@@ -19,6 +19,7 @@ from cascade_lab.decisions import RoutingResult, missing_scores_error, route
 from cascade_lab.evidence import SCORES, fit_arrays
 from cascade_lab.exceptions import GoalError, RunError, SpecError, did_you_mean
 from cascade_lab.locks import remove
+from cascade_lab.mixed_precision import without_stale_bounds
 from cascade_lab.rejector import Rejector, array_names, feature_evidence, logit_evidence, score_of
 from cascade_lab.thresholds.objective import Goal
 from cascade_lab.thresholds.search import Choice, choose
@@ -145,10 +146,12 @@ def choose_rejecting(run: Run, at_least: float) -> Choice:
 def with_rule(spec: CascadeSpec, stage: str, rejector: Rejector, arrays: Mapping[str, np.ndarray]) -> CascadeSpec:
     """Return the cascade with another rejector of a stage. All rejectors share one file of arrays, if they need any.
 
-    `write_with_arrays` writes the file, and gives it its name.
+    `write_with_arrays` writes the file, and gives it its name. A stage whose confidence changes has no
+    `precision_bounds` any longer.
     """
     changed = replace(spec, stages=tuple(replace(s, rejector=rejector) if s.name == stage else s for s in spec.stages))
-    return _with_file(changed, Path("rejector.npz"), _npz(arrays)[1]) if arrays else changed
+    changed = _with_file(changed, Path("rejector.npz"), _npz(arrays)[1]) if arrays else changed
+    return without_stale_bounds(spec, changed)
 
 
 def _with_file(spec: CascadeSpec, file: Path, digest: str) -> CascadeSpec:
