@@ -354,8 +354,8 @@ class Cascade:
             arrived = encode(stage, rows)
             encode_seconds = perf_counter() - start if index else seconds
             batches: list[Batch] = []
-            if spec.name in speculated:
-                output = speculated[spec.name].result().take(rows)
+            if speculated and (index == 0 or spec.name in speculated):
+                output = speculated[spec.name].result().take(rows) if index else stage.outputs(encodings)
                 stage.check_finite(output.logits, arrived)
                 bar.update(len(rows))
             else:
@@ -384,9 +384,11 @@ class Cascade:
         return ChunkResult(routed, scored, probability, evidence, timings)
 
     def _speculate(self, encodings: list[Encoding], batch_size: int | None) -> dict[str, Future[StageOutput]]:
-        """Let stages score texts that are one small batch in parallel; return their logits as futures.
+        """Let later stages score texts that are one small batch, while the first one does; return them as futures.
 
-        Not in a cascade with a deferral stage, which is there so that few texts are scored by the stages after it.
+        The first stage scores in the calling thread, which runs already: it takes time to wake a thread for it, and the
+        system may put that thread on the core of another one. Not in a cascade with a deferral stage, which is there so
+        that few texts are scored by the stages after it.
         """
         first, n_tokens = self.stages[0], sum(len(encoding.input_ids) for encoding in encodings)
         is_small = len(encodings) == 1 or 0 < n_tokens <= SPECULATE_MAX_TOKENS
@@ -394,12 +396,11 @@ class Cascade:
             return {}
         if any(stage.is_deferral for stage in self.spec.stages):
             return {}
-        alike = [
-            stage
-            for stage in self.stages[: first.n_workers]
+        return {
+            stage.spec.name: stage.speculate(encodings)
+            for stage in self.stages[1 : first.n_workers]
             if stage.tokenizer.settings == first.tokenizer.settings and stage.work <= first.work
-        ]
-        return {stage.spec.name: stage.speculate(encodings) for stage in alike} if len(alike) > 1 else {}
+        }
 
     def _evidence(self, joined: JoinedChunks, shadowed: Mapping[str, ScoredRows], n: int) -> dict[str, np.ndarray]:
         """Return the rejectors' scores of features for all texts: by name, shape (n,).
