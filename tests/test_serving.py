@@ -596,6 +596,25 @@ def test_the_command_drains_at_sigterm_and_reloads_at_sighup(tiny, loaded, tmp_p
     assert set(answered) <= logged, "what a client was told is in the log"
 
 
+def test_a_second_sigint_ends_the_command_at_once(tiny):
+    process, url = start(tiny)
+    try:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 20\r\n\r\n{")
+            time.sleep(0.2)  # the service waits for the rest
+            process.send_signal(signal.SIGINT)
+            while "Shutting down" not in process.stderr.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+    lines = process.stderr.read().splitlines()
+    assert [line for line in lines if " INFO " not in line] == [
+        "error: stopped by SIGINT; 0 accepted texts were not answered"
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -172,6 +172,10 @@ class PartWriter:
         """Return whether the part is still where it was begun; False where somebody deleted or moved it."""
         return _is_at(self.path, self._descriptor)
 
+    def is_deleted(self) -> bool:
+        """Return whether the file has no name any longer: what was written to it is lost."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
     def finish(self) -> None:
         """Close the part and give it the name of a whole one; without a record batch, delete it."""
         try:

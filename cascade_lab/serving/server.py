@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import os
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ from asyncio import TimerHandle, Transport
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -54,8 +56,9 @@ def listen(host: str, port: int) -> socket.socket:
 def make_server(app: Starlette, *, drain_seconds: float) -> uvicorn.Server:
     """Return a server; `server.run(sockets=[listener])` serves until SIGTERM or SIGINT.
 
-    Then it accepts nothing more, answers what was accepted, and returns. SIGHUP reads the cascade again. In another
-    thread than the main one, where signals do not come, set `server.should_exit` to end it.
+    Then it accepts nothing more, answers what was accepted, and returns. SIGINT while it does that ends the process at
+    once, as SIGKILL would: what is not answered by then is lost. SIGHUP reads the cascade again. In another thread than
+    the main one, where signals do not come, set `server.should_exit` to end it.
 
     Parameters
     ----------
@@ -130,6 +133,13 @@ class _Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            n_texts = self._app.state.service.batcher.n_waiting_texts
+            os.write(2, f"error: stopped by SIGINT; {n_texts} accepted texts were not answered\n".encode())
+            os._exit(128 + sig)  # threads that score cannot be ended in another way
+        super().handle_exit(sig, frame)
 
     def _start_reload(self) -> None:
         async def reload() -> None:

@@ -52,7 +52,8 @@ class TrafficLog:
     Attributes
     ----------
     n_written, n_lost : int
-        Answered texts that are in the files; not written, and not to be written.
+        Answered texts that are in the files; not written and not to be written, or deleted with their part while it
+        was open.
     n_shadow : int
         Texts of the sample: their turn came, and every stage's scores are in the files.
     problem : str or None
@@ -89,6 +90,7 @@ class TrafficLog:
         self._n_waiting = self._n_characters = 0  # in the queue, also while they are written
         self._n_unreported = 0  # lost texts that no part counts yet
         self._part: PartWriter | None = None
+        self._n_in_part = self._n_shadow_in_part = 0
         self._closing = False
         self._thread = threading.Thread(target=self._write_until_closed, name="traffic-log", daemon=True)
         self._thread.start()
@@ -243,16 +245,19 @@ class TrafficLog:
         if self._part is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._part = PartWriter(self.folder, records[0].cascade, shadow=self._shadow.share)
+            self._n_in_part = self._n_shadow_in_part = 0
         answered = [one for one in records if isinstance(one, Answered)]
         shadow = [one for one in records if isinstance(one, ShadowScores)]
         n_lost = self._n_unreported
         for scores in shadow:
             self._part.write(shadow_batch(self._part.schema, scores), n_lost=0)
             self.n_shadow += len(scores.ids)
+            self._n_shadow_in_part += len(scores.ids)
         if answered:
             batch = answered_batch(self._part.schema, answered, keep_texts=self.keep_texts)
             self._part.write(batch, n_lost=n_lost)
             self.n_written += batch.num_rows
+            self._n_in_part += batch.num_rows
             with self._lock:
                 self._n_unreported -= n_lost
 
@@ -266,9 +271,13 @@ class TrafficLog:
             _LOG.exception("%s: texts cannot be chosen for shadow scoring", self.folder)
 
     def _leave_deleted_part(self) -> None:
-        """Forget a part that somebody deleted or moved, so that another one is begun."""
+        """Forget a part that somebody deleted or moved, so that another one is begun. Deleted texts count as lost."""
         if self._part is not None and not self._part.is_in_place():
             _LOG.warning("%s: was deleted or moved; the traffic log begins another part", self._part.path)
+            if self._part.is_deleted():
+                self.n_written -= self._n_in_part
+                self.n_shadow -= self._n_shadow_in_part
+                self._lose(self._n_in_part)
             with suppress(OSError):
                 self._finish_part()
 
