@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import logit
-from scipy.stats import beta
+from scipy.special import betaincinv, logit
 
 from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.decisions import StageDecision
@@ -159,7 +158,7 @@ def outside_probability(n_texts: int, n_bounds: int, *, level: float = 0.95) -> 
     """
     if n_texts < n_bounds:
         return 1.0
-    return float(beta.ppf(level, n_bounds, n_texts - n_bounds + 1)) if n_bounds else 0.0
+    return float(betaincinv(n_bounds, n_texts - n_bounds + 1, level)) if n_bounds else 0.0
 
 
 def bounds_digest(spec: CascadeSpec, stage: StageSpec, files: Mapping[str, Sequence[Path]]) -> str:
