@@ -5,7 +5,8 @@
 `rates`: `predict` in one call, two processes of the embedded engine and two actors of a local Ray cluster score the
 same texts, in turns; the median round counts, and the start of processes counts too. `large`: the embedded engine's
 memory (the proportional set size of all its processes, looked at twice a second) for a tenth of the texts and for all.
-`ids`: how long the search for ids that occur twice takes. `kept`: time and memory of what reads a run of 150 labels.
+`ids`: how long the search for ids that occur twice takes. `kept`: time and memory of what reads a run of 150 labels,
+of a tenth of the texts and of all; the runs stay in the folder for the next time.
 Texts are those of the demo with a number behind each, so that no two are equal. `batch.json` has every round.
 """
 
@@ -140,9 +141,11 @@ def ids(folder: Path, n: int) -> dict[str, Any]:
     return {"n_texts": n, "seconds": seconds}
 
 
-def kept(folder: Path, n: int, n_labels: int = 150) -> dict[str, Any]:
-    """Time each command on a run of `n` texts with random logits of two stages, labelled."""
-    print(f"kept: {n:,} texts, {n_labels} labels", flush=True)
+def kept_runs(folder: Path, n: int, n_labels: int) -> list[str]:
+    """Return two runs of `n` texts with random logits of two stages, labelled; made where they are not there yet."""
+    paths = [folder / f"kept-{name}-{n}" for name in ("a", "b")]
+    if all(path.exists() for path in paths):
+        return [str(path) for path in paths]
     rng, labels = np.random.default_rng(0), [f"label {i}" for i in range(n_labels)]
     stages = [
         {"name": "gate", "labels": ["oos", "in"], "pass_label": "in", "threshold": 0.5},
@@ -151,8 +154,7 @@ def kept(folder: Path, n: int, n_labels: int = 150) -> dict[str, Any]:
     spec = CascadeSpec.from_dict({"name": "kept", "stage": stages})
     truth = rng.integers(-n_labels // 10, n_labels, n).clip(-1)
     y_true = np.array([*labels, "oos"], dtype=object)[truth]
-    paths = []
-    for name in ("a", "b"):
+    for path in paths:
         logits = rng.normal(size=(n, n_labels)).astype(np.float32)
         is_in = truth >= 0
         logits[np.flatnonzero(is_in), truth[is_in]] += 4
@@ -160,12 +162,17 @@ def kept(folder: Path, n: int, n_labels: int = 150) -> dict[str, Any]:
         gate[np.arange(n), is_in.astype(int)] += 2.5
         examples = pd.DataFrame({"text": [f"text {i}" for i in range(n)], "label": y_true})
         made = Run.from_logits(spec, examples, {"gate": gate, "intent": logits})
-        paths.append(made.write(folder / f"kept-{name}", overwrite=True).directory)
+        made.write(path, overwrite=True)
         del made, logits, gate, examples
-    a, b = map(str, paths)
+    return [str(path) for path in paths]
+
+
+def kept(folder: Path, n: int, n_labels: int = 150) -> dict[str, Any]:
+    """Time each command on runs of `n` texts: seconds, and the peak memory as a ratio to the logits of its runs."""
+    print(f"kept: {n:,} texts, {n_labels} labels", flush=True)
+    a, b = kept_runs(folder, n, n_labels)
     read = f"from cascade_lab import Run; Run.read({a!r}).replay({{'gate': 0.7}})"
-    tuned = str(folder / "tuned.toml")
-    Path(tuned).unlink(missing_ok=True)
+    (folder / "tuned.toml").unlink(missing_ok=True)
     commands = {
         "Run.read and replay": [sys.executable, "-c", read],
         "tune": [
@@ -181,14 +188,16 @@ def kept(folder: Path, n: int, n_labels: int = 150) -> dict[str, Any]:
         "report": [*COMMAND, "report", a],
         "compare": [*COMMAND, "compare", a, b],
         "calibrate": [*COMMAND, "calibrate", a, "--output", str(folder / "calibrated.toml"), "--overwrite"],
+        "audit": [*COMMAND, "audit", a, "--output", str(folder / "audit.csv"), "--overwrite"],
     }
     scores = 4 * n * (n_labels + 2)
     rows = {}
     for name, command in commands.items():
         n_runs = 2 if name == "compare" else 1
         seconds, peak, _ = run(command, sum_memory=name == "report")
-        rows[name] = {"seconds": seconds, "peak_bytes": peak, "gib_beyond_scores": (peak - n_runs * scores) / GIB}
-        print(f"{name}: {seconds:.1f} s, {rows[name]['gib_beyond_scores']:.2f} GiB beyond the scores", flush=True)
+        beyond, ratio = (peak - n_runs * scores) / GIB, peak / (n_runs * scores)
+        rows[name] = {"seconds": seconds, "peak_bytes": peak, "gib_beyond_scores": beyond, "peak_against_scores": ratio}
+        print(f"{name}: {seconds:.1f} s, {beyond:.2f} GiB beyond the scores, {ratio:.2f} times the scores", flush=True)
     return {"n_texts": n, "n_labels": n_labels, "scores_bytes": scores, "commands": rows}
 
 
@@ -210,7 +219,7 @@ def main() -> None:
         "rates": lambda: rates(folder, arguments.rates, arguments.rounds),
         "large": lambda: large(folder, arguments.large),
         "ids": lambda: ids(folder, arguments.ids),
-        "kept": lambda: kept(folder, arguments.kept),
+        "kept": lambda: {"runs": [kept(folder, n) for n in (arguments.kept // 10, arguments.kept)]},
     }
     for part in arguments.parts.split(","):
         report[part] = {**measures[part](), "machine": {**environment(), "cores": psutil.cpu_count()}}

@@ -88,8 +88,14 @@ def script(folder: Path, *, precision: str, max_seq_length: int = 128) -> Predic
     return predict
 
 
-def pytorch(folder: Path, *, precision: str, callers: int, threads: int, autocast: bool = False) -> Predict:
-    """PyTorch and transformers, scaled dot-product attention; no mask where a batch has one length."""
+def pytorch(
+    folder: Path, *, precision: str, callers: int, threads: int, autocast: bool = False, backend: str | None = None
+) -> Predict:
+    """PyTorch and transformers, scaled dot-product attention; no mask where a batch has one length.
+
+    `backend` is one of `torch.compile`, which then compiles each model for any number of texts and tokens; a mask is
+    always given, since each kind of input takes seconds to compile.
+    """
     import torch
     from transformers import BertForSequenceClassification
 
@@ -102,28 +108,45 @@ def pytorch(folder: Path, *, precision: str, callers: int, threads: int, autocas
             dtype=torch.bfloat16 if low and not autocast else torch.float32,
             attn_implementation="sdpa",
         ).eval()
+        if backend is not None:
+            model = torch.compile(model, backend=backend, dynamic=True)
 
         def run(input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-            mask_t = None if mask.all() else torch.from_numpy(mask)
+            mask_t = None if mask.all() and backend is None else torch.from_numpy(mask)
             cast = torch.autocast("cpu", torch.bfloat16) if low and autocast else nullcontext()
             with torch.inference_mode(), cast:
                 return model(torch.from_numpy(input_ids), attention_mask=mask_t).logits.float().numpy()
 
+        if backend is not None:
+            for n in (2, 1):  # compiled at the first call, for several texts and for one
+                run(*np.ones((2, n, 16), dtype=np.int64))
         return run
 
     return _cascade(folder, forward, callers)
 
 
+def zentorch(folder: Path, *, precision: str, callers: int, threads: int) -> Predict:
+    """PyTorch compiled by AMD's zentorch, with the weights frozen into the graph."""
+    if "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
+        raise RuntimeError("zentorch is made for AMD's processors")
+    import torch._inductor.config
+    import zentorch  # noqa: F401  (registers the backend)
+
+    torch._inductor.config.freezing = True
+    return pytorch(folder, precision=precision, callers=callers, threads=threads, backend="zentorch")
+
+
 def onnx_runtime(folder: Path, *, precision: str, callers: int, threads: int) -> Predict:
-    """ONNX Runtime on the graph that its BERT optimizer made."""
+    """ONNX Runtime on the graph that its BERT optimizer made, or on that graph in int8."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    made = {"float32": "optimized", "int8 dynamic": "int8-dynamic"}[precision]
 
     def forward(stage: dict[str, Any]) -> Forward:
-        path = folder / "onnx" / f"{stage['name']}-optimized.onnx"
+        path = folder / "onnx" / f"{stage['name']}-{made}.onnx"
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
         def run(input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -135,25 +158,61 @@ def onnx_runtime(folder: Path, *, precision: str, callers: int, threads: int) ->
 
 
 def openvino(folder: Path, *, precision: str, callers: int, threads: int, hint: str) -> Predict:
-    """OpenVINO on the exported ONNX graph, one stream a caller."""
+    """OpenVINO on the exported ONNX graph, or on what NNCF made of it in int8; one stream a caller.
+
+    In int8 it chooses the precision of what is not quantized itself: bfloat16 where the processor has it.
+    """
     import openvino
 
     core = openvino.Core()
     config = {
         "PERFORMANCE_HINT": hint,
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
         "NUM_STREAMS": callers,
         "INFERENCE_NUM_THREADS": callers * threads,
+        **{
+            "float32": {"INFERENCE_PRECISION_HINT": "f32"},
+            "bfloat16": {"INFERENCE_PRECISION_HINT": "bf16"},
+            "int8 dynamic": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32},
+            "int8 static": {},
+        }[precision],
     }
+    made = {"int8 dynamic": "-int8-dynamic.xml", "int8 static": "-int8-static.xml"}.get(precision, ".onnx")
 
     def forward(stage: dict[str, Any]) -> Forward:
-        model = core.compile_model(folder / "onnx" / f"{stage['name']}.onnx", "CPU", config)
+        model = core.compile_model(folder / "onnx" / f"{stage['name']}{made}", "CPU", config)
         mine = threading.local()
 
         def run(input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
             if not hasattr(mine, "request"):
                 mine.request = model.create_infer_request()
             return mine.request.infer(_named(input_ids, mask), share_inputs=True)[0].copy()
+
+        return run
+
+    return _cascade(folder, forward, callers)
+
+
+def ctranslate2(folder: Path, *, precision: str, callers: int, threads: int) -> Predict:
+    """CTranslate2's BERT encoder with its pooler, and the classifier in numpy; it has no bfloat16 on a processor."""
+    import ctranslate2
+
+    def forward(stage: dict[str, Any]) -> Forward:
+        path = folder / "ctranslate2" / stage["name"]
+        encoder = ctranslate2.Encoder(
+            str(path),
+            device="cpu",
+            compute_type={"float32": "float32", "int8 dynamic": "int8"}[precision],
+            inter_threads=callers,
+            intra_threads=threads,
+        )
+        head = np.load(path / "head.npz")
+        weights, bias = head["weights"].T, head["bias"]
+        array = ctranslate2.StorageView.from_array
+
+        def run(input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+            lengths = mask.sum(axis=1, dtype=np.int32)
+            encoded = encoder.forward_batch(array(input_ids.astype(np.int32)), array(lengths))
+            return np.asarray(encoded.pooler_output) @ weights + bias
 
         return run
 

@@ -3,19 +3,25 @@
     python tests/benchmarks/prepare.py CLINC150 FOLDER [--without-base]
 
 makes `FOLDER/clinc150` (both stages of the CLINC150 cascade) and `FOLDER/base` (one stage of BERT-base's shape with
-random weights), each with `cascade-float32.toml`, `cascade-bfloat16.toml`, `hf/`, `onnx/` and `texts.json`; for the
-growth of time with texts, `clinc150/grown.json` has many of them.
+random weights), each with `cascade-float32.toml`, `cascade-bfloat16.toml`, `hf/`, `onnx/`, `ctranslate2/` and
+`texts.json`. `clinc150` also has `cascade-mixed.toml` and the models in int8, both made with the validation split, and
+for the growth of time with texts `grown.json`. What a contender needs but could not be made is in `absent.json`, with
+the reason. `--without-base` also leaves out the mixed cascade and int8, which the service's benchmark does not need.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import peer_formats
 from tokenizers import BertWordPieceTokenizer
 
 from cascade_lab.bert.checkpoint import variable_shapes
@@ -49,6 +55,7 @@ def main(clinc150: Path, folder: Path, *, with_base: bool) -> None:
     (folder / "clinc150" / "grown.json").write_text(json.dumps(_grown(texts)), encoding="utf-8")
     if not with_base:
         return
+    _lower_precisions(spec, clinc150 / "data_full.json", folder / "clinc150")
     base = _base(folder / "base", vocab)
     _formats(base, folder / "base")
     _write_texts(folder / "base", {name: _of_length(length, vocab) for name, length in BASE_LENGTHS.items()}, vocab)
@@ -60,39 +67,47 @@ def _formats(spec: CascadeSpec, folder: Path) -> None:
         stages = tuple(replace(stage, engine="fast", precision=precision) for stage in spec.stages)
         replace(spec, stages=stages).write(folder / f"cascade-{precision}.toml")
     export_cascade(spec, folder / "hf", format="hf", overwrite=True)
-    (folder / "onnx").mkdir(exist_ok=True)
+    stages = [folder / "hf" / stage.name for stage in spec.stages]
+    for stage in stages:
+        peer_formats.onnx(stage, folder / "onnx")
+    peers = ["ctranslate2 float32", "ctranslate2 int8 dynamic"]
+    for stage in stages:
+        attempt(folder, peers, peer_formats.ctranslate2, stage, folder / "ctranslate2")
+
+
+def _lower_precisions(spec: CascadeSpec, data: Path, folder: Path) -> None:
+    """Make what is measured on the validation split: the mixed cascade, and the peers' models in int8."""
+    texts = EvalSet.read(data, split="val").texts
+    texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: peer_formats.N_CALIBRATION]]
+    attempt(folder, ["cascade_lab mixed"], _mixed, folder, data)
     for stage in spec.stages:
-        _onnx(folder / "hf" / stage.name, folder / "onnx" / f"{stage.name}.onnx")
+        tokenizer = BertWordPieceTokenizer(str(stage.vocab_file), lowercase=stage.do_lower_case)
+        tokenizer.enable_truncation(stage.max_seq_length)
+        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        source, onnx = folder / "hf" / stage.name, folder / "onnx"
+        attempt(folder, ["onnx_runtime int8 dynamic"], peer_formats.onnx_dynamic, source, onnx)
+        attempt(folder, ["openvino int8 dynamic"], peer_formats.openvino_dynamic, source, onnx)
+        attempt(folder, ["openvino int8 static"], peer_formats.openvino_static, source, onnx, ids)
 
 
-def _onnx(source: Path, path: Path) -> None:
-    """Export a Hugging Face directory to ONNX, and what ONNX Runtime's BERT optimizer makes of that beside it."""
-    import torch
-    from onnxruntime.transformers.optimizer import optimize_model
-    from transformers import BertForSequenceClassification
+def _mixed(folder: Path, data: Path) -> None:
+    """Measure the bounds of the mixed precision on the validation split."""
+    command = [sys.executable, "-m", "cascade_lab", "verify-precision", folder / "cascade-bfloat16.toml", data]
+    options = ["--split", "val", "--calibrate", "--output", folder / "cascade-mixed.toml"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
 
-    model = BertForSequenceClassification.from_pretrained(source, attn_implementation="eager").eval()
-    names = ["input_ids", "attention_mask", "token_type_ids"]
-    example = torch.ones((2, 16), dtype=torch.int64)
-    torch.onnx.export(
-        model,
-        (example, example, torch.zeros_like(example)),
-        path,
-        input_names=names,
-        output_names=["logits"],
-        dynamic_axes={name: {0: "n", 1: "length"} for name in names} | {"logits": {0: "n"}},
-        opset_version=17,
-        dynamo=False,
-    )
-    optimized = optimize_model(
-        str(path),
-        model_type="bert",
-        num_heads=model.config.num_attention_heads,
-        hidden_size=model.config.hidden_size,
-        opt_level=0,
-    )
-    print(path.stem, optimized.get_fused_operator_statistics())
-    optimized.save_model_to_file(str(path.with_name(f"{path.stem}-optimized.onnx")))
+
+def attempt(folder: Path, contenders: list[str], make: Callable[..., None], *inputs: Any) -> None:
+    """Make what these contenders load; where that fails, they are absent, for the reason in `absent.json`."""
+    try:
+        make(*inputs)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        path = folder / "absent.json"
+        absent = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(absent | dict.fromkeys(contenders, reason)), encoding="utf-8")
 
 
 def _base(folder: Path, vocab: Path) -> CascadeSpec:
