@@ -23,6 +23,7 @@ from cascade_lab.serving.collect import collect
 from cascade_lab.serving.log_files import SeenRows, ShadowScores
 from cascade_lab.serving.shadow import ShadowQueue, is_chosen
 from cascade_lab.serving.traffic_log import TrafficLog
+from cascade_lab.stage_output import StageOutput
 from cascade_lab.thresholds import Goal, choose
 
 START = 1.75e9
@@ -152,7 +153,8 @@ def scoring_cascade(run: Run):
         return SimpleNamespace(
             spec=spec,
             encode=lambda texts, _: [row_of[text] for text in texts],
-            score=lambda rows: (SimpleNamespace(logits=logits[rows]), None),
+            score=lambda rows, **_: (StageOutput(logits[rows], None), None),
+            exact=None,
         )
 
     return SimpleNamespace(spec=run.spec, stages=[stage(spec) for spec in run.spec.stages])

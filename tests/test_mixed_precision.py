@@ -14,6 +14,8 @@ from scipy.special import expit, logit
 from typer.testing import CliRunner
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Run, StageSpec
+from cascade_lab.batch.scoring import Block, score_block
+from cascade_lab.batch.shards import Settings
 from cascade_lab.bert import fast
 from cascade_lab.calibrator import Calibrator
 from cascade_lab.cli import app
@@ -31,6 +33,11 @@ from cascade_lab.precision_bounds import PrecisionBounds
 from cascade_lab.precision_check import measure_bounds, verify_mixed
 from cascade_lab.provenance import sha256
 from cascade_lab.rejector import Rejector
+from cascade_lab.serving.batching import Batcher
+from cascade_lab.serving.collect import collect
+from cascade_lab.serving.live_cascade import LiveCascade
+from cascade_lab.serving.shadow import ShadowQueue
+from cascade_lab.serving.traffic_log import TrafficLog
 from cascade_lab.stage import Batch, Stage
 from cascade_lab.stage_output import StageOutput, decide_from_outputs
 
@@ -387,6 +394,61 @@ def test_the_command_writes_a_mixed_cascade_and_compares_it(tiny, tiny_evalset, 
 
 
 @BFLOAT16
+def test_a_service_and_its_log_say_which_scores_are_float32s(mixed, tiny_evalset, tmp_path):
+    texts = EvalSet.read(tiny_evalset).texts
+    live = LiveCascade.of(mixed)
+    logged, queue = [], ShadowQueue(1.0)
+    with Batcher(mixed, log=logged.append) as batcher:
+        found = batcher.predict(texts)
+    with TrafficLog(tmp_path / "log", shadow=1.0) as log:
+        for batch in logged:
+            log.add(batch)
+            queue.add(batch)
+        log.add_shadow(queue.score(mixed, live.served, n_texts=1000))
+    warmer = replace(mixed.spec, stages=(mixed.spec.stages[0], replace(mixed.spec.last, temperature=2.0)))
+    warmer.write(tmp_path / "warmer.toml")
+    with pytest.raises(CheckpointError, match="verify-precision"):
+        live.reload(tmp_path / "warmer.toml")
+    mixed.spec.with_thresholds({"gate": 0.4}).write(tmp_path / "other.toml")
+    assert live.reload(tmp_path / "other.toml").cascade.stages is mixed.stages
+    with Cascade.load(in_float32(mixed.spec)) as cascade:
+        assert found["predicted"].tolist() == cascade.predict(texts)["predicted"].tolist()
+    run = collect(tmp_path / "log").run
+    run.write(tmp_path / "run")
+    pd.testing.assert_frame_equal(run.with_thresholds({}).predictions, run.predictions)
+    for one in (run, Run.read(tmp_path / "run")):
+        for stage in ("gate", "intent"):
+            scores = one.scores(stage)
+            unsure = could_differ(one.spec.stage(stage), scores.logits, one.decision(stage))
+            assert 0 < scores.rescored.sum() < len(scores.rescored)
+            assert not unsure[~scores.rescored].any()
+
+
+@BFLOAT16
+def test_a_scoring_job_keeps_which_scores_are_float32s(mixed, tiny_evalset):
+    texts = EvalSet.read(tiny_evalset).texts
+    block = Block([*range(len(texts))], texts, None, [None] * len(texts))
+    tables, _ = score_block(mixed, block, Settings("", "", ("scores",), 1.0, True, ""), "int64")
+    with Cascade.load(in_float32(mixed.spec)) as cascade:
+        assert tables["predictions"]["predicted"].to_pylist() == cascade.predict(texts)["predicted"].tolist()
+    of_intent = tables["scores/intent"].to_pandas()
+    assert 0 < of_intent["rescored"].sum() < len(of_intent) == len(texts)
+    assert (of_intent["rescored"] & of_intent["shadow"]).any()
+
+
+@BFLOAT16
+def test_a_new_temperature_leaves_the_bounds_out_and_says_so(mixed, tiny_evalset, tmp_path):
+    mixed.run(EvalSet.read(tiny_evalset), output=tmp_path / "run")
+    output = tmp_path / "warm.toml"
+    result = CliRunner().invoke(app, ["calibrate", str(tmp_path / "run"), "--stage", "intent", "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "intent: the precision_bounds no longer fit, and were left out; measure them again:" in result.output
+    assert [s.precision_bounds is None for s in CascadeSpec.read(output).stages] == [False, True]
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "run")])
+    assert "of its 200 kept scores are float32's, the others bfloat16's" in result.output
+
+
+@BFLOAT16
 def test_only_stages_that_ask_for_it_are_measured(tiny, tiny_evalset):
     spec = CascadeSpec.read(tiny)
     one = replace(spec, stages=(spec.stages[0], replace(spec.last, precision="mixed")))
@@ -405,3 +467,16 @@ def test_missing_bfloat16_is_refused_in_one_line(tiny, monkeypatch):
         CheckpointError, match=r"stage 'intent': precision mixed needs a processor .*; set precision = "
     ):
         Stage(spec)
+
+
+@BFLOAT16
+@pytest.mark.slow
+def test_on_clinc150_no_answer_changes_and_few_texts_are_scored_again(clinc150):
+    sets = {split: EvalSet.read(clinc150 / "data_full.json", split=split) for split in ("val", "test")}
+    measured = measure_bounds(CascadeSpec.read(clinc150 / "cascade.toml"), sets["val"])
+    assert measured.n_texts > 3000
+    assert measured.outside_probability < 0.0025
+    assert (measured.stages["rescored"] < 0.05).all()
+    check = verify_mixed(measured.spec, sets["test"])
+    assert len(check.changed) == 0
+    assert (check.stages["n_rescored"] < 0.05 * check.stages["n_scored"]).all()

@@ -82,7 +82,7 @@ def test_answers_of_many_threads_equal_predict_row_for_row(loaded):
             )
             assert batch.texts[i] == pool[rows[i]]
         for stage in loaded.spec.stages:
-            rows_seen, logits = batch.scores[stage.name]
+            rows_seen, logits, _ = batch.scores[stage.name]
             assert logits.shape == (len(rows_seen), len(stage.labels))
             known = ~np.isnan(batch.predictions[f"{stage.name}_probability"])
             assert np.flatnonzero(known).tolist() == rows_seen.tolist()

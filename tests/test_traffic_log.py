@@ -28,6 +28,7 @@ from cascade_lab.serving.collect import collect
 from cascade_lab.serving.log_files import PartWriter, answered_batch, list_parts, read_part
 from cascade_lab.serving.shadow import MAX_WAITING, ShadowQueue, is_chosen
 from cascade_lab.serving.traffic_log import TrafficLog
+from cascade_lab.stage_output import StageOutput
 from cascade_lab.thresholds import fit_rejector
 
 
@@ -437,7 +438,7 @@ def test_a_second_text_that_is_empty_is_scored_as_one(second, run):
         SimpleNamespace(
             spec=spec,
             encode=lambda texts, texts_b: given.append(texts_b) or texts,
-            score=lambda texts, **_: (SimpleNamespace(logits=np.zeros((len(texts), 2))), None),
+            score=lambda texts, **_: (StageOutput(np.zeros((len(texts), 2)), None), None),
             exact=None,  # its precision is not mixed
         )
         for spec in run.spec.stages

@@ -17,10 +17,13 @@ class SeenRows(NamedTuple):
     rows : ndarray of int, shape (n,)
         Rows of the batch, in increasing order.
     logits : ndarray of float32, shape (n, n_labels)
+    rescored : ndarray of bool, shape (n,), or None
+        As in `StageOutput`.
     """
 
     rows: np.ndarray
     logits: np.ndarray
+    rescored: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -424,6 +424,9 @@ def _answered(
         texts,
         texts_b if any(text is not None for text in texts_b) else None,
         result.columns(),
-        {name: SeenRows(scored.rows, scored.output.logits) for name, scored in result.scored.items()},
+        {
+            name: SeenRows(scored.rows, scored.output.logits, scored.output.rescored)
+            for name, scored in result.scored.items()
+        },
         result.evidence,
     )

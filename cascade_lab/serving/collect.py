@@ -21,7 +21,7 @@ from cascade_lab.run_directory import new_run_id
 from cascade_lab.run_schema import SCHEMA_VERSION
 from cascade_lab.run_tables import TIMING_COLUMNS, examples_frame, predictions_frame
 from cascade_lab.serving.answered import ServedCascade
-from cascade_lab.serving.log_files import EVIDENCE, LOGITS, list_parts, part_schema, read_part
+from cascade_lab.serving.log_files import EVIDENCE, LOGITS, RESCORED, list_parts, part_schema, read_part
 from cascade_lab.serving.shadow import is_chosen
 from cascade_lab.spec import CascadeSpec
 from cascade_lab.text import shorten
@@ -255,7 +255,12 @@ def _scores(
         logits[rows[is_new]] = added[is_new]
         is_shadow = np.zeros(len(logits), dtype=bool)
         is_shadow[rows[is_new]] = True
-        scores[stage.name] = StageScores(logits, ~np.isnan(logits[:, 0]), is_shadow)
+        rescored = None
+        if f"{RESCORED}{stage.name}" in answered.column_names:
+            flags = (table[f"{RESCORED}{stage.name}"].fill_null(False) for table in (answered, shadow))
+            rescored, of_shadow_rows = (np.array(column.to_pylist(), dtype=bool) for column in flags)
+            rescored[rows[is_new]] = of_shadow_rows[is_new]
+        scores[stage.name] = StageScores(logits, ~np.isnan(logits[:, 0]), is_shadow, rescored)
     evidence = {}
     for name in (name for name in answered.column_names if name.startswith(EVIDENCE)):
         values, added = (table[name].to_numpy().astype(np.float64) for table in (answered, shadow))

@@ -24,7 +24,7 @@ from cascade_lab.serving.answered import Answered, SeenRows, ServedCascade
 from cascade_lab.text import shorten
 
 ENDING = ".arrows"
-LOGITS, EVIDENCE = "logits.", "evidence."
+LOGITS, RESCORED, EVIDENCE = "logits.", "rescored.", "evidence."
 _HEADER, _LOST = b"cascade_lab.traffic", b"cascade_lab.lost"
 _VERSION = 2
 _WAY_OUT = "move the file out of the folder"
@@ -90,13 +90,14 @@ def part_schema(cascade: ServedCascade, *, shadow: float) -> pa.Schema:
 
     `example_id`; `time` (arrival, UTC); `text` and `text_b` (null unless texts are logged); `predicted` and
     `decided_by` (null in a row of `ShadowScores`); `probability` and `confidence`; `logits.<stage>` (null where the
-    stage did not score the text); `evidence.<stage>.<score>`.
+    stage did not score the text); with mixed precision `rescored.<stage>`; `evidence.<stage>.<score>`.
     """
     columns = {"example_id": pa.string(), "time": pa.timestamp("us", "UTC")}
     columns |= dict.fromkeys(("text", "text_b", "predicted", "decided_by"), pa.string())
     columns |= dict.fromkeys(("probability", "confidence"), pa.float64())
     stages = cascade.manifest["cascade"]["stage"]
     columns |= {f"{LOGITS}{stage['name']}": pa.list_(pa.float32()) for stage in stages}
+    columns |= {f"{RESCORED}{stage['name']}": pa.bool_() for stage in stages if stage.get("precision") == "mixed"}
     columns |= {f"{EVIDENCE}{name}": pa.float64() for name in _feature_evidence(stages)}
     header = {"version": _VERSION, "digest": cascade.digest, "shadow": shadow, "manifest": cascade.manifest}
     return pa.schema(list(columns.items()), metadata={_HEADER: json.dumps(header)})
@@ -120,6 +121,8 @@ def answered_batch(schema: pa.Schema, answered: Sequence[Answered], *, keep_text
     for stage in stages:
         seen = [(start, batch.scores[stage]) for start, batch in zip(starts, answered, strict=False)]
         columns[f"{LOGITS}{stage}"] = _lists([(one.rows + start, one.logits) for start, one in seen], n)
+        if f"{RESCORED}{stage}" in schema.names:
+            columns[f"{RESCORED}{stage}"] = _flags([(one.rows + start, one.rescored) for start, one in seen], n)
     for name in schema.names:
         if name.startswith(EVIDENCE):
             values, key = np.full(n, np.nan), name.removeprefix(EVIDENCE)
@@ -135,6 +138,7 @@ def shadow_batch(schema: pa.Schema, shadow: ShadowScores) -> pa.RecordBatch:
     n = len(shadow.ids)
     columns: dict[str, Any] = {"example_id": _strings(shadow.ids), "time": _microseconds(shadow.times)}
     columns |= {f"{LOGITS}{stage}": _lists([(seen.rows, seen.logits)], n) for stage, seen in shadow.scores.items()}
+    columns |= {f"{RESCORED}{stage}": _flags([(seen.rows, seen.rescored)], n) for stage, seen in shadow.scores.items()}
     columns |= {f"{EVIDENCE}{name}": pa.array(values) for name, values in shadow.evidence.items()}
     return _batch(schema, columns, n)
 
@@ -373,6 +377,14 @@ def _lists(parts: Sequence[tuple[np.ndarray, np.ndarray]], n: int) -> pa.ListArr
     size = len(values) // max(len(rows), 1)
     offsets = np.concatenate([[0], np.cumsum(is_scored) * size]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=pa.array(~is_scored))
+
+
+def _flags(parts: Sequence[tuple[np.ndarray, np.ndarray | None]], n: int) -> pa.BooleanArray:
+    """Return what is true of some of `n` rows, null in the other rows."""
+    values = np.full(n, None, dtype=object)
+    for rows, flags in parts:
+        values[rows] = flags
+    return pa.array(values, pa.bool_())
 
 
 def _microseconds(times: np.ndarray) -> pa.Array:

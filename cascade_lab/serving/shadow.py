@@ -135,7 +135,8 @@ def _score(cascade: Cascade, served: ServedCascade, texts: list[_Text]) -> Shado
         )
         output = score_shadow(cascade, stage, rows, encodings, parts)
         parts[name], outputs[name] = [ScoredRows(rows, output)], output
-        scores[name] = SeenRows(missing, output.logits[missing] if needs_all else output.logits)
+        own = output.take(missing) if needs_all else output
+        scores[name] = SeenRows(missing, own.logits, own.rescored)
     evidence: dict[str, np.ndarray] = {}
     for spec in cascade.spec.stages if needs_features and early else ():
         evidence |= cascade.decide(spec, outputs)[1]
