@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from cascade_lab.by_block import by_block
 from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.exceptions import EvalSetError, RunError
 from cascade_lab.rejector import logit_evidence, score_of
@@ -229,26 +230,27 @@ def decide(stage: StageSpec, logits: np.ndarray, *, confidence: np.ndarray | Non
     """
     if stage.rejector is not None and confidence is None:
         raise TypeError("the stage has a rejector, which decide_in_cascade computes")
-    p = probabilities(stage, logits)
-    labels = np.array(stage.labels, dtype=object)
-    rows = np.arange(len(p))
-    scored = ~np.isnan(p[:, 0])
-    if stage.is_gate:
-        column = stage.labels.index(str(stage.pass_label))
-        others = p.copy()
-        others[:, column] = -1.0
-        best = others.argmax(axis=1)
-        confidence, probability = p[:, column], p[rows, best]
-        label_above, label_below = np.full(len(p), stage.pass_label, dtype=object), labels[best]
-    else:
+    logits, labels = np.asarray(logits), np.array(stage.labels, dtype=object)
+    column = stage.labels.index(stage.pass_label) if stage.pass_label is not None else None
+
+    def of_block(logits: np.ndarray) -> tuple[np.ndarray, ...]:
+        p = probabilities(stage, logits)
+        scored, passes = ~np.isnan(p[:, 0]), p[:, column or 0].copy()
+        if column is not None:
+            p[:, column] = -1.0
         best = p.argmax(axis=1)
-        probability = p[rows, best]
+        return scored, passes, best, p[np.arange(len(p)), best]
+
+    scored, passes, best, probability = by_block(of_block, logits)
+    n = len(scored)
+    if stage.is_gate:
+        confidence = passes
+        label_above, label_below = np.full(n, stage.pass_label, dtype=object), labels[best]
+    else:
         confidence = probability if confidence is None else confidence
         scored = scored & ~np.isnan(confidence)
         label_above = label_below = labels[best]
-    decision = StageDecision(
-        scored, confidence, np.zeros(len(p)), label_above, label_below, probability, role=stage.role
-    )
+    decision = StageDecision(scored, confidence, np.zeros(n), label_above, label_below, probability, role=stage.role)
     return decision.with_threshold(stage)
 
 

@@ -132,6 +132,7 @@ def _frame(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     try:
         if path.exists() and not path.is_file():
             raise RunError(f"{path}: is not a file; {WAY_OUT}")
-        return bounded_table(path.read_bytes(), path, columns, way_out=WAY_OUT).to_pandas()
+        with open(path, "rb") as file:
+            return bounded_table(file, path, columns, way_out=WAY_OUT).to_pandas()
     except DAMAGE as error:
         raise RunError(f"{path}: cannot be read ({shorten(str(error), 200)}); {WAY_OUT}") from error

@@ -6,12 +6,14 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.special import expit
 
+from cascade_lab.by_block import by_block
 from cascade_lab.evidence import SCORES, log_odds
 from cascade_lab.exceptions import SpecError, did_you_mean
 from cascade_lab.provenance import sha256
@@ -189,14 +191,18 @@ def logit_evidence(stages: Sequence[Any], names: Sequence[str], logits: Mapping[
     values = {}
     for name in names:
         stage = next(stage for stage in stages if stage.name == name.rpartition(".")[0])
-        z = np.asarray(logits[stage.name], dtype=np.float64) / stage.temperature
-        if score_of(name).function is log_odds and stage.is_gate:
-            values[name] = log_odds(z, stage.labels.index(stage.pass_label))
-        elif score_of(name).function is log_odds and stage.reject_label in stage.labels:
-            values[name] = -log_odds(z, stage.labels.index(stage.reject_label))
-        else:
-            values[name] = score_of(name).function(z)
+        (values[name],) = by_block(partial(_logit_score, stage, name), np.asarray(logits[stage.name]))
     return values
+
+
+def _logit_score(stage: Any, name: str, logits: np.ndarray) -> tuple[np.ndarray]:
+    """Return one score of `logit_evidence` for some texts."""
+    z = np.asarray(logits, dtype=np.float64) / stage.temperature
+    if score_of(name).function is log_odds and stage.is_gate:
+        return (log_odds(z, stage.labels.index(stage.pass_label)),)
+    if score_of(name).function is log_odds and stage.reject_label in stage.labels:
+        return (-log_odds(z, stage.labels.index(stage.reject_label)),)
+    return (score_of(name).function(z),)
 
 
 def feature_evidence(

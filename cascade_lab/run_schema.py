@@ -5,11 +5,11 @@ What a manifest or a table contains decides neither which other file is read nor
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,17 @@ import pyarrow.parquet as pq
 
 from cascade_lab.exceptions import RunError, SpecError
 from cascade_lab.json_files import check_keys, read_object
-from cascade_lab.parquet_files import BOOL, DAMAGE, NUMBER, STRING, WHOLE, bounded_table
+from cascade_lab.parquet_files import (
+    BOOL,
+    DAMAGE,
+    NUMBER,
+    STRING,
+    WHOLE,
+    bounded_batches,
+    bounded_table,
+    check_size,
+    joined,
+)
 from cascade_lab.spec import CascadeSpec
 from cascade_lab.text import shorten
 
@@ -126,37 +136,52 @@ def read_table(directory: Path, name: str, digest: str | None, spec: CascadeSpec
         another type, or takes too much memory.
     """
     path = directory / name
-    content = _content(directory, name, digest)
-    try:
-        if stage is not None:
-            is_scores = name.startswith("scores/")
-            return _scores(content, path, len(spec.stage(stage).labels)) if is_scores else _features(content, path)
-        if name == EVIDENCE:
-            columns = {"example_id": STRING, **dict.fromkeys(spec.feature_evidence, NUMBER)}
-            return bounded_table(content, path, columns, way_out=WAY_OUT, only=list(columns))
-        return bounded_table(content, path, _COLUMNS[name], way_out=WAY_OUT)
-    except DAMAGE as error:
-        reason = shorten(str(error).partition("\n")[0], 200)
-        raise RunError(f"{path}: cannot be read ({reason}); {WAY_OUT}") from error
+    with _opened(directory, name, digest) as file:
+        try:
+            if stage is not None:
+                is_scores = name.startswith("scores/")
+                return _scores(file, path, len(spec.stage(stage).labels)) if is_scores else _features(file, path)
+            if name == EVIDENCE:
+                columns = {"example_id": STRING, **dict.fromkeys(spec.feature_evidence, NUMBER)}
+                return bounded_table(file, path, columns, way_out=WAY_OUT, only=list(columns))
+            return bounded_table(file, path, _COLUMNS[name], way_out=WAY_OUT)
+        except DAMAGE as error:
+            reason = shorten(str(error).partition("\n")[0], 200)
+            raise RunError(f"{path}: cannot be read ({reason}); {WAY_OUT}") from error
 
 
 def check_digest(directory: Path, name: str, digest: str) -> None:
     """Raise RunError where a file of the run is missing, or differs from its SHA-256."""
-    _content(directory, name, digest)
+    with _opened(directory, name, digest):
+        pass
 
 
-def _content(directory: Path, name: str, digest: str | None) -> bytes:
+@contextmanager
+def _opened(directory: Path, name: str, digest: str | None) -> Iterator[BinaryIO]:
+    """Open a file of the run that has the given SHA-256; the file stays the same if another one takes its name."""
     path = directory / name
     try:
         if not path.exists():
             raise RunError(f"{path}: cannot be read (no such file); {WAY_OUT}")
         _check_inside(directory, path)
-        content = path.read_bytes()
+        file = open(path, "rb")  # noqa: SIM115 - closed below; errors of the caller are not those of opening
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror or error}); {WAY_OUT}") from error
-    if digest is not None and sha256(content).hexdigest() != digest:
-        raise RunError(f"{path}: changed since the run (its SHA-256 is not the one in manifest.json); {WAY_OUT}")
-    return content
+    with file:
+        if digest is not None and _sha256(file, path) != digest:
+            raise RunError(f"{path}: changed since the run (its SHA-256 is not the one in manifest.json); {WAY_OUT}")
+        yield file
+
+
+def _sha256(file: BinaryIO, path: Path) -> str:
+    digest = sha256()
+    try:
+        while block := file.read(2**20):
+            digest.update(block)
+        file.seek(0)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror or error}); {WAY_OUT}") from error
+    return digest.hexdigest()
 
 
 def frame(table: pa.Table, path: Path) -> pd.DataFrame:
@@ -187,7 +212,10 @@ def check_examples(examples: pd.DataFrame, spec: CascadeSpec, path: Path) -> Non
 
 def check_ids(ids: pd.Index, examples: pd.DataFrame, path: Path) -> np.ndarray:
     """Return the row of `examples` that each id belongs to; raises RunError where an id is unknown or occurs twice."""
-    rows = pd.Index(examples["example_id"]).get_indexer(ids)
+    own = pd.Index(examples["example_id"])
+    if len(ids) == len(own) and ids.equals(own):
+        return np.arange(len(own))
+    rows = own.get_indexer(ids)
     if (rows < 0).any():
         raise RunError(f"{path}: example_id {_shown(ids, rows < 0)} is not in examples.parquet; {WAY_OUT}")
     if not ids.is_unique:
@@ -251,35 +279,41 @@ def check_scored(values: np.ndarray, name: str, scored: np.ndarray, path: Path) 
         raise RunError(f"{path}: {name} does not have a number for each example that the stage scored; {WAY_OUT}")
 
 
-def _scores(content: bytes, path: Path, n_labels: int) -> pa.Table:
+def _scores(file: BinaryIO, path: Path, n_labels: int) -> pa.Table:
     """Read the scores of a stage: `example_id`, `logits` and `shadow`, all present, and the logits finite."""
-    kind = _list_type(content, "logits")
+    kind = _list_type(file, "logits")
     if kind is None or not pa.types.is_floating(kind.value_type):
         raise RunError(f"{path}: has no column 'logits' of lists of numbers; {WAY_OUT}")
     columns = {"example_id": STRING, "shadow": BOOL}
-    if "rescored" in pq.ParquetFile(io.BytesIO(content)).schema_arrow.names:  # of a stage with mixed precision
+    if "rescored" in pq.ParquetFile(file).schema_arrow.names:  # of a stage with mixed precision
         columns["rescored"] = BOOL
-    table = bounded_table(content, path, columns, way_out=WAY_OUT, only=[*columns, "logits"], limit=MAX_SCORES_BYTES)
-    n, ids, logits = len(table), table.select(list(columns)), table["logits"].combine_chunks()
-    lengths = pc.list_value_length(logits)
-    flat = logits.flatten()
-    if any(column.null_count for column in (*ids.columns, logits, flat)):
-        raise RunError(f"{path}: has a value that is missing; {WAY_OUT}")
-    if n and (pc.min(lengths).as_py(), pc.max(lengths).as_py()) != (n_labels, n_labels):
-        raise RunError(f"{path}: does not have {n_labels} logits per example; {WAY_OUT}")
-    values = flat.cast(pa.float32(), safe=False)
-    if not np.isfinite(values.to_numpy()).all():
-        raise RunError(f"{path}: a logit is infinite or NaN; {WAY_OUT}")
-    return ids.append_column("logits", pa.FixedSizeListArray.from_arrays(values, n_labels))
+    n, names = pq.ParquetFile(file).metadata.num_rows, [*columns, "logits"]
+    check_size(4 * n * n_labels, path, WAY_OUT, MAX_SCORES_BYTES)
+    values, others, start = np.empty((n, n_labels), dtype=np.float32), [], 0
+    for batch in bounded_batches(file, path, columns, way_out=WAY_OUT, only=names, limit=MAX_SCORES_BYTES):
+        logits = batch["logits"]
+        flat, lengths = logits.flatten(), pc.list_value_length(logits)
+        if any(column.null_count for column in (*batch.columns, flat)):
+            raise RunError(f"{path}: has a value that is missing; {WAY_OUT}")
+        if len(batch) and (pc.min(lengths).as_py(), pc.max(lengths).as_py()) != (n_labels, n_labels):
+            raise RunError(f"{path}: does not have {n_labels} logits per example; {WAY_OUT}")
+        part = values[start : start + len(batch)]
+        part[:] = flat.cast(pa.float32(), safe=False).to_numpy().reshape(len(batch), n_labels)
+        if not np.isfinite(part).all():
+            raise RunError(f"{path}: a logit is infinite or NaN; {WAY_OUT}")
+        others.append(batch.select(list(columns)))
+        start += len(batch)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(values[:start].ravel()), n_labels)
+    return joined(others, file, list(columns)).append_column("logits", lists)
 
 
-def _features(content: bytes, path: Path) -> pa.Table:
+def _features(file: BinaryIO, path: Path) -> pa.Table:
     """Read the features of a stage: `example_id` and `cls`, all present, and the numbers finite."""
-    kind = _list_type(content, "cls")
+    kind = _list_type(file, "cls")
     if kind is None or not pa.types.is_fixed_size_list(kind) or not pa.types.is_float16(kind.value_type):
         raise RunError(f"{path}: has no column 'cls' of lists of 16-bit numbers; {WAY_OUT}")
     columns = {"example_id": STRING}
-    table = bounded_table(content, path, columns, way_out=WAY_OUT, only=[*columns, "cls"], limit=MAX_SCORES_BYTES)
+    table = bounded_table(file, path, columns, way_out=WAY_OUT, only=[*columns, "cls"], limit=MAX_SCORES_BYTES)
     table = table.combine_chunks()
     flat = table["cls"].combine_chunks().flatten()
     if any(column.null_count for column in (*table.columns, flat)) or not np.isfinite(flat.to_numpy()).all():
@@ -287,9 +321,9 @@ def _features(content: bytes, path: Path) -> pa.Table:
     return table
 
 
-def _list_type(content: bytes, name: str) -> pa.DataType | None:
+def _list_type(file: BinaryIO, name: str) -> pa.DataType | None:
     """Return the type of a column of lists; None if there is no such column."""
-    schema = pq.ParquetFile(io.BytesIO(content)).schema_arrow
+    schema = pq.ParquetFile(file).schema_arrow
     kind = schema.field(name).type if schema.names.count(name) == 1 else None
     is_list = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
     return kind if kind is not None and any(check(kind) for check in is_list) else None

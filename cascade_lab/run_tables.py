@@ -139,9 +139,9 @@ def read_scores(
     """Read the scores of a stage: logits, scored, shadow and rescored, rows as in `examples`; raises RunError."""
     name = stage_table("scores", stage, digests)
     table = run_schema.read_table(directory, name, digests.get(name), spec, stage)
-    rows = run_schema.check_ids(pd.Index(table["example_id"].to_pylist()), examples, directory / name)
+    rows = run_schema.check_ids(pd.Index(table["example_id"].to_pandas()), examples, directory / name)
     n, n_labels = len(examples), len(spec.stage(stage).labels)
-    values = table["logits"].combine_chunks().flatten().to_numpy().reshape(len(table), n_labels)
+    values = table["logits"].chunk(0).flatten().to_numpy().reshape(len(table), n_labels)  # not a copy
     shadow_values = table["shadow"].to_numpy()
     rescored_values = table["rescored"].to_numpy() if "rescored" in table.column_names else None
     if len(rows) == n and np.array_equal(rows, np.arange(n)):
@@ -170,7 +170,7 @@ def read_features(
     """
     name = stage_table("features", stage, digests)
     table = run_schema.read_table(directory, name, digests.get(name), spec, stage)
-    rows = run_schema.check_ids(pd.Index(table["example_id"].to_pylist()), examples, directory / name)
+    rows = run_schema.check_ids(pd.Index(table["example_id"].to_pandas()), examples, directory / name)
     vectors = table["cls"].combine_chunks()
     features = np.full((len(examples), vectors.type.list_size), np.nan, dtype=np.float16)
     features[rows] = vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size)

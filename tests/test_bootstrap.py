@@ -14,8 +14,10 @@ from cascade_lab.analysis.bootstrap import (
     fraction_interval,
     interval,
     mean_difference_interval,
+    resample_blocks,
     resample_codes,
     resample_counts,
+    resamples,
     score_interval,
     wilson,
 )
@@ -99,6 +101,16 @@ def test_resamples_have_the_size_of_the_set_and_depend_on_the_seed_alone():
     assert drawn[0].tolist() == [7, 0, 13]
     assert (drawn.sum(axis=1) == 20).all()
     assert (drawn[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("groups", [None, np.array([0, 0, 3, 4, 5, 5, 5, 9, 1, 2])])
+def test_resamples_one_by_one_are_those_of_the_table(groups):
+    table = resample_counts(10, groups=groups, n_resamples=8, seed=2)
+    kinds = np.array([0, 1, 1, 0, 2, 2, 0, 0, 3, 3])
+    options = {"groups": groups, "n_resamples": 8, "seed": 2}
+    np.testing.assert_array_equal(list(resamples(10, **options)), table)
+    np.testing.assert_array_equal(np.concatenate(list(resample_blocks(10, **options))), table)
+    np.testing.assert_array_equal(list(resamples(10, kinds=kinds, **options)), table @ np.eye(4, dtype=int)[kinds])
 
 
 def test_groups_are_drawn_as_a_whole():

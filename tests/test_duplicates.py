@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pytest
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics.pairwise import cosine_similarity
 
-from cascade_lab.analysis import duplicates as duplicates_module
+from cascade_lab.analysis import similar_rows
 from cascade_lab.analysis.duplicates import duplicates, normalized
 from cascade_lab.evalset import EvalSet
 
@@ -38,7 +40,7 @@ def random_texts(n: int, seed: int, prefix: str) -> EvalSet:
 
 def test_duplicates_are_those_of_brute_force(monkeypatch):
     a, b = random_texts(150, 0, "a"), random_texts(220, 1, "b")
-    monkeypatch.setattr(duplicates_module, "MAX_SIMILARITIES", 2000)  # many blocks
+    monkeypatch.setattr(similar_rows, "MAX_PRODUCTS", 2000)  # many blocks
     for other, is_same_set in ((a, True), (b, False)):
         # No cosine is so near to this threshold that float32 could decide otherwise.
         others = None if is_same_set else other.examples
@@ -49,6 +51,35 @@ def test_duplicates_are_those_of_brute_force(monkeypatch):
         assert set(pairs) == brute_force(a, other, 0.8123, is_same_set)
         assert not table.duplicated(["example_id", "duplicate_id"]).any()
         assert (table["conflict"] == (table["label"] != table["duplicate_label"])).all()
+
+
+@pytest.mark.parametrize("similarity", [0.3, 0.6, 0.85, 1.0])
+def test_similar_rows_are_those_with_a_large_product(similarity, monkeypatch):
+    rng = np.random.default_rng(0)
+    # Some columns are in most rows, most are in few; and there are empty, similar and equal rows.
+    dense = rng.exponential(size=(500, 60)) * (rng.random((500, 60)) < 0.7 * rng.random(60) ** 4)
+    dense[:9], dense[9:12], dense[12] = dense[20:29] + 0.1 * dense[40:49], dense[50], 0
+    dense[200:240] = dense[:40] + 0.05 * dense[40:80] * (np.arange(40)[:, None] % 2)
+    dense /= np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-9)
+    matrices = [csr_matrix(part.astype(np.float32)) for part in (dense[:200], dense[200:])]
+    monkeypatch.setattr(similar_rows, "MAX_PRODUCTS", 300)  # many blocks
+    for first, second in ((matrices[0], matrices[0]), matrices):
+        blocks = list(similar_rows.similar_rows(first, second, similarity - 1e-5))
+        assert sum(n_rows for n_rows, _ in blocks) == first.shape[0]
+        found = {(row, other) for _, pairs in blocks for row, other in zip(pairs.rows, pairs.others, strict=True)}
+        cosines = (first @ second.T).toarray()
+        assert found == set(zip(*np.nonzero(cosines >= similarity - 1e-5), strict=True))
+        assert len(found) > 5
+
+
+def test_of_many_near_duplicates_the_conflicting_ones_are_kept():
+    frame = pd.DataFrame({"text": ["the same text"] * 40 + ["the same texts"] * 60, "label": ["a", "b"] * 50})
+    table = duplicates(EvalSet.from_frame(frame).examples, similarity=0.7, max_duplicates=3)
+    near = table[~table["exact"]]
+    both = pd.concat([near["example_id"], near["duplicate_id"]])
+    assert near["conflict"].all()
+    assert (both.value_counts() >= 3).all()
+    assert both.nunique() == 100
 
 
 def test_of_many_duplicates_the_conflicting_ones_are_kept():

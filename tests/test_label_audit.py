@@ -8,17 +8,18 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+from cleanlab.filter import find_label_issues
 from helpers import random_run, random_spec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 from typer.testing import CliRunner
 
+from cascade_lab.analysis.confident_learning import label_issues
 from cascade_lab.analysis.label_audit import (
     COLUMNS,
     audit,
     doubtful_labels,
-    label_issues,
     read_corrections,
     unescape_cell,
     write_audit,
@@ -132,6 +133,21 @@ def test_unlabelled_texts_are_left_out(tmp_path):
     labelled = run.select(np.flatnonzero(is_labelled))
     pd.testing.assert_frame_equal(doubtful_labels(partly), doubtful_labels(labelled))
     pd.testing.assert_frame_equal(audit(partly, partly), audit(labelled, partly))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_issues_are_those_of_cleanlab(seed):
+    rng = np.random.default_rng(seed)
+    n_labels, labels = int(rng.integers(2, 9)), [f"label{k}" for k in range(9)]
+    p = rng.dirichlet([rng.uniform(0.1, 1)] * n_labels, 400)
+    # Labels that follow the probabilities, with noise; in some cases the last label has no text.
+    codes = np.array([rng.choice(n_labels, p=row) for row in p]) % (n_labels - seed % 2)
+    p[:20] = np.round(p[:20], 1) + 1e-3  # ties
+    p /= p.sum(axis=1, keepdims=True)
+    expected = find_label_issues(codes, p, filter_by="low_self_confidence", n_jobs=1)
+    is_issue = label_issues(np.array(labels, dtype=object)[codes], p, labels[:n_labels])
+    assert expected.any() or n_labels - seed % 2 < 2
+    np.testing.assert_array_equal(is_issue, expected)
 
 
 def test_issues_are_only_among_known_labels():

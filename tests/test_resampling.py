@@ -12,7 +12,7 @@ from cascade_lab.analysis.outcomes import OUTCOMES, outcome_counts
 from cascade_lab.exceptions import InfeasibleError
 from cascade_lab.thresholds import Goal, ThresholdGrid, bootstrap_thresholds, choose, cross_validate
 from cascade_lab.thresholds.guarantee import Guarantee, choose_with_guarantee_on_grid
-from cascade_lab.thresholds.resampling import folds, pooled
+from cascade_lab.thresholds.resampling import folds, pooled, threshold_procedure
 from cascade_lab.thresholds.search import choose_on_grid
 
 ACCURACY = Goal("accuracy")
@@ -60,6 +60,21 @@ def test_thresholds_on_resamples_vary_around_the_choice(run):
     assert accuracy.low < accuracy.value < accuracy.high
     # The interval is of new texts, on which the metric is lower.
     assert accuracy.value - accuracy.low > 1.2 * (accuracy.high - accuracy.value)
+
+
+@pytest.mark.parametrize("stages", [None, ["last"]])
+def test_counting_texts_by_kind_gives_what_counting_each_text_gives(stages, monkeypatch):
+    run = run_of(np.random.default_rng(2), 120, 60, n_copies=2, skill=1.5)
+    monkeypatch.setattr("cascade_lab.thresholds.resampling._MAX_LINES", 12)  # many texts of one kind
+    grid = ThresholdGrid.from_run(run, stages)
+    goal = Goal("reject_recall", at_least={"in_scope_accuracy": 0.5})
+    near, own = choose(run, goal, grid=grid).thresholds, grid.outcomes[-1]
+    each_text = threshold_procedure(run, goal, grid, near=near)
+    options = {"grid": grid, "own": own, "n_resamples": 40}
+    by_kind = bootstrap_thresholds(run, goal, **options)
+    expected = bootstrap_thresholds(run, goal, procedure=each_text, **options)
+    pd.testing.assert_frame_equal(by_kind.thresholds, expected.thresholds)
+    assert repr(by_kind[1:]) == repr(expected[1:])
 
 
 def test_three_thresholds_are_resampled_too(tmp_path):

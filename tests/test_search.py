@@ -54,6 +54,8 @@ def test_two_thresholds_are_the_best_of_all_pairs(tmp_path, goal, seed, monkeypa
     values = values_where_allowed(goal, table.counts)
     # Few lines make the search look between them.
     monkeypatch.setattr("cascade_lab.thresholds.search._LINES", 9)
+    if seed:  # and divide the blocks between them again
+        monkeypatch.setattr("cascade_lab.thresholds.search._MAX_BLOCK", 4)
     if values.max() == -np.inf:
         with pytest.raises(InfeasibleError):
             choose(run, goal)

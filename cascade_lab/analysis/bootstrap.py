@@ -8,10 +8,12 @@ repeat are no new evidence: `groups` says which texts are equal, and a group is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.sparse import csr_matrix
 from scipy.special import gammaincinv
 from scipy.stats import norm
@@ -51,15 +53,57 @@ def resample_counts(
     >>> resample_counts(4, groups=np.array([0, 0, 1, 1]), n_resamples=1).tolist()
     [[0, 0, 2, 2]]
     """
-    groups = _repeated(groups)
+    counts = np.zeros((n_resamples, n), dtype=np.int32)
+    for row, drawn in zip(counts, resamples(n, groups=groups, n_resamples=n_resamples, seed=seed), strict=True):
+        row += drawn
+    return counts
+
+
+def resamples(
+    n: int,
+    *,
+    groups: np.ndarray | None = None,
+    kinds: np.ndarray | None = None,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """Yield the rows of `resample_counts` one by one: int32, shape (n,). All rows together may not fit into memory.
+
+    Parameters
+    ----------
+    n, groups, n_resamples, seed
+        As for `resample_counts`.
+    kinds : ndarray of int, shape (n,), optional
+        The kind of each example, from 0, where only the number of examples of each kind matters. The rows are then
+        these numbers, int32 of shape (n_kinds,).
+
+    Examples
+    --------
+    >>> [drawn.tolist() for drawn in resamples(4, kinds=np.array([0, 0, 0, 1]), n_resamples=2)]
+    [[3, 1], [4, 0]]
+    """
+    groups, rng = _repeated(groups), np.random.default_rng(seed)
+    n_kinds = 0 if kinds is None or not n else int(kinds.max()) + 1
     if groups is not None:
         groups = np.unique(groups, return_inverse=True)[1]
-        return resample_counts(int(groups.max()) + 1, n_resamples=n_resamples, seed=seed)[:, groups]
-    rng = np.random.default_rng(seed)
-    counts = np.zeros((n_resamples, n), dtype=np.int32)
-    for row in counts:
-        row += np.bincount(rng.integers(0, n, n), minlength=n).astype(np.int32) if n else 0
-    return counts
+    n_drawn = n if groups is None else int(groups.max()) + 1
+    for _ in range(n_resamples):
+        drawn = rng.integers(0, n_drawn, n_drawn) if n else np.zeros(0, dtype=np.int64)
+        if groups is None and kinds is not None:
+            yield np.bincount(kinds[drawn], minlength=n_kinds).astype(np.int32)
+            continue
+        counts = np.bincount(drawn, minlength=n_drawn).astype(np.int32)
+        counts = counts if groups is None else counts[groups]
+        yield counts if kinds is None else np.bincount(kinds, counts, n_kinds).astype(np.int32)
+
+
+def resample_blocks(
+    n: int, *, groups: np.ndarray | None = None, n_resamples: int = N_RESAMPLES, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """Yield the rows of `resample_counts`, several at a time: int32, shape (n_rows, n); see `blocks`."""
+    rows = resamples(n, groups=groups, n_resamples=n_resamples, seed=seed)
+    for block in blocks(n_resamples, n):
+        yield np.stack(list(islice(rows, block.stop - block.start)))
 
 
 def resample_codes(
@@ -98,11 +142,13 @@ def resample_codes(
     """
     counts, groups = np.bincount(codes, minlength=n_codes), _repeated(groups)
     rng = np.random.default_rng(seed)
+    result = np.zeros((1 + n_resamples, n_codes))  # numpy multiplies matrices of floats much faster
     if not len(codes):
-        return np.zeros((1 + n_resamples, n_codes))
+        return result
+    result[0] = counts
     if groups is None:
-        drawn = _drawn(rng, counts, strata, n_resamples)
-        return np.vstack([counts, drawn]).astype(np.float64)  # numpy multiplies matrices of floats much faster
+        _draw(result[1:], rng, counts, strata)
+        return result
     groups = np.unique(groups, return_inverse=True)[1]
     n_groups = int(groups.max()) + 1
     in_group = csr_matrix((np.ones(len(codes)), (groups, codes)), shape=(n_groups, n_codes))
@@ -113,18 +159,19 @@ def resample_codes(
         return_counts=True,
     )
     kind_strata = None if strata is None else strata[np.asarray(in_group[kinds].argmax(axis=1)).ravel()]
-    drawn = _drawn(rng, n_of_kind, kind_strata, n_resamples)
-    return np.vstack([counts, (in_group[kinds].T @ drawn.T).T])
+    drawn = np.zeros((n_resamples, len(n_of_kind)))
+    _draw(drawn, rng, n_of_kind, kind_strata)
+    result[1:] = (in_group[kinds].T @ drawn.T).T
+    return result
 
 
-def _drawn(rng: np.random.Generator, counts: np.ndarray, strata: np.ndarray | None, n_resamples: int) -> np.ndarray:
-    """Return how often each kind is drawn if `counts` of each are there: shape (n_resamples, n_kinds)."""
-    drawn = np.zeros((n_resamples, len(counts)), dtype=np.int64)
+def _draw(drawn: np.ndarray, rng: np.random.Generator, counts: np.ndarray, strata: np.ndarray | None) -> None:
+    """Write into `drawn`, shape (n_resamples, n_kinds), how often each kind is drawn if `counts` of each are there."""
     for stratum in [0] if strata is None else np.unique(strata[counts > 0]):
         kinds = slice(None) if strata is None else np.flatnonzero(strata == stratum)
         n = counts[kinds].sum()
-        drawn[:, kinds] = rng.multinomial(n, counts[kinds] / n, n_resamples)
-    return drawn
+        for block in blocks(len(drawn), len(counts)):
+            drawn[block, kinds] = rng.multinomial(n, counts[kinds] / n, block.stop - block.start)
 
 
 def interval(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Interval:
@@ -171,8 +218,8 @@ def bootstrap(
     >>> bootstrap(lambda weights: np.average(correct, weights=weights), 4).value
     0.75
     """
-    counts = resample_counts(n, groups=groups, n_resamples=n_resamples, seed=seed)
-    resampled = np.array([statistic(weights) for weights in counts])
+    draws = resamples(n, groups=groups, n_resamples=n_resamples, seed=seed)
+    resampled = np.array([statistic(weights) for weights in draws])
     return interval(float(statistic(np.ones(n, dtype=np.int32))), resampled, level=level)
 
 
@@ -411,10 +458,13 @@ def difference_interval(a: Interval, b: Interval, r: float) -> Interval:
 
 def _repeated(groups: np.ndarray | None) -> np.ndarray | None:
     """Return `groups`, or None where no two texts belong together."""
-    return None if groups is None or len(np.unique(groups)) == len(groups) else groups
+    if groups is None:
+        return None
+    rises = bool((groups[1:] > groups[:-1]).all())  # as where no texts are equal, and much faster to see
+    return None if rises or pd.Index(groups).is_unique else groups
 
 
 def blocks(n_resamples: int, n: int) -> list[slice]:
     """Return slices over resamples of `n` examples such that a float table of one slice takes about 16 MB at most."""
     step = max(1, 2_000_000 // max(n, 1))
-    return [slice(start, start + step) for start in range(0, n_resamples, step)]
+    return [slice(start, min(start + step, n_resamples)) for start in range(0, n_resamples, step)]

@@ -17,24 +17,26 @@ The cascade is measured on all texts, and its event never comes true for a text 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_matrix
 from scipy.special import log_softmax
 
 from cascade_lab.analysis.bootstrap import (
     N_RESAMPLES,
     Interval,
-    blocks,
     correlation,
     difference_interval,
     fraction_interval,
     interval,
-    resample_counts,
+    resample_blocks,
 )
 from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.metrics import On, in_scope_predictions, labelled_decisions
+from cascade_lab.by_block import by_block
 from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.exceptions import CalibrationError
 
@@ -106,8 +108,12 @@ def confidences(
         table = yes_no_confidences(decisions.y_true == spec.pass_label, decisions.confidence)
         return table._replace(**facts)
     codes = pd.Index(spec.labels).get_indexer(decisions.y_true)
-    scores = class_confidences(codes, calibrated_logits(spec, decisions.logits), temperature=spec.temperature)
-    return scores._replace(confidence=decisions.confidence, **facts)
+
+    def scores(rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, ...]:
+        return _class_scores(calibrated_logits(spec, decisions.all_logits[rows]), codes, spec.temperature)
+
+    _, correct, brier, log_loss = by_block(scores, decisions.rows, codes, n_columns=len(spec.labels))
+    return Confidences(decisions.confidence, correct, brier, log_loss)._replace(**facts)
 
 
 def yes_no_confidences(correct: Any, confidence: Any) -> Confidences:
@@ -156,13 +162,19 @@ def class_confidences(y_true: Any, logits: Any, *, temperature: float = 1.0) -> 
     >>> scores.confidence.round(3).tolist(), scores.correct.tolist(), scores.brier.round(3).tolist()
     ([0.8, 0.6], [True, False], [0.08, 0.72])
     """
+    of_block = partial(_class_scores, temperature=temperature)
+    confidence, correct, brier, log_loss = by_block(of_block, np.asarray(logits), np.asarray(y_true))
+    return Confidences(confidence, correct, brier, log_loss)
+
+
+def _class_scores(logits: np.ndarray, y_true: np.ndarray, temperature: float) -> tuple[np.ndarray, ...]:
+    """Return the columns of `Confidences` for some texts."""
     logits = np.asarray(logits, dtype=np.float64)
     with np.errstate(over="ignore", invalid="ignore"):  # the difference first: at most 0 at the smallest temperature
         log_p = log_softmax((logits - logits.max(axis=1, keepdims=True)) / temperature, axis=1)
-    p, y_true = np.exp(log_p), np.asarray(y_true)
-    of_truth = np.arange(len(y_true)), y_true
+    p, of_truth = np.exp(log_p), (np.arange(len(y_true)), y_true)
     brier = (p**2).sum(axis=1) - 2 * p[of_truth] + 1
-    return Confidences(p.max(axis=1), p.argmax(axis=1) == y_true, brier, -log_p[of_truth])
+    return p.max(axis=1), p.argmax(axis=1) == y_true, brier, -log_p[of_truth]
 
 
 def check_unfitted(run: Run, stage: str | None = None) -> None:
@@ -417,13 +429,12 @@ def _calibration_table(
     if not n:
         return result.reindex([ECE[bins], f"{ECE[bins]}_if_calibrated", "overconfidence", "brier", "log_loss"])
     text_scores = np.stack([table.correct, table.confidence, table.brier, table.log_loss], axis=1)
-    in_bin = np.eye(bin_of.max() + 1)[bin_of]
+    in_bin = csr_matrix((np.ones(n), bin_of, np.arange(n + 1)), shape=(n, int(bin_of.max()) + 1))
     rng = np.random.default_rng(seed)
     groups = np.arange(n) if table.groups is None else np.unique(table.groups, return_inverse=True)[1]
-    weights = resample_counts(n, groups=groups, n_resamples=n_resamples, seed=seed)
     score_blocks, ece_blocks, chance_blocks = [], [], []
-    for block in blocks(n_resamples, n):
-        counts = weights[block].astype(np.float64)
+    for weights in resample_blocks(n, groups=groups, n_resamples=n_resamples, seed=seed):
+        counts = weights.astype(np.float64)
         n_drawn = counts.sum(axis=1)
         with np.errstate(invalid="ignore"):  # a log loss that is infinite has no interval
             score_blocks.append(counts @ text_scores / n_drawn[:, None])

@@ -10,6 +10,7 @@ from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, log_expit, logsumexp
 
 from cascade_lab.analysis.temperature import fit_temperature
+from cascade_lab.by_block import by_block
 from cascade_lab.calibrator import Calibrator
 from cascade_lab.exceptions import CalibrationError
 
@@ -116,20 +117,25 @@ def fit_vector(y_true: Any, logits: Any, *, penalty: float = 100.0) -> Calibrato
     CalibrationError
         No temperature has the lowest log loss (see `fit_temperature`).
     """
-    z, codes = np.asarray(logits, dtype=np.float64), np.asarray(y_true)
+    z, codes = np.asarray(logits), np.asarray(y_true)
     inverse = 1 / fit_temperature(codes, z)
-    (n, n_labels), scaled = z.shape, z * inverse
-    of_truth = np.arange(n), codes
+    n, n_labels = z.shape
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         change, bias = x.reshape(2, n_labels)
-        new = scaled * (1 + change) + bias
-        log_sum = logsumexp(new, axis=1, keepdims=True)
-        value = (log_sum[:, 0] - new[of_truth]).mean() + penalty / (2 * n) * (x @ x)
-        residual = np.exp(new - log_sum)
-        residual[of_truth] -= 1
-        slope = np.concatenate([(residual * scaled).mean(axis=0), residual.mean(axis=0)])
-        return float(value), slope + penalty / n * x
+
+        def sums_of_block(z: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            scaled, of_truth = z * np.float64(inverse), (np.arange(len(z)), codes)
+            new = scaled * (1 + change) + bias
+            log_sum = logsumexp(new, axis=1, keepdims=True)
+            value = (log_sum[:, 0] - new[of_truth]).sum()
+            residual = np.exp(new - log_sum)
+            residual[of_truth] -= 1
+            return np.array([value]), np.concatenate([(residual * scaled).sum(axis=0), residual.sum(axis=0)])[None]
+
+        values, slopes = by_block(sums_of_block, z, codes)
+        value = values.sum() / n + penalty / (2 * n) * (x @ x)
+        return float(value), slopes.sum(axis=0) / n + penalty / n * x
 
     change, bias = _minimize(loss, np.zeros(2 * n_labels)).reshape(2, n_labels)
     return Calibrator("vector", {"weights": tuple(((1 + change) * inverse).tolist()), "biases": tuple(bias.tolist())})

@@ -14,7 +14,7 @@ from cascade_lab.analysis.bootstrap import Interval
 from cascade_lab.analysis.calibrator_fits import GATE_FITS, fit_vector
 from cascade_lab.analysis.metrics import On
 from cascade_lab.analysis.temperature import fit_temperature, log_losses, texts_to_fit
-from cascade_lab.calibrator import METHODS, calibrated_logits, methods_of
+from cascade_lab.calibrator import METHODS, methods_of
 from cascade_lab.decisions import decide
 from cascade_lab.evidence import log_odds
 from cascade_lab.exceptions import CalibrationError, did_you_mean
@@ -218,7 +218,7 @@ def calibrated(run: Run, temperatures: pd.DataFrame, comparison: CalibratorCompa
 
 def stage_log_losses(stage: StageSpec, logits: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Return the log loss of each text by a stage's probabilities: float64, shape (n,)."""
-    return log_losses(calibrated_logits(stage, logits), codes, stage.temperature)
+    return log_losses(logits, codes, stage.temperature, stage=stage)
 
 
 def _stages_for(run: Run, stages: Sequence[str] | None, method: str) -> list[StageSpec]:

@@ -21,7 +21,7 @@ from cascade_lab.analysis.bootstrap import (
     Interval,
     blocks,
     effective_n,
-    resample_counts,
+    resample_blocks,
     score_interval,
     wilson_of_variance,
 )
@@ -143,10 +143,8 @@ def risk_coverage_curve(
     ranked = _ranked(correct, confidence, np.ones((1, n), dtype=np.int32))
     points = np.unique(np.linspace(0, len(ranked.thresholds) - 1, _MAX_POINTS).round().astype(int))
     n_answered = (ranked.before + ranked.size)[0, points].astype(int)
-    weights = resample_counts(n, groups=groups, n_resamples=n_resamples, seed=seed)
-    risks = np.concatenate(
-        [_risk_at(_ranked(correct, confidence, weights[block]), n_answered / n) for block in blocks(*weights.shape)]
-    )
+    draws = resample_blocks(n, groups=groups, n_resamples=n_resamples, seed=seed)
+    risks = np.concatenate([_risk_at(_ranked(correct, confidence, weights), n_answered / n) for weights in draws])
     distinct = effective_n(np.ones(n), groups) / n  # the fraction of the texts that are new evidence
     intervals = [
         score_interval(float(value), risk, n=k * distinct, level=level)

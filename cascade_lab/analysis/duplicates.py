@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import defaultdict
-from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
+
+from cascade_lab.analysis.similar_rows import similar_rows
 
 SIMILARITY = 0.85
 MAX_DUPLICATES = 5
 N_GRAM = 4
-MAX_SIMILARITIES = 4_000_000
-"""The most similarities that are computed at once: about 50 MB."""
 
 
 def duplicates(
@@ -62,21 +59,17 @@ def duplicates(
     >>> duplicates(examples)[["example_id", "duplicate_id", "exact", "conflict"]].to_dict("records")
     [{'example_id': 'a', 'duplicate_id': 'b', 'exact': True, 'conflict': True}]
     """
-    is_same_set = others is None
-    first = _Texts.from_examples(examples)
-    second = first if others is None else _Texts.from_examples(others)
-    pairs = pd.DataFrame(
-        [
-            *_exact_pairs(first, second, max_duplicates, is_same_set),
-            *_near_pairs(first, second, similarity, max_duplicates, progress),
-        ],
-        columns=list(_Pair._fields),
-    )
-    if is_same_set:
+    sets, distinct = _numbered(*([examples] if others is None else [examples, others]))
+    first, second = sets[0], sets[-1]
+    exact = _exact_pairs(first, second, len(distinct), max_duplicates)
+    near = _near_pairs(first, second, distinct, similarity, max_duplicates, progress)
+    rows, other_rows, cosines = (np.concatenate(parts) for parts in zip(exact, near, strict=True))
+    is_exact = np.arange(len(rows)) < len(exact.rows)
+    if first is second:
         # Each text of a pair may have found the other.
-        pairs[["row", "other_row"]] = np.sort(pairs[["row", "other_row"]].to_numpy(dtype=int), axis=1)
-        pairs = pairs.drop_duplicates(["row", "other_row"])
-    rows, other_rows = pairs["row"].to_numpy(dtype=int), pairs["other_row"].to_numpy(dtype=int)
+        rows, other_rows = np.minimum(rows, other_rows), np.maximum(rows, other_rows)
+        once = ~pd.MultiIndex.from_arrays([rows, other_rows]).duplicated()
+        rows, other_rows, cosines, is_exact = (values[once] for values in (rows, other_rows, cosines, is_exact))
     labels, other_labels = first.labels[rows], second.labels[other_rows]
     table = pd.DataFrame(
         {
@@ -84,8 +77,8 @@ def duplicates(
             "label": labels,
             "duplicate_id": second.ids[other_rows],
             "duplicate_label": other_labels,
-            "similarity": pairs["similarity"].to_numpy(dtype=float),
-            "exact": pairs["exact"].to_numpy(dtype=bool),
+            "similarity": cosines,
+            "exact": is_exact,
             "conflict": _labels_conflict(labels, other_labels),
         }
     )
@@ -108,11 +101,11 @@ def text_groups(examples: pd.DataFrame) -> np.ndarray:
     >>> text_groups(pd.DataFrame({"text": ["Pay", "play", "pay "], "text_b": None})).tolist()
     [0, 1, 0]
     """
-    keys = [" ".join(text.split()).casefold() for text in examples["text"]]
+    keys = [" ".join(text.split()).casefold() for text in examples["text"].tolist()]
     if examples["text_b"].notna().any():
         second = (" ".join(text.split()).casefold() if isinstance(text, str) else None for text in examples["text_b"])
-        keys = list(zip(keys, second, strict=True))  # type: ignore[arg-type]
-    return pd.factorize(pd.Series(keys, dtype=object))[0].astype(np.int64)
+        keys = [key if text is None else f"{key}\n{text}" for key, text in zip(keys, second, strict=True)]
+    return pd.factorize(np.array(keys, dtype=object))[0].astype(np.int64)
 
 
 def repeats_sentences(groups: np.ndarray) -> list[str]:
@@ -136,34 +129,52 @@ def normalized(text: str) -> str:
     >>> normalized("?!")
     '?!'
     """
+    if text.isascii():
+        folded = text.lower()
+        return " ".join(folded.translate(_ASCII).split()) or " ".join(folded.split())
     folded = unicodedata.normalize("NFKC", text).casefold()
-    characters = [" " if unicodedata.category(char)[0] == "P" else char for char in folded if char not in "'’`"]
-    return " ".join("".join(characters).split()) or " ".join(folded.split())
+    return " ".join("".join(map(_without_punctuation, folded)).split()) or " ".join(folded.split())
+
+
+def _without_punctuation(char: str) -> str:
+    if char in "'’`":
+        return ""
+    return " " if unicodedata.category(char)[0] == "P" else char
+
+
+_ASCII = {code: _without_punctuation(chr(code)) for code in range(128)}  # for most texts, and much faster
 
 
 class _Texts(NamedTuple):
-    """The ids, normalized texts and labels of a set."""
+    """The ids, labels and texts of a set; equal texts, here or in another set, have the same number in `codes`."""
 
     ids: np.ndarray
-    texts: list[str]
     labels: np.ndarray
-
-    @classmethod
-    def from_examples(cls, examples: pd.DataFrame) -> _Texts:
-        texts = [
-            f"{normalized(text)}\n{normalized(text_b)}" if isinstance(text_b, str) else normalized(text)
-            for text, text_b in zip(examples["text"], examples["text_b"], strict=True)
-        ]
-        return cls(examples["example_id"].to_numpy(dtype=object), texts, examples["label"].to_numpy(dtype=object))
+    codes: np.ndarray
 
 
-class _Pair(NamedTuple):
-    """A duplicate: its row in each set."""
+def _numbered(*sets: pd.DataFrame) -> tuple[list[_Texts], np.ndarray]:
+    """Return the texts of one or two sets, numbered together, and the normalized text of each number."""
+    texts = [
+        f"{normalized(text)}\n{normalized(text_b)}" if isinstance(text_b, str) else normalized(text)
+        for examples in sets
+        for text, text_b in zip(examples["text"].tolist(), examples["text_b"].tolist(), strict=True)
+    ]
+    codes, distinct = pd.factorize(np.array(texts, dtype=object))
+    ends = np.cumsum([len(examples) for examples in sets])[:-1]
+    numbered = [
+        _Texts(examples["example_id"].to_numpy(dtype=object), examples["label"].to_numpy(dtype=object), own)
+        for examples, own in zip(sets, np.split(codes, ends), strict=True)
+    ]
+    return numbered, distinct
 
-    row: int
-    other_row: int
-    similarity: float
-    exact: bool
+
+class _Pairs(NamedTuple):
+    """Pairs of duplicates: their rows in each set, and how similar they are."""
+
+    rows: np.ndarray
+    other_rows: np.ndarray
+    similarity: np.ndarray
 
 
 def _labels_conflict(labels: np.ndarray, other_labels: np.ndarray) -> np.ndarray:
@@ -171,49 +182,80 @@ def _labels_conflict(labels: np.ndarray, other_labels: np.ndarray) -> np.ndarray
     return (labels != other_labels) & pd.notna(labels) & pd.notna(other_labels)
 
 
-def _exact_pairs(first: _Texts, second: _Texts, max_duplicates: int, is_same_set: bool) -> list[_Pair]:
-    rows_of: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for row, text in enumerate(second.texts):
-        rows_of[text][second.labels[row]].append(row)
-    pairs = []
-    for row, text in enumerate(first.texts):
-        rows_by_label = rows_of.get(text, {})
-        other_labels = (rows for label, rows in rows_by_label.items() if label != first.labels[row])
-        in_order = chain(*other_labels, rows_by_label.get(first.labels[row], []))
-        other_rows = (other_row for other_row in in_order if not (is_same_set and other_row == row))
-        pairs += [_Pair(row, other_row, 1.0, True) for other_row in islice(other_rows, max_duplicates)]
-    return pairs
+class _Copies(NamedTuple):
+    """The rows of the texts of a set by the number of their text: those of number `c` are `rows[starts[c]:ends[c]]`.
+
+    Of each number and label there are at most so many as can be duplicates of one text.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, texts: _Texts, n_texts: int, most: int | None = None) -> _Copies:
+        rows = np.arange(len(texts.codes))
+        if most is not None:
+            kinds = texts.codes.astype(np.int64) * (len(texts.labels) + 1) + pd.factorize(texts.labels)[0]
+            rows = rows[pd.Series(kinds).groupby(kinds).cumcount().to_numpy() < most]
+        rows = rows[np.argsort(texts.codes[rows], kind="stable")]
+        starts, ends = (np.searchsorted(texts.codes[rows], np.arange(n_texts), side) for side in ("left", "right"))
+        return cls(rows, starts, ends)
+
+    def expand(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of all copies of some numbers, and for each of them its place in `codes`."""
+        n_copies = self.ends[codes] - self.starts[codes]
+        place = np.repeat(np.arange(len(codes)), n_copies)
+        offset = np.arange(len(place)) - np.repeat(n_copies.cumsum() - n_copies, n_copies)
+        return self.rows[self.starts[codes][place] + offset], place
 
 
-def _near_pairs(first: _Texts, second: _Texts, similarity: float, max_duplicates: int, progress: bool) -> list[_Pair]:
-    distinct = pd.unique(np.array([*first.texts, *second.texts], dtype=object))
+def _most_important(first: _Texts, second: _Texts, pairs: _Pairs, max_duplicates: int) -> _Pairs:
+    """Return for each row at most some of its pairs: those with another label first, then the most similar."""
+    agrees = first.labels[pairs.rows] == second.labels[pairs.other_rows]
+    order = np.lexsort((-pairs.similarity, agrees, pairs.rows))
+    rows = pairs.rows[order]
+    rank = np.arange(len(order)) - np.searchsorted(rows, rows)
+    return _Pairs(*(values[order[rank < max_duplicates]] for values in pairs))
+
+
+def _exact_pairs(first: _Texts, second: _Texts, n_texts: int, max_duplicates: int) -> _Pairs:
+    # A text of the same set may find itself, which is no duplicate.
+    copies = _Copies.of(second, n_texts, max_duplicates + (first is second))
+    has_copy = copies.ends - copies.starts > (first is second)
+    rows = np.flatnonzero(has_copy[first.codes])
+    other_rows, place = copies.expand(first.codes[rows])
+    is_other = np.ones(len(place), dtype=bool) if first is not second else other_rows != rows[place]
+    pairs = _Pairs(rows[place][is_other], other_rows[is_other], np.ones(int(is_other.sum())))
+    return _most_important(first, second, pairs, max_duplicates)
+
+
+def _near_pairs(
+    first: _Texts, second: _Texts, distinct: np.ndarray, similarity: float, max_duplicates: int, progress: bool
+) -> _Pairs:
+    nothing = _Pairs(np.empty(0, dtype=int), np.empty(0, dtype=int), np.empty(0))
     if not any(len(text) + 2 >= N_GRAM for text in distinct):
-        return []
+        return nothing
     from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import, and `text_groups` does not need it
 
     # With a space at both ends, the ends of a text count, and very short texts have an n-gram.
     vectorizer = TfidfVectorizer(
         analyzer="char", ngram_range=(N_GRAM, N_GRAM), lowercase=False, sublinear_tf=True, dtype=np.float32
-    ).fit(f" {text} " for text in distinct)
-    vectors = vectorizer.transform(f" {text} " for text in first.texts)
-    other_vectors = vectorizer.transform(f" {text} " for text in second.texts).T.tocsr()
-    index = pd.Index(distinct)
-    codes, other_codes = index.get_indexer(first.texts), index.get_indexer(second.texts)
-    pairs = []
-    n_texts = len(first.texts)
-    step = max(1, MAX_SIMILARITIES // len(second.texts))
-    bar = tqdm(total=n_texts, desc="near duplicates", unit="text", delay=2, disable=not progress, leave=False)
+    )
+    vectors = vectorizer.fit_transform(f" {text} " for text in distinct)
+    own, others = (np.unique(texts.codes) for texts in (first, second))
+    of_own = vectors[own]
+    of_others = of_own if first is second else vectors[others]
+    copies = _Copies.of(first, len(distinct)), _Copies.of(second, len(distinct), max_duplicates)
+    parts = [nothing]
+    bar = tqdm(total=len(own), desc="near duplicates", unit="text", delay=2, disable=not progress, leave=False)
     with bar:
-        for start in range(0, n_texts, step):
-            block = csr_matrix(vectors[start : start + step] @ other_vectors)
-            rows = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr)) + start
-            # Equal texts are exact duplicates, or the example itself.
-            is_near = (block.data >= similarity) & (codes[rows] != other_codes[block.indices])
-            rows, other_rows, cosines = rows[is_near], block.indices[is_near], block.data[is_near]
-            agrees = first.labels[rows] == second.labels[other_rows]
-            order = np.lexsort((-cosines, agrees, rows))
-            rank = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])
-            for i in order[rank < max_duplicates]:
-                pairs.append(_Pair(int(rows[i]), int(other_rows[i]), min(1.0, float(cosines[i])), False))
-            bar.update(block.shape[0])
-    return pairs
+        for n_texts, (rows, other_rows, cosines) in similar_rows(of_own, of_others, similarity):
+            codes, other_codes = own[rows], others[other_rows]
+            is_near = codes != other_codes  # equal texts are exact duplicates, or the example itself
+            found, place = copies[0].expand(codes[is_near])
+            others_found, again = copies[1].expand(other_codes[is_near][place])
+            pairs = _Pairs(found[again], others_found, np.minimum(cosines[is_near][place][again], 1).astype(float))
+            parts.append(_most_important(first, second, pairs, max_duplicates))
+            bar.update(n_texts)
+    return _Pairs(*map(np.concatenate, zip(*parts, strict=True)))

@@ -25,6 +25,7 @@ from cascade_lab.analysis.outcomes import (
     WRONG_REJECT,
     outcomes,
 )
+from cascade_lab.by_block import by_block
 from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.decisions import StageDecision, missing_scores_error, require_scored, route, stage_targets
 from cascade_lab.exceptions import RunError
@@ -219,7 +220,7 @@ def oracle_ladder(run: Run, *, thresholds: Thresholds = None, level: float = 0.9
     if len(spec.stages) > 1:
         rungs["all perfect"] = list(decisions)
     groups = text_groups(run.examples)
-    in_scope, everything = np.isin(y_true, spec.in_scope_labels), np.ones(len(y_true), dtype=bool)
+    in_scope, everything = pd.Index(y_true).isin(spec.in_scope_labels), np.ones(len(y_true), dtype=bool)
     right_now = y_true == run.predictions["predicted"].to_numpy(dtype=object)
     rows = []
     for stages in rungs.values():
@@ -308,7 +309,7 @@ def _perfect(
     has_target = pd.notna(target)
     if stage.is_deferral:
         later = spec.stages[[s.name for s in spec.stages].index(stage.name) + 1 :]
-        of_later = np.isin(y_true, [label for s in later for label in (*s.labels, *s.reject_labels)])
+        of_later = pd.Index(y_true).isin([label for s in later for label in (*s.labels, *s.reject_labels)])
         answer = np.where(has_target, target, decision.label_above)
         corrected = decision._replace(scored=decision.scored | has_target, label_above=answer)
         return corrected, np.where(has_target | of_later, has_target, decision.above)
@@ -332,7 +333,14 @@ def _answers_if(
 
 def _next_choice(run: Run, stage: StageSpec, rows: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return the stage's most probable label for the examples at `rows`, other than its answer and its pass label."""
-    logits = calibrated_logits(stage, run.scores(stage.name).logits[rows]).copy()
-    labels = np.array(stage.labels, dtype=object)
-    logits[(predicted[rows, None] == labels) | (labels == stage.pass_label)] = -np.inf
-    return labels[logits.argmax(axis=1)]
+    own = pd.Index(stage.labels).get_indexer(predicted[rows])
+
+    def of_block(rows: np.ndarray, own: np.ndarray) -> tuple[np.ndarray]:
+        logits = calibrated_logits(stage, run.scores(stage.name).logits[rows])
+        logits[np.flatnonzero(own >= 0), own[own >= 0]] = -np.inf
+        if stage.is_gate:
+            logits[:, stage.labels.index(str(stage.pass_label))] = -np.inf
+        return (logits.argmax(axis=1),)
+
+    (best,) = by_block(of_block, rows, own, n_columns=len(stage.labels))
+    return np.array(stage.labels, dtype=object)[best]

@@ -13,12 +13,14 @@ import pandas as pd
 from scipy.special import logit, logsumexp
 
 from cascade_lab.analysis.outcomes import ERRORS, outcomes
+from cascade_lab.by_block import by_block
 from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.decisions import probabilities, stage_targets
 from cascade_lab.exceptions import RunError, did_you_mean
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
+    from cascade_lab.spec import StageSpec
 
 Thresholds = Mapping[str, float] | None
 
@@ -146,21 +148,25 @@ def near_threshold(run: Run, stage: str, n: int = 10, *, thresholds: Thresholds 
     rows = np.flatnonzero(scores.scored & ~scores.shadow)
     decision = run.decision(stage).take(rows)
     confidence, threshold = decision.confidence, decision.threshold
-    logits = calibrated_logits(spec, scores.logits[rows]).astype(np.float64)
-    own = np.arange(len(rows)), pd.Index(spec.labels).get_indexer(decision.label_above)
-    with np.errstate(over="ignore", invalid="ignore"):  # at a very small temperature log odds are infinite
-        others = (logits - logits[own][:, None]) / spec.temperature
-        others[own] = -np.inf
-        logit_distance = -logsumexp(others, axis=1) - logit(threshold)
     table = with_texts(run, run.predictions).drop(columns=["decided_by", "probability", "confidence"]).iloc[rows]
     table["correct"] = (table["label"] == table["predicted"]).where(table["label"].notna())
     table = table.assign(threshold=threshold, confidence=confidence, distance=confidence - threshold)
-    if spec.rejector is not None:  # the threshold is one of its output
-        logit_distance = logit(confidence) - logit(threshold)
-    table["logit_distance"] = logit_distance
     table = table.sort_values("distance", kind="stable")
     below, above = table[table["confidence"] < table["threshold"]], table[table["confidence"] >= table["threshold"]]
-    return pd.concat([below.tail(n) if n else below.head(0), above.head(n)]).reset_index(drop=True)
+    table = pd.concat([below.tail(n) if n else below.head(0), above.head(n)])
+    if spec.rejector is not None:  # the threshold is one of its output
+        log_odds = logit(table["confidence"].to_numpy())
+    else:
+        logits = calibrated_logits(spec, scores.logits[table.index]).astype(np.float64)
+        labels = run.decision(stage).label_above[table.index]
+        own = np.arange(len(table)), pd.Index(spec.labels).get_indexer(labels)
+        with np.errstate(over="ignore", invalid="ignore"):  # at a very small temperature log odds are infinite
+            others = (logits - logits[own][:, None]) / spec.temperature
+            others[own] = -np.inf
+            log_odds = -logsumexp(others, axis=1)
+    with np.errstate(invalid="ignore"):
+        table["logit_distance"] = log_odds - logit(table["threshold"].to_numpy())
+    return table.reset_index(drop=True)
 
 
 def stage_probabilities(run: Run, rows: np.ndarray | None = None) -> pd.DataFrame:
@@ -186,20 +192,31 @@ def stage_probabilities(run: Run, rows: np.ndarray | None = None) -> pd.DataFram
     for stage in run.spec.stages:
         scores = run.scores(stage.name)
         scored = scores.scored[rows]
-        p = probabilities(stage, scores.logits[rows[scored]])
         labels = np.array(stage.labels, dtype=object)
         target = stage_targets(run.spec, stage.name, y_true, assume_reached=True)
-        target[~(np.isin(target, stage.labels) & scored)] = None
+        target[~(pd.Index(target).isin(stage.labels) & scored)] = None
         codes = pd.Index(stage.labels).get_indexer(target[scored])
         best, (best_p, true_p) = np.full(len(rows), None, dtype=object), np.full((2, len(rows)), np.nan)
-        if len(p):
-            each = np.arange(len(p))
-            best[scored], best_p[scored] = labels[p.argmax(axis=1)], p.max(axis=1)
-            true_p[scored] = np.where(codes >= 0, p[each, codes], np.nan)
+        if scored.any():
+            most_probable, best_p[scored], of_code = _probabilities_of(stage, scores.logits, rows[scored], codes)
+            best[scored] = labels[most_probable]
+            true_p[scored] = np.where(codes >= 0, of_code, np.nan)
         values = (best, best_p, target, true_p, scored & ~scores.shadow[rows])
         parts = ("label", "probability", "true_label", "true_probability", "reached")
         columns |= {f"{stage.name}_{part}": value for part, value in zip(parts, values, strict=True)}
     return pd.DataFrame(columns)
+
+
+def _probabilities_of(
+    stage: StageSpec, logits: np.ndarray, rows: np.ndarray, codes: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Return the column of the most probable label of some rows, its probability, and that of the column `codes`."""
+
+    def of_block(rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, ...]:
+        p = probabilities(stage, logits[rows])
+        return p.argmax(axis=1), p.max(axis=1), p[np.arange(len(p)), codes]
+
+    return by_block(of_block, rows, codes, n_columns=logits.shape[1])
 
 
 def with_texts(run: Run, predictions: pd.DataFrame) -> pd.DataFrame:

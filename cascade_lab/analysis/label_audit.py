@@ -5,17 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from cleanlab.filter import find_label_issues
 
+from cascade_lab.analysis.confident_learning import issues_by_block
 from cascade_lab.analysis.duplicates import SIMILARITY, duplicates
 from cascade_lab.atomic import write_file
+from cascade_lab.by_block import by_block
 from cascade_lab.decisions import missing_scores_error, probabilities
 from cascade_lab.evalset import EvalSet
 from cascade_lab.exceptions import EvalSetError, did_you_mean
@@ -40,40 +41,6 @@ COLUMNS = [
     "similarity",
 ]
 _COLUMNS_READ = ("example_id", "text", "label", "corrected_label")
-
-
-def label_issues(y_true: Any, probabilities: Any, labels: Sequence[str]) -> np.ndarray:
-    """Return which labels confident learning (Northcutt et al. 2021) considers wrong.
-
-    The confident joint gives the number of wrong labels; the labels with the lowest probability are taken.
-
-    Parameters
-    ----------
-    y_true : array-like of str, shape (n,)
-        The labels as they are. An example without a label (None), or with one that is not in `labels`, is no issue.
-    probabilities : array-like of float, shape (n, n_labels)
-    labels : sequence of str, length n_labels
-        The labels of the columns.
-
-    Returns
-    -------
-    ndarray of bool, shape (n,)
-
-    Examples
-    --------
-    >>> p = np.repeat([[0.9, 0.1], [0.1, 0.9]], 10, axis=0)
-    >>> y_true = ["pay"] * 9 + ["play"] * 11  # the tenth is wrong
-    >>> np.flatnonzero(label_issues(y_true, p, ["pay", "play"])).tolist()
-    [9]
-    """
-    codes = pd.Index(labels).get_indexer(np.asarray(y_true, dtype=object))
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    is_issue, is_known = np.zeros(len(codes), dtype=bool), codes >= 0
-    if len(np.unique(codes[is_known])) >= 2:
-        is_issue[is_known] = find_label_issues(
-            codes[is_known], probabilities[is_known], filter_by="low_self_confidence", n_jobs=1
-        )
-    return is_issue
 
 
 def doubtful_labels(run: Run) -> pd.DataFrame:
@@ -106,8 +73,10 @@ def doubtful_labels(run: Run) -> pd.DataFrame:
     RunError
         There are no shadow scores, or no labels.
     """
-    table = _assess(run.labelled)
-    return table[table["doubtful"]].sort_values("score", kind="stable", ignore_index=True).drop(columns="doubtful")
+    run = run.labelled
+    table = _assess(run)
+    table = table[table["doubtful"]].sort_values("score", kind="stable").drop(columns="doubtful")
+    return table.assign(stages_say=_stages_say(run, table.index.to_numpy())).reset_index(drop=True)
 
 
 def audit(
@@ -143,29 +112,21 @@ def audit(
         There are no shadow scores, or no labels.
     """
     run = run.labelled
-    table = _assess(run).set_index("example_id", drop=False)
-    reasons = pd.Series([[] for _ in range(len(table))], index=table.index, dtype=object)
-    for example_id, stages in table.loc[table["doubtful"], "doubted_by"].items():
-        reasons[example_id].append(f"label doubted by {stages}")
+    table = _assess(run)
     pairs = _duplicate_pairs(run.examples, against, similarity, progress)
-    for pair in pairs.sort_values(["conflict", "exact", "where"], ascending=[False, False, True]).itertuples():
-        kind = "exact duplicate" if pair.exact else "near duplicate"
-        reason = kind + (" with another label" if pair.conflict else "") + pair.where
-        if reason not in reasons[pair.example_id]:
-            reasons[pair.example_id].append(reason)
-    most_important = pairs.drop_duplicates("example_id").set_index("example_id")
+    table["reason"] = _reasons(table, pairs)
+    most_important = pairs.drop_duplicates("row").set_index("row")
     for column in ("duplicate_id", "duplicate_label", "duplicate_text", "similarity", "conflict"):
         table[column] = most_important[column].reindex(table.index)
+    table = table[table["reason"] != ""].copy()
     conflict = table["conflict"].eq(True)
     duplicate_agrees = conflict & (table["suggested_label"] == table["duplicate_label"])
     table["suggested_label"] = table["suggested_label"].where(table["doubtful"] | duplicate_agrees, "")
-    table["reason"] = reasons.map("; ".join)
     table["corrected_label"] = ""
-    texts = run.examples.set_index("example_id")[["text", "text_b"]]
-    table[["text", "text_b"]] = texts.reindex(table.index)
+    table[["text", "text_b"]] = run.examples.loc[table.index, ["text", "text_b"]]
+    table["stages_say"] = _stages_say(run, table.index.to_numpy())
     table["rank"] = np.select([table["doubtful"], conflict], [0, 1], 2)
-    table = table[table["reason"] != ""].sort_values(["rank", "score"], kind="stable")
-    return table[COLUMNS].reset_index(drop=True)
+    return table.sort_values(["rank", "score"], kind="stable")[COLUMNS].reset_index(drop=True)
 
 
 def write_audit(table: pd.DataFrame, path: str | Path) -> Path:
@@ -248,6 +209,7 @@ def read_corrections(path: str | Path, evalset: EvalSet, spec: CascadeSpec, *, e
 _BEGINNING = '((?:^|[;\t\r\n])"*)'
 _FORMULA = "('*[=+\\-@＝＋－＠])"
 _BLANK = "('*[\t\r\n])"
+_PLAIN = re.compile(r"(?:\w[^;\t\r\n]*)?")
 
 
 def escape_cell(cell: str) -> str:
@@ -256,6 +218,8 @@ def escape_cell(cell: str) -> str:
     >>> [escape_cell(cell) for cell in ("=1+1", "'=1+1", "'tis", "a;-1", "\\tx")]
     ["'=1+1", "''=1+1", "'tis", "a;'-1", "'\\tx"]
     """
+    if _PLAIN.fullmatch(cell):  # most cells, and much faster
+        return cell
     return re.sub(f"^{_BLANK}", r"'\1", re.sub(_BEGINNING + _FORMULA, r"\1'\2", cell))
 
 
@@ -280,18 +244,17 @@ def _is_same_text(cell: str, original: str) -> bool:
     return cell == original or (len(cell) >= _CUT and original.startswith(cell))
 
 
-def _cascade_probabilities(run: Run) -> tuple[list[str], np.ndarray]:
+def _cascade_probabilities(run: Run, rows: np.ndarray | slice = slice(None)) -> tuple[list[str], np.ndarray]:
     """Return the final labels that a stage has, and the cascade's probability of each: shape (n, n_labels)."""
-    n = len(run.examples)
     columns: dict[str, np.ndarray] = {}
-    p_reached = np.ones(n)
+    p_reached: Any = 1.0
     for stage in run.spec.stages:
-        p = _stage_probabilities(run, stage.name)
+        p = _stage_probabilities(run, stage.name, rows)
         # A deferral stage has a say about the texts that it answers alone; these go no further.
-        p_decided = p_reached * run.decision(stage.name).above if stage.is_deferral else p_reached
+        p_decided = p_reached * run.decision(stage.name).above[rows] if stage.is_deferral else p_reached
         for k, label in enumerate(stage.labels):
             if label != stage.pass_label:
-                columns[label] = columns.get(label, np.zeros(n)) + p_decided * p[:, k]
+                columns[label] = columns.get(label, 0.0) + p_decided * p[:, k]
         if stage.is_deferral:
             p_reached = p_reached - p_decided
         if stage.is_gate:
@@ -299,53 +262,93 @@ def _cascade_probabilities(run: Run) -> tuple[list[str], np.ndarray]:
     return list(columns), np.column_stack(list(columns.values()))
 
 
-def _stage_probabilities(run: Run, name: str) -> np.ndarray:
-    scores = run.scores(name)
-    if not scores.scored.all():
-        raise missing_scores_error(run.name, name, int((~scores.scored).sum()))
-    return probabilities(run.spec.stage(name), scores.logits)
+def _stage_probabilities(run: Run, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+    return probabilities(run.spec.stage(name), run.scores(name).logits[rows])
+
+
+def _most_probable(run: Run, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the column of a stage's most probable label for some examples, and its probability."""
+
+    def of_block(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        p = _stage_probabilities(run, name, rows)
+        return p.argmax(axis=1), p.max(axis=1)
+
+    best, p_best = by_block(of_block, rows, n_columns=len(run.spec.stage(name).labels))
+    return best, p_best
 
 
 def _assess(run: Run) -> pd.DataFrame:
-    """Return the columns of `doubtful_labels` for every example in the run's order, and whether it is `doubtful`."""
-    n = len(run.examples)
-    label = run.examples["label"].to_numpy(dtype=object)
-    labels, p = _cascade_probabilities(run)
-    codes = pd.Index(labels).get_indexer(label)
-    best, has_code = p.argmax(axis=1), codes >= 0
-    p_best, p_label = p[np.arange(n), best], np.where(has_code, p[np.arange(n), codes], np.nan)
+    """Return what `doubtful_labels` says of every example in the run's order, and whether it is `doubtful`."""
+    for stage in run.spec.stages:
+        is_scored = run.scores(stage.name).scored
+        if not is_scored.all():
+            raise missing_scores_error(run.name, stage.name, int((~is_scored).sum()))
+        run.decision(stage.name)  # the threads below only read
+    rows, label = np.arange(len(run.examples)), run.examples["label"].to_numpy(dtype=object)
+    labels, _ = _cascade_probabilities(run, rows[:1])
+    codes, n_columns = pd.Index(labels).get_indexer(label), sum(len(stage.labels) for stage in run.spec.stages)
+
+    def of_cascade(rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, ...]:
+        _, p = _cascade_probabilities(run, rows)
+        return p.argmax(axis=1), p.max(axis=1), p[np.arange(len(rows)), codes]
+
+    best, p_best, p_code = by_block(of_cascade, rows, codes, n_columns=n_columns)
+    has_code = codes >= 0
+    p_label = np.where(has_code, p_code, np.nan)
     # The mean probability of each label on the texts that have it; of a label that no text has, the mean of all texts.
     mean_p = pd.Series(p_label).groupby(codes).mean().reindex(range(len(labels)))
     mean_p = mean_p.fillna(np.nanmean(p_label)).to_numpy()
-    doubtful = has_code & (best != codes) & (p_best >= mean_p[best]) & label_issues(label, p, labels)
-    doubted_by: list[list[str]] = [[] for _ in range(n)]
-    stages_say: list[list[str]] = [[] for _ in range(n)]
+    doubtful = has_code & (best != codes) & (p_best >= mean_p[best])
+    doubtful &= issues_by_block(codes, lambda rows: _cascade_probabilities(run, rows)[1], len(labels))
+    doubted_by, is_doubted = np.full(len(rows), "", dtype=object), np.zeros(len(rows), dtype=bool)
     for stage in run.spec.stages:
-        p_stage = _stage_probabilities(run, stage.name)
-        is_issue = label_issues(run.targets(stage.name), p_stage, stage.labels)
-        most_probable = p_stage.argmax(axis=1)
-        doubtful &= np.array(stage.labels, dtype=object)[most_probable] != label
-        for i, k in enumerate(most_probable):
-            stages_say[i].append(f"{stage.name}: {stage.labels[k]} {p_stage[i, k]:.2f}")
-            if is_issue[i]:
-                doubted_by[i].append(stage.name)
+        own = pd.Index(stage.labels).get_indexer(run.targets(stage.name))
+        is_issue = issues_by_block(own, partial(_stage_probabilities, run, stage.name), len(stage.labels))
+        doubtful &= np.array(stage.labels, dtype=object)[_most_probable(run, stage.name, rows)[0]] != label
+        doubted_by[is_issue] += np.where(is_doubted[is_issue], ", ", "").astype(object) + stage.name
+        is_doubted |= is_issue
     return pd.DataFrame(
         {
             "example_id": run.examples["example_id"].to_numpy(dtype=object),
             "label": label,
             "suggested_label": np.array(labels, dtype=object)[best],
             "score": p_label,
-            "doubted_by": [", ".join(names) for names in doubted_by],
-            "stages_say": ["; ".join(parts) for parts in stages_say],
-            "doubtful": doubtful & np.array([bool(names) for names in doubted_by], dtype=bool),
+            "doubted_by": doubted_by,
+            "doubtful": doubtful & is_doubted,
         }
     )
+
+
+def _stages_say(run: Run, rows: np.ndarray) -> list[str]:
+    """Return each stage's most probable label of some examples, and its probability, in one text per example."""
+    parts = []
+    for stage in run.spec.stages:
+        best, p_best = _most_probable(run, stage.name, rows)
+        parts.append([f"{stage.name}: {stage.labels[k]} {p:.2f}" for k, p in zip(best, p_best, strict=True)])
+    return list(map("; ".join, zip(*parts, strict=True)))
+
+
+def _reasons(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """Return why each example of the run is to be looked at again, the most important reason first; "" if it is not."""
+    reasons = np.where(table["doubtful"], "label doubted by " + table["doubted_by"], "").astype(object)
+    kinds = ["conflict", "exact", "where"]
+    for (conflict, exact, where), of_kind in sorted(
+        pairs.groupby(kinds)["row"], key=lambda group: (not group[0][0], not group[0][1], group[0][2])
+    ):
+        rows = of_kind.unique()
+        kind = "exact duplicate" if exact else "near duplicate"
+        reason = kind + (" with another label" if conflict else "") + where
+        reasons[rows] += np.where(reasons[rows] == "", "", "; ").astype(object) + reason
+    return list(reasons)
 
 
 def _duplicate_pairs(
     examples: pd.DataFrame, against: Run | EvalSet | None, similarity: float, progress: bool
 ) -> pd.DataFrame:
-    """Return the duplicates of each example of the run, the most important first; pairs in the run both ways."""
+    """Return the duplicates of each example of the run, the most important first; pairs in the run both ways.
+
+    `row` is the example's place in the run.
+    """
     within = duplicates(examples, similarity=similarity, progress=progress)
     swapped = {"example_id": "duplicate_id", "duplicate_id": "example_id"}
     swapped |= {"label": "duplicate_label", "duplicate_label": "label"}
@@ -355,6 +358,8 @@ def _duplicate_pairs(
         tables.append((against.examples, " in the other set", others))
     pairs = []
     for other, where, table in tables:
-        texts = other.set_index("example_id")["text"].reindex(table["duplicate_id"]).to_numpy(dtype=object)
+        rows = pd.Index(other["example_id"]).get_indexer(table["duplicate_id"])
+        texts = other["text"].to_numpy(dtype=object)[rows]
         pairs.append(table.assign(where=where, duplicate_text=texts))
-    return pd.concat(pairs).sort_values(["conflict", "exact", "similarity"], ascending=False, kind="stable")
+    both = pd.concat(pairs).sort_values(["conflict", "exact", "similarity"], ascending=False, kind="stable")
+    return both.assign(row=pd.Index(examples["example_id"]).get_indexer(both["example_id"]))

@@ -26,6 +26,7 @@ from cascade_lab.analysis.duplicates import repeats_sentences, text_groups
 from cascade_lab.analysis.intervals import outcome_intervals, prediction_intervals
 from cascade_lab.analysis.outcomes import Scope, outcome_codes
 from cascade_lab.analysis.ranking import ranking_intervals, ranking_metrics
+from cascade_lab.by_block import by_block
 from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.decisions import has_right_decision, missing_scores_error, probabilities
 from cascade_lab.exceptions import RunError
@@ -56,8 +57,8 @@ def prediction_metrics(spec: Scope, predictions: pd.DataFrame) -> dict[str, floa
     """
     y_true, y_pred = (predictions[column].to_numpy(dtype=object) for column in ("label", "predicted"))
     right = y_true == y_pred
-    in_scope = np.isin(y_true, spec.in_scope_labels)
-    rejected = np.isin(y_pred, spec.reject_labels)
+    in_scope = pd.Index(y_true).isin(spec.in_scope_labels)
+    rejected = pd.Index(y_pred).isin(spec.reject_labels)
     return {
         "accuracy": _mean(right),
         "macro_f1": macro_f1_score(y_true, y_pred),
@@ -125,19 +126,25 @@ class LabelledDecisions(NamedTuple):
     y_true, y_pred : ndarray of str, shape (n,)
         The stage's targets (see `decisions.stage_targets`), and its decisions as labels: its pass label where a gate
         passes an example.
-    logits : ndarray of float32, shape (n, n_labels)
     confidence : ndarray of float64, shape (n,)
         What the stage compares with its threshold.
     out_of_scope : ndarray of bool, shape (n,)
         Whether the example's true label is out of scope.
+    all_logits : ndarray of float32, shape (n_examples, n_labels)
+        Those of all examples of the run, not copied.
     """
 
     rows: np.ndarray
     y_true: np.ndarray
     y_pred: np.ndarray
-    logits: np.ndarray
     confidence: np.ndarray
     out_of_scope: np.ndarray
+    all_logits: np.ndarray
+
+    @property
+    def logits(self) -> np.ndarray:
+        """The logits of these examples, a copy: float32, shape (n, n_labels)."""
+        return self.all_logits[self.rows]
 
 
 def labelled_decisions(run: Run, stage: str, *, on: On = "reached") -> LabelledDecisions:
@@ -162,8 +169,8 @@ def labelled_decisions(run: Run, stage: str, *, on: On = "reached") -> LabelledD
     rows = np.flatnonzero(has_target & _is_considered(run, stage, on, needed=has_target))
     decision = run.decision(stage).take(rows)
     out_of_scope = ~run.examples["label"].iloc[rows].isin(run.spec.in_scope_labels).to_numpy()
-    logits = run.scores(stage).logits[rows]
-    return LabelledDecisions(rows, targets[rows], decision.label, logits, decision.confidence, out_of_scope)
+    logits = run.scores(stage).logits
+    return LabelledDecisions(rows, targets[rows], decision.label, decision.confidence, out_of_scope, logits)
 
 
 def stage_decisions(run: Run, stage: str, *, on: On = "reached") -> LabelledDecisions:
@@ -190,9 +197,9 @@ def stage_decisions(run: Run, stage: str, *, on: On = "reached") -> LabelledDeci
         considered = considered & run.decision(stage).ends
     rows = np.flatnonzero(considered & pd.notna(target) & pd.notna(y_true))
     decision = run.decision(stage).take(rows)
-    out_of_scope = ~np.isin(y_true[rows], run.spec.in_scope_labels)
-    logits = run.scores(stage).logits[rows]
-    return LabelledDecisions(rows, target[rows], decision.label, logits, decision.confidence, out_of_scope)
+    out_of_scope = ~pd.Index(y_true[rows]).isin(run.spec.in_scope_labels)
+    logits = run.scores(stage).logits
+    return LabelledDecisions(rows, target[rows], decision.label, decision.confidence, out_of_scope, logits)
 
 
 class InScopePredictions(NamedTuple):
@@ -253,13 +260,24 @@ def in_scope_predictions(run: Run, *, on: On = "all") -> InScopePredictions:
         answers = is_open & (decision.above | (stage is last))
         own = [label for label in stage.labels if label in in_scope]
         if own and answers.any():
-            p = probabilities(stage, run.scores(stage.name).logits[rows[answers]])
-            p = p[:, [stage.labels.index(label) for label in own]]
-            best[answers] = np.array(own, dtype=object)[p.argmax(axis=1)]
-            p_class[answers] = p.max(axis=1)
+            place, p_class[answers] = _most_probable(stage, run.scores(stage.name).logits, rows[answers], own)
+            best[answers] = np.array(own, dtype=object)[place]
         is_open &= ~answers
     y_true = run.examples["label"].to_numpy(dtype=object)[rows]
-    return InScopePredictions(rows, p_gates, p_class, y_true == best, ~np.isin(y_true, labels))
+    return InScopePredictions(rows, p_gates, p_class, y_true == best, ~pd.Index(y_true).isin(labels))
+
+
+def _most_probable(
+    stage: StageSpec, logits: np.ndarray, rows: np.ndarray, labels: Sequence[str]
+) -> tuple[np.ndarray, ...]:
+    """Return which of some labels of a stage is the most probable for each of some rows, and its probability."""
+    columns = [stage.labels.index(label) for label in labels]
+
+    def of_block(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        p = probabilities(stage, logits[rows])[:, columns]
+        return p.argmax(axis=1), p.max(axis=1)
+
+    return by_block(of_block, rows, n_columns=logits.shape[1])
 
 
 def confusion(
@@ -417,10 +435,14 @@ def _top_k_metrics(
 ) -> dict[str, Interval]:
     """Return `top_<k>_accuracy` of a stage that answers, for each k below its number of labels."""
     columns = pd.Index(last.labels).get_indexer(decisions.y_true)
-    logits = calibrated_logits(last, decisions.logits)
-    logit_of_label = logits[np.arange(len(columns)), columns]
-    logit_of_label = np.where(columns < 0, -np.inf, logit_of_label)  # a label of a later stage is never among the best
-    rank = 1 + (logits > logit_of_label[:, None]).sum(axis=1)
+
+    def ranks(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray]:
+        logits = calibrated_logits(last, decisions.all_logits[rows])
+        of_label = logits[np.arange(len(columns)), columns]
+        of_label = np.where(columns < 0, -np.inf, of_label)  # a label of a later stage is never among the best
+        return (1 + (logits > of_label[:, None]).sum(axis=1),)
+
+    (rank,) = by_block(ranks, decisions.rows, columns, n_columns=len(last.labels))
     everything = np.ones(len(rank), dtype=bool)
     return {
         f"top_{k}_accuracy": fraction_interval(rank <= k, everything, groups=groups, level=level)

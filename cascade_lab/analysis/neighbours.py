@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.duplicates import MAX_SIMILARITIES, normalized
+from cascade_lab.analysis.duplicates import normalized
 from cascade_lab.exceptions import RunError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ N_GRAMS = (1, 4)
 MAX_CHARACTERS = 500
 """The characters of a text that are compared."""
 COLUMNS = ["example_id", "similar_id", "similarity", "text", "label", "predicted"]
+MAX_SIMILARITIES = 4_000_000
+"""The most similarities that are computed at once: about 50 MB."""
 MAX_TEXTS = 20_000
 """A larger run is searched in a random sample of this number of its texts."""
 

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
-from scipy.special import softmax
 
-from cascade_lab.analysis.bootstrap import N_RESAMPLES, interval, resample_counts
+from cascade_lab.analysis.bootstrap import N_RESAMPLES, interval, resamples
 from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.metrics import On, labelled_decisions
+from cascade_lab.by_block import by_block
 from cascade_lab.calibrator import calibrated_logits
 from cascade_lab.exceptions import CalibrationError
 
 if TYPE_CHECKING:
     from cascade_lab.run import Run
+    from cascade_lab.spec import StageSpec
 
 _INVERSE_RANGE = (0.01, 100.0)  # of 1 / temperature
+_TOLERANCE = 1e-10  # of 1 / temperature
 
 
 def fit_temperature(y_true: Any, logits: Any) -> float:
@@ -43,7 +44,7 @@ def fit_temperature(y_true: Any, logits: Any) -> float:
     >>> round(fit_temperature([0, 0, 0, 1], [[1, -1]] * 4), 4)
     1.8205
     """
-    return 1 / _fit_inverse(np.asarray(logits, dtype=np.float64), np.asarray(y_true), "logits")
+    return 1 / _fit_inverse(np.asarray(logits), np.asarray(y_true), "logits")
 
 
 def fit_temperatures(
@@ -95,17 +96,18 @@ def fit_temperatures(
         logits, codes, groups, fold = texts.logits, texts.codes, texts.groups, texts.fold
         inverse = _fit_inverse(logits, codes, f"{run.name}: stage '{name}'")
         derivatives = _derivatives(logits, codes, inverse)
-        weights = resample_counts(len(codes), groups=groups, n_resamples=n_resamples, seed=seed).astype(np.float64)
-        resampled = _newton_step(inverse, *derivatives, weights)
-        without_fold = _newton_step(inverse, *derivatives, 1.0 - np.eye(n_folds)[fold].T)
+        both = np.stack(derivatives, axis=1)
+        draws = resamples(len(codes), groups=groups, n_resamples=n_resamples, seed=seed)
+        resampled = _newton_step(inverse, *np.reshape([weights @ both for weights in draws], (-1, 2)).T)
+        without_fold = _newton_step(inverse, *((1.0 - np.eye(n_folds)[fold].T) @ both).T)
         rows[name] = {
             "on": on,
             "n_examples": len(codes),
             "n_out_of_scope": texts.n_out_of_scope,
             **interval(1 / inverse, 1 / resampled, level=level)._asdict(),
-            "before": log_losses(calibrated_logits(spec, logits), codes, spec.temperature).mean(),
+            "before": log_losses(logits, codes, spec.temperature, stage=spec).mean(),
             "after": log_losses(logits, codes, 1 / inverse).mean(),
-            "held_out": log_losses(logits, codes, 1 / without_fold[fold][:, None]).mean(),
+            "held_out": log_losses(logits, codes, 1 / without_fold[fold]).mean(),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
 
@@ -115,7 +117,7 @@ class TextsToFit(NamedTuple):
 
     Attributes
     ----------
-    logits : ndarray of float64, shape (n, n_labels)
+    logits : ndarray of float32, shape (n, n_labels)
     codes : ndarray of int, shape (n,)
         The column of the true label.
     groups : ndarray of int, shape (n,)
@@ -145,43 +147,76 @@ def texts_to_fit(run: Run, stage: str, *, on: On, n_folds: int, seed: int) -> Te
     groups = np.unique(text_groups(run.examples)[decisions.rows[own]], return_inverse=True)[1]
     fold = np.random.default_rng(seed).permutation(int(groups.max()) + 1)[groups] % n_folds
     n_out_of_scope = int(decisions.out_of_scope[own].sum())
-    return TextsToFit(decisions.logits[own].astype(np.float64), codes[own], groups, fold, n_out_of_scope)
+    logits = decisions.all_logits[decisions.rows[own]]
+    return TextsToFit(logits, codes[own], groups, fold, n_out_of_scope)
 
 
 def _fit_inverse(logits: np.ndarray, codes: np.ndarray, where: str) -> float:
-    """Return 1 / temperature with the lowest log loss. The log loss is convex in it: the minimum has slope 0."""
+    """Return 1 / temperature with the lowest log loss. The log loss is convex in it: the minimum has slope 0.
 
-    def slope(inverse: float) -> float:
-        return float(_derivatives(logits, codes, inverse)[0].mean())
+    Newton's method finds it; where a step leaves the interval that has the minimum, the interval is halved.
+    """
 
-    lowest, highest = _INVERSE_RANGE
-    if slope(lowest) >= 0 or slope(highest) <= 0:
+    def slope_and_curvature(inverse: float) -> tuple[float, float]:
+        slopes, curvatures = _derivatives(logits, codes, inverse)
+        return float(slopes.mean()), float(curvatures.mean())
+
+    low, high = _INVERSE_RANGE
+    if slope_and_curvature(low)[0] >= 0 or slope_and_curvature(high)[0] <= 0:
         raise CalibrationError(
-            f"{where}: no temperature from {1 / highest:g} to {1 / lowest:g} has the lowest log loss on its "
+            f"{where}: no temperature from {1 / high:g} to {1 / low:g} has the lowest log loss on its "
             f"{len(codes)} texts; fit on more texts, or leave the stage out"
         )
-    return float(brentq(slope, lowest, highest, xtol=1e-10))
+    inverse = 1.0
+    while True:
+        slope, curvature = slope_and_curvature(inverse)
+        low, high = (inverse, high) if slope < 0 else (low, inverse)
+        step = -slope / curvature if curvature > 0 else np.inf
+        if abs(step) < _TOLERANCE or high - low < _TOLERANCE:
+            return inverse
+        inverse = inverse + step if low < inverse + step < high else (low + high) / 2
 
 
-def _derivatives(logits: np.ndarray, codes: np.ndarray, inverse: float) -> tuple[np.ndarray, np.ndarray]:
+def _derivatives(logits: np.ndarray, codes: np.ndarray, inverse: float) -> tuple[np.ndarray, ...]:
     """Return the first and second derivative of each text's log loss with respect to 1 / temperature: shapes (n,)."""
-    p = softmax(logits * inverse, axis=1)
-    mean = (p * logits).sum(axis=1)
-    return mean - logits[np.arange(len(codes)), codes], (p * (logits - mean[:, None]) ** 2).sum(axis=1)
+
+    def of_block(logits: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, ...]:
+        # Logits below the highest one: the derivatives depend on differences only.
+        z = logits - logits.max(axis=1, keepdims=True).astype(np.float64)
+        p = np.exp(z * inverse)
+        p /= p.sum(axis=1, keepdims=True)
+        of_truth = z[np.arange(len(codes)), codes]
+        mean = np.einsum("ij,ij->i", p, z)
+        z -= mean[:, None]
+        return mean - of_truth, np.einsum("ij,ij,ij->i", p, z, z)
+
+    return by_block(of_block, logits, codes)
 
 
-def _newton_step(inverse: float, slopes: np.ndarray, curvatures: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return 1 / temperature after one Newton step, for each weighting of the texts: shape (n_weightings,).
+def _newton_step(inverse: float, slopes: np.ndarray, curvatures: np.ndarray) -> np.ndarray:
+    """Return 1 / temperature after one Newton step, from the summed derivatives of each weighting of the texts.
 
     NaN where the log loss of the weighted texts has no curvature.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.where(weights @ curvatures > 0, (weights @ slopes) / (weights @ curvatures), np.nan)
+        steps = np.where(curvatures > 0, slopes / curvatures, np.nan)
     return np.clip(inverse - steps, *_INVERSE_RANGE)
 
 
-def log_losses(logits: np.ndarray, codes: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
-    """Return the log loss of each text at a temperature, or at one of its own: shape (n,)."""
-    with np.errstate(over="ignore"):  # at a very small temperature the log loss of an error is infinite
-        below_highest = (logits - logits.max(axis=1, keepdims=True)) / temperature
-    return np.log(np.exp(below_highest).sum(axis=1)) - below_highest[np.arange(len(codes)), codes]
+def log_losses(
+    logits: np.ndarray, codes: np.ndarray, temperature: float | np.ndarray, *, stage: StageSpec | None = None
+) -> np.ndarray:
+    """Return the log loss of each text at a temperature, or at one of its own: shape (n,).
+
+    With a stage, its calibrator is applied to the logits first.
+    """
+
+    def of_block(logits: np.ndarray, codes: np.ndarray, temperature: np.ndarray) -> tuple[np.ndarray]:
+        logits = logits if stage is None else calibrated_logits(stage, logits)
+        below_highest = logits - logits.max(axis=1, keepdims=True).astype(np.float64)
+        with np.errstate(over="ignore"):  # at a very small temperature the log loss of an error is infinite
+            below_highest /= temperature[:, None]
+        return (np.log(np.exp(below_highest).sum(axis=1)) - below_highest[np.arange(len(codes)), codes],)
+
+    (losses,) = by_block(of_block, logits, codes, np.broadcast_to(temperature, len(codes)))
+    return losses

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
@@ -48,7 +49,7 @@ def features(run: Run) -> pd.DataFrame:
         examples[column] = _as_numbers(examples[column])
     texts = [
         f"{text} {text_b}" if isinstance(text_b, str) and text_b else text
-        for text, text_b in zip(examples["text"], examples["text_b"], strict=True)
+        for text, text_b in zip(examples["text"].tolist(), examples["text_b"].tolist(), strict=True)
     ]
     columns: dict[str, Any] = {"n_tokens": [len(split_tokens(text)) for text in texts]}
     wordpieces = _wordpieces(run, texts)
@@ -60,12 +61,16 @@ def features(run: Run) -> pd.DataFrame:
             sum(n_texts_with[piece] <= RARE and piece != "[UNK]" for piece in pieces) for pieces in wordpieces
         ]
     words = [set(split_words(text)) for text in texts]
-    counts = Counter(word for words_of_text in words for word in words_of_text)
-    in_order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    for word in [word for word, n in in_order if n >= MIN_SIZE][:MAX_WORDS]:
+    rows_with = defaultdict(list)
+    for row, words_of_text in enumerate(words):
+        for word in words_of_text:
+            rows_with[word].append(row)
+    in_order = sorted(rows_with.items(), key=lambda item: (-len(item[1]), item[0]))
+    for word, rows in [(word, rows) for word, rows in in_order if len(rows) >= MIN_SIZE][:MAX_WORDS]:
         # Python normalizes names to NFKC, so a query could not name a column with a word in another form.
         if f"has_{word}".isidentifier() and unicodedata.normalize("NFKC", word) == word:
-            columns[f"has_{word}"] = [word in words_of_text for words_of_text in words]
+            columns[f"has_{word}"] = has_word = np.zeros(len(texts), dtype=bool)
+            has_word[rows] = True
     new_columns = {name: values for name, values in columns.items() if name not in examples}
     return pd.concat([examples, pd.DataFrame(new_columns, index=examples.index)], axis=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 from tokenizers import Regex, normalizers, pre_tokenizers
@@ -15,6 +16,7 @@ _PIECES = pre_tokenizers.Sequence(
     [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(f"(?:{_LETTER})+"), "isolated")]
 )
 _LETTERS = pre_tokenizers.Split(Regex(_LETTER), "isolated")
+_ASCII_PIECES = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9 ]")  # the same pieces of printable ASCII, and much faster
 
 
 def split_tokens(text: str) -> list[str]:
@@ -26,6 +28,8 @@ def split_tokens(text: str) -> list[str]:
     >>> split_tokens("I'd pay"), split_tokens("我要续借GPS"), split_tokens("ไทย")
     (['I', "'", 'd', 'pay'], ['我', '要', '续', '借', 'GPS'], ['ไ', 'ท', 'ย'])
     """
+    if text.isascii() and text.isprintable():
+        return _ASCII_PIECES.findall(text)
     return [token for piece in _pieces(text) for token in _letters(piece)]
 
 
@@ -38,6 +42,8 @@ def split_words(text: str) -> list[str]:
     (['i', 'd', 'pay'], ['我要', '要续', '续借'])
     """
     words: list[str] = []
+    if text.isascii() and text.isprintable():
+        return [piece for piece in _ASCII_PIECES.findall(text.lower()) if piece.isalnum()]
     for piece in _pieces(text.lower()):
         letters = _letters(piece)
         words += [first + second for first, second in pairwise(letters)] or [piece]

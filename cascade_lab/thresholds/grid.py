@@ -216,7 +216,7 @@ class ThresholdGrid:
 
     def subsample(self, n: int) -> list[np.ndarray]:
         """Return at most `n` indices of each stage's thresholds, evenly spaced, with the first and the last."""
-        return [_evenly_spaced(len(values), n) for values in self.thresholds]
+        return [evenly_spaced(len(values), n) for values in self.thresholds]
 
     def subsample_by_scope(self, n: int) -> list[np.ndarray]:
         """Return about `n` indices of each stage's thresholds: half among texts in scope, half among the others.
@@ -226,7 +226,7 @@ class ThresholdGrid:
         chosen = []
         for values, ranks in zip(self.thresholds, self.ranks, strict=True):
             parts = [np.unique(ranks[mask]) for mask in (self.in_scope, ~self.in_scope)]
-            spaced = [part[_evenly_spaced(len(part), n // 2)] for part in parts if len(part)]
+            spaced = [part[evenly_spaced(len(part), n // 2)] for part in parts if len(part)]
             last = len(values) - 1
             chosen.append(np.unique(np.clip(np.concatenate([[0], *spaced, [last]]), 0, last)))
         return chosen
@@ -291,8 +291,9 @@ class ThresholdGrid:
         sizes, ranks, outcomes = self._two_stages
         first, second = (*indices, np.zeros(1, dtype=np.int64))[:2]
         n_first, n_second = len(first), len(second)
+        # Of many texts, each rank is searched once.
         row, column = (
-            np.searchsorted(chosen, np.arange(size + 1))[rank]
+            np.searchsorted(chosen, rank) if len(rank) < size else np.searchsorted(chosen, np.arange(size + 1))[rank]
             for chosen, size, rank in zip((first, second), sizes, ranks, strict=True)
         )
 
@@ -301,10 +302,10 @@ class ThresholdGrid:
 
         # A text in row r reaches the first r of the first stage's thresholds; in column c, the first c of the second's.
         shape, cell = (n_first + 1, n_second + 1), row * (n_second + 1) + column
-        below_first = histogram(shape[:1], row, outcomes[0])[:-1].cumsum(axis=0)
-        reaching = [histogram(shape, cell, codes)[::-1].cumsum(axis=0)[::-1][1:] for codes in outcomes[1:]]
-        below_second = reaching[0].cumsum(axis=1)[:, :-1]
-        above_both = reaching[1][:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+        below_first = _cumulative(histogram(shape[:1], row, outcomes[0])[:-1], axis=0)
+        reaching = [_cumulative(histogram(shape, cell, codes)[::-1], axis=0)[::-1][1:] for codes in outcomes[1:]]
+        below_second = _cumulative(reaching[0], axis=1)[:, :-1]
+        above_both = _cumulative(reaching[1][:, ::-1], axis=1)[:, ::-1][:, 1:]
         out_of_scope = (~self.in_scope).astype(np.int64)
         if self.is_held is None:
             by_row = np.bincount(row * 2 + out_of_scope, weights, 2 * (n_first + 1)).reshape(-1, 2)
@@ -335,6 +336,12 @@ class ThresholdGrid:
         if len(self.stages) == 2:
             return sizes, self.ranks, self.outcomes
         return [*sizes, 1], np.vstack([self.ranks, np.ones_like(self.ranks)]), self.outcomes[[0, 1, 1]]
+
+    @cached_property
+    def sorted_ranks(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each of two stages: the texts' ranks, the rows of the texts by rank, and the ranks in that order."""
+        _, ranks, _ = self._two_stages
+        return [(own, order, own[order]) for own, order in zip(ranks, np.argsort(ranks, kind="stable"), strict=True)]
 
 
 def shortest_decimal(low: float, high: float) -> float:
@@ -372,6 +379,11 @@ def swept_stages(spec: CascadeSpec) -> tuple[str, ...]:
     return tuple(stage.name for stage in spec.stages if stage.reject_labels or stage.is_deferral)
 
 
+def _cumulative(counts: np.ndarray, *, axis: int) -> np.ndarray:
+    """Return cumulative sums of the same type: numpy's would be twice as large."""
+    return counts.cumsum(axis=axis, dtype=counts.dtype)
+
+
 def _checked_stages(run: Run, stages: Sequence[str] | None) -> tuple[str, ...]:
     order = [stage.name for stage in run.spec.stages]
     stages = tuple(swept_stages(run.spec) if stages is None else stages)
@@ -385,6 +397,6 @@ def _checked_stages(run: Run, stages: Sequence[str] | None) -> tuple[str, ...]:
     return stages
 
 
-def _evenly_spaced(n: int, at_most: int) -> np.ndarray:
+def evenly_spaced(n: int, at_most: int) -> np.ndarray:
     """Return at most `at_most` of the numbers 0 … n - 1, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(np.int64))

@@ -12,9 +12,10 @@ import pandas as pd
 from sklearn.model_selection import RepeatedStratifiedKFold
 from tqdm.auto import tqdm
 
-from cascade_lab.analysis.bootstrap import Interval, resample_counts
+from cascade_lab.analysis.bootstrap import Interval, resamples
 from cascade_lab.exceptions import InfeasibleError
 from cascade_lab.thresholds.grid import ThresholdGrid
+from cascade_lab.thresholds.grid_part import kinds_of_texts
 from cascade_lab.thresholds.guarantee import (
     Bound,
     Guarantee,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from cascade_lab.run import Run
 
 N_FOLDS = 5
+MAX_EXACT = 200_000
+"""With more texts, cross-validation does not try every threshold: the search of one fold would take seconds."""
+MAX_LINES = 512
 _MAX_LINES = 160  # thresholds per stage on a resample
 _N_STARTS = 1  # random starts on a resample, with three or more stages
 
@@ -55,16 +59,18 @@ def choose_thresholds(
     min_held: float = 0.0,
     weights: np.ndarray | None = None,
     near: Mapping[str, float] | None = None,
+    lines: Sequence[np.ndarray] | None = None,
 ) -> Choice:
     """Choose thresholds on a grid, with a guarantee or without; `min_held` and `weights` as in `choose_on_grid`.
 
     With `near`, the choice on all texts, the search is faster: without a guarantee it tries about 160 thresholds per
     stage, half of them spread evenly over the texts in scope and half over the others; and with three or more stages it
-    starts from `near` and from one random start.
+    starts from `near` and from one random start. `lines` are as in `choose_on_grid`.
     """
     if guarantee is not None:
         return choose_with_guarantee_on_grid(grid, goal, guarantee, weights=weights)
     fast: dict[str, Any] = {} if near is None else {"max_lines": _MAX_LINES, "start": near, "n_starts": _N_STARTS}
+    fast |= {} if lines is None else {"lines": lines}
     return choose_on_grid(grid, goal, min_held=min_held, weights=weights, **fast)
 
 
@@ -75,12 +81,14 @@ def threshold_procedure(
     guarantee: Guarantee | None = None,
     *,
     near: Mapping[str, float] | None = None,
+    lines: Sequence[np.ndarray] | None = None,
 ) -> Procedure:
     """Return the procedure that chooses the thresholds of a grid; the options are those of `choose_thresholds`."""
     min_held, grid = min_held_fraction(run, goal), grid.with_costs(goal.used_costs)
 
     def choose_again(weights: np.ndarray) -> Chosen:
-        choice = choose_thresholds(grid, goal, guarantee, min_held=min_held, weights=weights, near=near)
+        options: dict[str, Any] = {"min_held": min_held, "weights": weights, "near": near, "lines": lines}
+        choice = choose_thresholds(grid, goal, guarantee, **options)
         thresholds = choice.thresholds
         return Chosen(thresholds, grid.outcomes_at(grid.indices(thresholds)))
 
@@ -118,6 +126,7 @@ def bootstrap_thresholds(
     grid: ThresholdGrid | None = None,
     procedure: Procedure | None = None,
     outcomes: np.ndarray | None = None,
+    near: Mapping[str, float] | None = None,
     own: np.ndarray | None = None,
     n_resamples: int = 500,
     level: float = 0.95,
@@ -140,6 +149,8 @@ def bootstrap_thresholds(
         search of `choose_thresholds`.
     outcomes : ndarray of int, shape (n,), optional
         Each text's outcome in the cascade that the metrics are of; by default the one that `choose` returns.
+    near : mapping of str to float, optional
+        The thresholds that `choose` returns, where they are known.
     own : ndarray of int, shape (n,), optional
         Each text's outcome in a cascade that was not chosen on these texts, to compare with.
     n_resamples, seed : int
@@ -156,25 +167,32 @@ def bootstrap_thresholds(
         As `ThresholdGrid.from_run`.
     """
     grid = (grid or ThresholdGrid.from_run(run, stages)).with_costs(goal.used_costs)
-    if outcomes is None or procedure is None:
+    if outcomes is None or (procedure is None and near is None):
         chosen = threshold_procedure(run, goal, grid)(np.ones(len(grid.in_scope), dtype=np.int64))
         outcomes = chosen.outcomes if outcomes is None else outcomes
-        procedure = procedure or threshold_procedure(run, goal, grid, near=chosen.thresholds)
-    draws = resample_counts(len(grid.in_scope), groups=grid.groups, n_resamples=n_resamples, seed=seed)
+        near = near or chosen.thresholds
+    n_texts, kinds, own_codes = None, None, own
+    if procedure is None and len(grid.stages) <= 2:
+        # The faster search tries the same thresholds on each resample. It needs the texts of each kind, not each text.
+        lines = grid.subsample_by_scope(_MAX_LINES)
+        of_kind, kinds, n_texts, own_codes = kinds_of_texts(grid, lines, outcomes if own is None else own)
+        procedure = threshold_procedure(run, goal, of_kind, lines=lines)
+    procedure = procedure or threshold_procedure(run, goal, grid, near=near)
+    options: dict[str, Any] = {"n_resamples": n_resamples, "level": level}
+    draws = resamples(len(grid.in_scope), groups=grid.groups, kinds=kinds, n_resamples=n_resamples, seed=seed)
     thresholds, on_resample, on_texts, own_on_resample = [], [], [], []
-    for weights in tqdm(draws, "resamples", disable=not progress, leave=False):
+    for weights in tqdm(draws, "resamples", total=n_resamples, disable=not progress, leave=False):
         try:
             again = procedure(weights)
         except InfeasibleError:
             continue
         thresholds.append(again.thresholds)
         on_resample.append(goal.count(again.outcomes, weights))
-        on_texts.append(goal.count(again.outcomes))
-        if own is not None:
-            own_on_resample.append(goal.count(own, weights))
+        on_texts.append(goal.count(again.outcomes, n_texts))
+        if own_codes is not None:
+            own_on_resample.append(goal.count(own_codes, weights))
     shape = (len(thresholds), len(goal.count(outcomes)))
     resampled = np.reshape(on_resample, shape), np.reshape(on_texts, shape)
-    options: dict[str, Any] = {"n_resamples": n_resamples, "level": level}
     differences = {}
     if own is not None:
         compared = outcomes, own, *resampled, np.reshape(own_on_resample, shape)
@@ -211,7 +229,8 @@ def cross_validate(
     run, goal, stages, grid
         As in `choose`.
     procedure : function, optional
-        How the cascade is chosen (see `Procedure`); by default the thresholds that are best for `goal`.
+        How the cascade is chosen (see `Procedure`); by default the thresholds that are best for `goal`. With more than
+        `MAX_EXACT` texts, these are the best of about 512 per stage, which are spread evenly over the texts.
     own : ndarray of int, shape (n,), optional
         Each text's outcome in a cascade that was not chosen on these texts, to compare with.
     n_repeats, n_folds, seed : int
@@ -224,9 +243,10 @@ def cross_validate(
         One row per metric: `tuned`, on the texts of the choices; `held_out`, on the folds left out; `optimism`, the
         first minus the second; and its `standard_error` (see `corrected_standard_error`). With `own` also `own`, that
         cascade on the folds left out. `kept` is the fraction of folds left out on which the goal's bounds on the metric
-        hold; NaN without a bound. `attrs["n_folds"]` is how
-        many folds there are, in all repeats, and `attrs["n_infeasible"]` on how many of them no thresholds satisfy the
-        goal; these are left out. With too few texts for `folds`, there are none, and everything is NaN.
+        hold; NaN without a bound. `attrs["n_folds"]` is how many folds there are, in all repeats, and
+        `attrs["n_infeasible"]` on how many of them no thresholds satisfy the goal; these are left out.
+        `attrs["n_lines"]` is how many thresholds of each stage were tried, where that was not every one. With too few
+        texts for `folds`, there are none, and everything is NaN.
 
     Raises
     ------
@@ -234,7 +254,10 @@ def cross_validate(
         As `ThresholdGrid.from_run`.
     """
     grid = (grid or ThresholdGrid.from_run(run, stages)).with_costs(goal.used_costs)
-    procedure = procedure or threshold_procedure(run, goal, grid)
+    lines = None
+    if procedure is None:
+        lines = grid.subsample(MAX_LINES) if len(grid.in_scope) > MAX_EXACT and len(grid.stages) <= 2 else None
+        procedure = threshold_procedure(run, goal, grid, lines=lines)
     counts, splits = [], list(folds(grid, n_repeats, n_folds, seed))
     own_counts = 0.0 * goal.count(grid.outcomes[0])
     for train, test in tqdm(splits, "folds", disable=not progress, leave=False):
@@ -257,6 +280,7 @@ def cross_validate(
     bounds = bounds_of(goal.at_least, goal.at_most)
     result["kept"] = [_fraction_kept(name, goal, bounds, by_fold[:, 1]) for name in goal.metrics]
     result.attrs |= {"n_folds": len(splits), "n_infeasible": len(splits) - len(counts)}
+    result.attrs |= {} if lines is None else {"n_lines": MAX_LINES}
     return result
 
 

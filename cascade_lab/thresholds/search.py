@@ -18,7 +18,8 @@ from cascade_lab.analysis.latency import reach_within
 from cascade_lab.analysis.outcomes import Totals, extreme_metric
 from cascade_lab.exceptions import InfeasibleError, RunError
 from cascade_lab.text import exact
-from cascade_lab.thresholds.grid import GridCounts, ThresholdGrid
+from cascade_lab.thresholds.grid import GridCounts, ThresholdGrid, evenly_spaced
+from cascade_lab.thresholds.grid_part import GridPart
 from cascade_lab.thresholds.objective import LATENCIES, Goal
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ N_STARTS = 8
 _LINES = 512  # thresholds per stage between which the exact search of one or two looks
 _LINES_BY_TURNS = 64  # thresholds per stage in the first search, where two of several move
 _LINES_BETWEEN = 128  # thresholds per stage between which the exact search of two of several looks
+_MAX_BLOCK = 64  # thresholds per stage of a block that is searched at once; a larger one is divided
 BOTH_KINDS = "take an eval set with texts in scope and out of scope"
 _N_REFINED = 3  # starts whose result is searched exactly
 
@@ -105,6 +107,7 @@ def choose_on_grid(
     min_held: float = 0.0,
     weights: np.ndarray | None = None,
     max_lines: int | None = None,
+    lines: Sequence[np.ndarray] | None = None,
     start: Mapping[str, float] | None = None,
     n_starts: int = N_STARTS,
 ) -> Choice:
@@ -112,7 +115,8 @@ def choose_on_grid(
 
     Of one or two stages, the outcomes are counted at a coarse selection of thresholds first. A block between two
     neighbours of each stage is searched only if the counts at its corners, which bound all counts inside, leave room
-    for a better result: branch and bound (Land and Doig 1960).
+    for a better result: branch and bound (Land and Doig 1960). A large block is divided in the same way. Of thresholds
+    that are equally good, also in in-scope accuracy, one is taken.
 
     Of three or more stages, two thresholds move at a time, over all pairs of stages in turn, until no pair improves the
     result. That is repeated from `n_starts` random starts (always the same ones), first at 64 thresholds per stage; the
@@ -129,6 +133,8 @@ def choose_on_grid(
         How often each text counts.
     max_lines : int, optional
         Search only about this many thresholds per stage (see `ThresholdGrid.subsample_by_scope`).
+    lines : sequence of ndarray of int, one per stage, optional
+        Search only these, as indices in `grid.thresholds`; of one or two stages.
     start : mapping of str to float, optional
         Thresholds to start from too, with three or more stages.
     n_starts : int
@@ -144,7 +150,7 @@ def choose_on_grid(
     task = _Task(goal, totals, min_held, weights)
     _check_latency(grid, task)
     if len(grid.stages) <= 2:
-        best = _search_pair(grid, task, max_lines)
+        best = _search_pair(grid, task, max_lines, lines=lines)
     else:
         best = _search_by_turns(grid, task, max_lines, start, n_starts)
     if best.room < 0 or best.value == -np.inf:
@@ -184,23 +190,52 @@ class _Candidate(NamedTuple):
         return min(self.room, 0.0), self.value, self.tie
 
 
-def _search_pair(grid: ThresholdGrid, task: _Task, max_lines: int | None, n_lines: int | None = None) -> _Candidate:
+def _search_pair(
+    grid: ThresholdGrid,
+    task: _Task,
+    max_lines: int | None,
+    n_lines: int | None = None,
+    *,
+    lines: Sequence[np.ndarray] | None = None,
+) -> _Candidate:
     """Return the best thresholds of one or two stages; those nearest to the bounds where none satisfies them."""
-    indices = grid.subsample(n_lines or _LINES) if max_lines is None else grid.subsample_by_scope(max_lines)
-    coarse = grid.count(indices, weights=task.weights)
+    indices = lines if lines is not None else grid.subsample(n_lines or _LINES)
+    if lines is None and max_lines is not None:
+        indices = grid.subsample_by_scope(max_lines)
+    part = GridPart.whole(grid, task.weights)
+    coarse = part.count(indices)
     best = _best(coarse, indices, task)
-    if max_lines is None and any(len(i) < len(v) for i, v in zip(indices, grid.thresholds, strict=True)):
-        value, tie, room = _bounds_between(coarse, task)
-        order = np.lexsort((-tie.ravel(), -value.ravel()))
-        for block in order[~(room < 0).ravel()[order]]:
-            i, j = divmod(int(block), value.shape[1])
-            if best is not None and (float(value[i, j]), float(tie[i, j])) <= (best.value, best.tie):
-                break
-            inside = [np.arange(p[k], p[min(k + 1, len(p) - 1)] + 1) for p, k in zip(indices, (i, j), strict=False)]
-            candidate = _best(grid.count(inside, weights=task.weights), inside, task)
-            if candidate is not None and (best is None or candidate.rank > best.rank):
-                best = candidate
+    if lines is None and max_lines is None:
+        best = _search_between(part, task, indices, coarse, best)
     return best or _nearest(coarse, indices, task)
+
+
+def _search_between(
+    part: GridPart, task: _Task, indices: Sequence[np.ndarray], counted: GridCounts, best: _Candidate | None
+) -> _Candidate | None:
+    """Return the best thresholds of the blocks between some that are counted already, or `best` if none is better."""
+    if all(np.diff(chosen).max(initial=0) <= 1 for chosen in indices):
+        return best
+    value, tie, room = _bounds_between(counted, task)
+    may_be_better = ~(room < 0)
+    if best is not None:
+        may_be_better &= (value > best.value) | ((value == best.value) & (tie > best.tie))
+    blocks = np.flatnonzero(may_be_better)
+    for block in blocks[np.lexsort((-tie[may_be_better], -value[may_be_better]))]:
+        i, j = divmod(int(block), value.shape[1])
+        if best is not None and (float(value[i, j]), float(tie[i, j])) <= (best.value, best.tie):
+            break
+        inside = [np.arange(p[k], p[min(k + 1, len(p) - 1)] + 1) for p, k in zip(indices, (i, j), strict=False)]
+        is_small = max(map(len, inside)) <= _MAX_BLOCK
+        chosen = inside if is_small else [one[evenly_spaced(len(one), 2 + len(one) // _MAX_BLOCK)] for one in inside]
+        smaller = part.block(indices, counted, i, j)
+        counted_inside = smaller.count(chosen)
+        candidate = _best(counted_inside, chosen, task)
+        if candidate is not None and (best is None or candidate.rank > best.rank):
+            best = candidate
+        if not is_small:
+            best = _search_between(smaller, task, chosen, counted_inside, best)
+    return best
 
 
 def _search_by_turns(
@@ -244,7 +279,8 @@ def _best(counted: GridCounts, indices: Sequence[np.ndarray], task: _Task) -> _C
     value = np.where((room >= 0) & ~np.isnan(value), value, -np.inf)
     if not len(value) or value.max() == -np.inf:
         return None
-    best = int(np.lexsort((-tie.ravel(), -value.ravel()))[0])
+    equal = np.flatnonzero(value == value.max())
+    best = int(equal[np.nan_to_num(tie.ravel()[equal], nan=-np.inf).argmax()])
     return _candidate(best, counts, counted.n_held, indices, value, tie, room)
 
 

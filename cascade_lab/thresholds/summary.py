@@ -54,6 +54,10 @@ def notes(tuning: Tuning) -> list[str]:
             "over them looks too small."
         )
     result += _how_often_kept(tuning)
+    if attrs.get("n_lines"):
+        result.append(
+            f"With so many texts, cross-validation tried about {attrs['n_lines']} thresholds per stage, not every one."
+        )
     if stages := fitted_on_itself(tuning.run):
         result.append(
             f"The rejector of {' and of '.join(stages)} was fitted on these texts, so each text's confidence there "

@@ -30,6 +30,7 @@ from cascade_lab.thresholds.per_label import (
     per_label_thresholds,
 )
 from cascade_lab.thresholds.resampling import (
+    Procedure,
     ThresholdBootstrap,
     bootstrap_thresholds,
     choose_thresholds,
@@ -351,12 +352,14 @@ def tune(
         choice = choose_or_abstain(grid, goal, guaranteed)
     per_label = per_label_thresholds(run, goal, choice.thresholds, seed=seed) if by_label else None
     tuned_run = run.with_spec(tuned_spec(run.spec, choice, per_label))
-    procedure, fast_procedure = (
-        per_label_procedure(run, goal, grid, near=near)
-        if per_label is not None and per_label.improves
-        else threshold_procedure(run, goal, grid, guaranteed, near=near)
-        for near in (None, choice.thresholds)
-    )
+    procedure: Procedure | None = None
+    fast_procedure: Procedure | None = None  # by default one of the thresholds that `near` is of
+    if per_label is not None and per_label.improves:
+        procedure, fast_procedure = (
+            per_label_procedure(run, goal, grid, near=near) for near in (None, choice.thresholds)
+        )
+    elif guaranteed is not None:
+        procedure = fast_procedure = threshold_procedure(run, goal, grid, guaranteed)
     own, outcomes = (run_codes(each, goal.used_costs) for each in (run, tuned_run))
     options: dict[str, Any] = {"grid": grid, "own": own, "seed": seed, "progress": progress}
     return Tuning(
@@ -366,7 +369,13 @@ def tune(
         choice=choice,
         per_label=per_label,
         bootstrap=bootstrap_thresholds(
-            run, goal, procedure=fast_procedure, outcomes=outcomes, n_resamples=n_resamples, **options
+            run,
+            goal,
+            procedure=fast_procedure,
+            outcomes=outcomes,
+            near=choice.thresholds,
+            n_resamples=n_resamples,
+            **options,
         ),
         cross_validation=cross_validate(run, goal, procedure=procedure, n_repeats=n_repeats, **options),
         own=own,
