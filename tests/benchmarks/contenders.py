@@ -10,7 +10,6 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +87,10 @@ def script(folder: Path, *, precision: str, max_seq_length: int = 128) -> Predic
     return predict
 
 
-def pytorch(
-    folder: Path, *, precision: str, callers: int, threads: int, autocast: bool = False, backend: str | None = None
-) -> Predict:
+def pytorch(folder: Path, *, precision: str, callers: int, threads: int, backend: str | None = None) -> Predict:
     """PyTorch and transformers, scaled dot-product attention; no mask where a batch has one length.
 
+    In bfloat16 the weights are too: `torch.autocast` was slower in every measurement of 2026-11-25.
     `backend` is one of `torch.compile`, which then compiles each model for any number of texts and tokens; a mask is
     always given, since each kind of input takes seconds to compile.
     """
@@ -100,12 +98,11 @@ def pytorch(
     from transformers import BertForSequenceClassification
 
     torch.set_num_threads(threads)
-    low = precision == "bfloat16"
 
     def forward(stage: dict[str, Any]) -> Forward:
         model = BertForSequenceClassification.from_pretrained(
             folder / "hf" / stage["name"],
-            dtype=torch.bfloat16 if low and not autocast else torch.float32,
+            dtype=getattr(torch, precision),
             attn_implementation="sdpa",
         ).eval()
         if backend is not None:
@@ -113,8 +110,7 @@ def pytorch(
 
         def run(input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
             mask_t = None if mask.all() and backend is None else torch.from_numpy(mask)
-            cast = torch.autocast("cpu", torch.bfloat16) if low and autocast else nullcontext()
-            with torch.inference_mode(), cast:
+            with torch.inference_mode():
                 return model(torch.from_numpy(input_ids), attention_mask=mask_t).logits.float().numpy()
 
         if backend is not None:

@@ -143,7 +143,6 @@ def setting(chosen: dict[str, Any]) -> str:
     """Return a setting in few words: callers × threads, the rest as it is."""
     parts = [f"{chosen['callers']} × {chosen['threads']}"] if "callers" in chosen else []
     parts += [chosen["hint"]] if "hint" in chosen else []
-    parts += ["autocast"] if chosen.get("autocast") else []
     parts.append("batch by itself" if chosen["batch"] is None else f"batch {chosen['batch']}")
     return ", ".join(parts + ([chosen["grouping"]] if "grouping" in chosen else []))
 

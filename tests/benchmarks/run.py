@@ -34,7 +34,6 @@ CORES = os.cpu_count() or 1
 CALLERS = [{"callers": 1, "threads": CORES}, {"callers": CORES, "threads": 1}]
 HINTS = [{**CALLERS[0], "hint": "LATENCY"}, {**CALLERS[1], "hint": "THROUGHPUT"}]
 GROUPINGS = [{"grouping": grouping} for grouping in ("sorted", "exact")]
-CASTS = [{"autocast": cast} for cast in (False, True)]
 
 # What runs: the function in `contenders.py`, the settings that it has to choose among, each in a process of its own,
 # and the options of a call. The package chooses its threads and its grouping itself; batch None is its own choice too.
@@ -48,12 +47,7 @@ CONTENDERS = [
     {**OURS, "precision": "float32"},
     {**OURS, "precision": "bfloat16"},
     {**THEIRS, "contender": "pytorch", "precision": "float32"},
-    {
-        **THEIRS,
-        "contender": "pytorch",
-        "precision": "bfloat16",
-        "settings": [{**callers, **cast} for callers, cast in product(CALLERS, CASTS)],
-    },
+    {**THEIRS, "contender": "pytorch", "precision": "bfloat16"},
     {**THEIRS, "contender": "zentorch", "precision": "float32"},
     {**THEIRS, "contender": "zentorch", "precision": "bfloat16"},
     {**THEIRS, "contender": "onnx_runtime", "precision": "float32"},
@@ -73,22 +67,24 @@ SCRIPT = {"contender": "script", "precision": "float32", "settings": [{}]}
 
 # What is measured: the first `n` texts of a set (of those, `qualify` in the qualifying round), `size` in a call.
 TEST = {"folder": "clinc150", "texts": "test"}
-EVALSET = {**TEST, "n": 5500, "size": 5500, "qualify": 550}
-CALLS = {
+MANY = {
+    "eval set": {**TEST, "n": 5500, "size": 5500, "qualify": 440},
+    "calls of 128": {**TEST, "n": 512, "size": 128, "qualify": 256},
+}
+FEW = {
     "calls of 1": {**TEST, "n": 150, "size": 1, "qualify": 50},
     "calls of 32": {**TEST, "n": 320, "size": 32, "qualify": 160},
-    "calls of 128": {**TEST, "n": 512, "size": 128, "qualify": 256},
 }
 BASE = {
     f"BERT-base, {length} tokens": {
         "folder": "base",
         "texts": f"length_{length}",
-        "n": 64,
-        "size": 64,
-        "qualify": 64,
-        "largest_batch": 32,
+        "n": n,
+        "size": n,
+        "qualify": n,
+        "largest_batch": n // 2,
     }
-    for length in (16, 64, 128)
+    for length, n in ((16, 64), (64, 32), (128, 32))
 }
 # The script takes seconds for what the others do in one: fewer texts tell its rate, which no length of text changes.
 SLOW = {
@@ -96,7 +92,11 @@ SLOW = {
     "script, batch 1": {**TEST, "n": 32, "size": 32, "qualify": 4, "options": [{"batch": 1}]},
 }
 PRODUCTS = ("tensorflow_products", "pytorch_products")
-ROUNDS_OF_SLOW = 3  # for a contender that the fastest one leaves more than twice behind
+FEWER_ROUNDS = 3  # for BERT-base, and for a contender that takes over 1.5 times as long as the fastest
+
+
+class WorkerError(SystemExit):
+    """A contender failed; in the qualifying round it is then absent, later the benchmark ends."""
 
 
 class Worker:
@@ -119,7 +119,7 @@ class Worker:
         print(json.dumps(order), file=self.process.stdin, flush=True)
         reply = self.heard()
         if "error" in reply:
-            raise SystemExit(f"{order}: {reply['error']}")
+            raise WorkerError(f"{order}: {reply['error']}")
         return reply
 
     def close(self) -> None:
@@ -131,9 +131,8 @@ class Worker:
 class Entry:
     """One contender for one measurement, at its best setting."""
 
-    def __init__(self, name: str, measure: dict[str, Any], spec: dict[str, Any], tried: list[tuple]):
+    def __init__(self, name: str, measure: dict[str, Any], spec: dict[str, Any], tried: list[tuple], best: tuple):
         self.measure, self.replies = measure, []
-        best = min(tried, key=lambda row: row[-1]["seconds_a_text"])
         self.worker, self.options, _ = best
         self.facts = {
             "measure": name,
@@ -194,8 +193,9 @@ def main() -> None:
         "machine": machine(),
         "absent": {},
     }
-    evalset = [("eval set", EVALSET, spec) for spec in CONTENDERS + FITTED]
-    calls = [(name, measure, spec) for name, measure in CALLS.items() for spec in CONTENDERS + FITTED]
+    # Two parts, since few texts and many want different settings, and the memory would not hold both of everybody.
+    many = [(name, measure, spec) for name, measure in MANY.items() for spec in CONTENDERS + FITTED]
+    few = [(name, measure, spec) for name, measure in FEW.items() for spec in CONTENDERS + FITTED]
     scripts = [(name, measure, SCRIPT) for name, measure in SLOW.items()]
     base = [(name, measure, spec) for name, measure in BASE.items() for spec in CONTENDERS]
     products = [(Worker(folder / "clinc150", {"contender": p, **s}), p, s) for p, s in product(PRODUCTS, CALLERS)]
@@ -207,14 +207,14 @@ def main() -> None:
         for precision in ("float32", "bfloat16")
     ]
     report["results"] = []
-    for part in (evalset + calls + scripts, *([] if arguments.without_base else [base])):
+    for part in (many + scripts, few, *([] if arguments.without_base else [base])):
         entries = qualify(part, folder, arguments.quick, report["absent"], progress)
-        for number in range(1, rounds + 1):
-            progress(f"round {number} of {rounds}")
+        for number in range(1, rounds + 1 if part is not base else min(rounds, FEWER_ROUNDS) + 1):
+            progress(f"round {number}")
             for (worker, *_), row in zip([p for p in products for _ in "ab"], report["products"], strict=True):
                 row["rounds"].append(worker.ask(precision=row["precision"])["rate"])
             for entry in entries:
-                if number <= ROUNDS_OF_SLOW or not slow(entry, entries):
+                if number <= (FEWER_ROUNDS if slow(entry, entries) else rounds):
                     entry.go()
         for worker in {entry.worker for entry in entries}:
             worker.close()
@@ -229,10 +229,9 @@ def main() -> None:
         for where in ["base"] + ["clinc150"] * (1 if arguments.quick else 3)
         for precision in precisions + (mixed if where == "clinc150" else [])
     ]
-    counts = [200, 2000] if arguments.quick else [10_000, 100_000]
-    quickest = precisions[-1]
-    grown = job(folder / "clinc150", "growth", precision=quickest, counts=counts)
-    report["growth"] = {"precision": quickest, **grown}
+    counts = [200, 2000] if arguments.quick else [5_000, 50_000]
+    grown = job(folder / "clinc150", "growth", precision=precisions[-1], counts=counts)
+    report["growth"] = {"precision": precisions[-1], **grown}
     report["wall_seconds"] = perf_counter() - started
     path = folder / "results.json"
     results.write(path, HERE / "results.json", report)
@@ -256,18 +255,28 @@ def qualify(part: list[tuple], folder: Path, quick: bool, absent: dict[str, str]
         workers = [(Worker(home, {**about, **setting}), setting) for setting in settings]
         heard = [worker.heard() for worker, _ in workers]
         errors = [reasons[label]] if label in reasons else [reply["error"] for reply in heard if "error" in reply]
+        tried_for = {}
+        try:
+            for name, measure, _ in [] if errors else mine:
+                measure = {**measure, **({"n": max(measure["n"] // 10, 8)} if quick else {})}
+                n = max(measure["qualify"] // (10 if quick else 1), 1)
+                tried = []
+                for (worker, setting), options in product(workers, tries(spec, measure)):
+                    reply = ask(worker, measure, n, options)
+                    row = {"setting": setting | options, "seconds_a_text": sum(reply["seconds"]) / n}
+                    tried.append((worker, options, row))
+                tried_for[name] = measure, tried
+        except WorkerError as error:
+            errors, tried_for = [str(error)], {}
         if errors:
             absent[label] = errors[0]
             progress(f"{label} is absent: {errors[0]}")
-        for name, measure, _ in [] if errors else mine:
-            measure = {**measure, **({"n": max(measure["n"] // 10, 8)} if quick else {})}
-            n = max(measure["qualify"] // (10 if quick else 1), 1)
-            tried = []
-            for (worker, setting), options in product(workers, tries(spec, measure)):
-                reply = ask(worker, measure, n, options)
-                row = {"setting": setting | options, "seconds_a_text": sum(reply["seconds"]) / n}
-                tried.append((worker, options, row))
-            entries[name, label] = Entry(name, measure, spec, tried)
+        candidates = [worker for worker, _ in workers]
+        if home.name == "base" and tried_for:  # one process for all lengths: two of each would fill the memory
+            rows = [[quickest(tried, [worker]) for _, tried in tried_for.values()] for worker in candidates]
+            candidates = [min(rows, key=lambda row: sum(best[-1]["seconds_a_text"] for best in row))[0][0]]
+        for name, (measure, tried) in tried_for.items():
+            entries[name, label] = Entry(name, measure, spec, tried, quickest(tried, candidates))
         chosen = {entry.worker for entry in entries.values()}
         for worker, _ in workers:
             if worker not in chosen:
@@ -277,9 +286,14 @@ def qualify(part: list[tuple], folder: Path, quick: bool, absent: dict[str, str]
     ]
 
 
+def quickest(tried: list[tuple], workers: list[Worker]) -> tuple:
+    return min((row for row in tried if row[0] in workers), key=lambda row: row[-1]["seconds_a_text"])
+
+
 def slow(entry: Entry, entries: list[Entry]) -> bool:
     rivals = [other for other in entries if other.facts["measure"] == entry.facts["measure"]]
-    return entry.seconds_a_text > 2 * min(other.seconds_a_text for other in rivals)
+    behind = entry.seconds_a_text > 1.5 * min(other.seconds_a_text for other in rivals)
+    return behind or entry.measure["folder"] == "base"
 
 
 def tries(spec: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, Any]]:

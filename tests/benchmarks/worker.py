@@ -42,7 +42,10 @@ def main(folder: Path, setting: dict[str, Any]) -> None:
     say({"load_seconds": perf_counter() - start})
     for line in sys.stdin:
         order = json.loads(line)
-        say({"rate": does(order["precision"])} if "precision" in order else calls(does, sets, **order))
+        try:
+            say({"rate": does(order["precision"])} if "precision" in order else calls(does, sets, **order))
+        except Exception as error:
+            say({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
 
 
 def calls(predict: contenders.Predict, sets: dict[str, list[str]], *, texts: str, n: int, size: int, **options: Any):
