@@ -93,9 +93,10 @@ def fit_temperatures(
     for name in stages or [stage.name for stage in run.spec.stages]:
         spec = run.spec.stage(name)
         texts = texts_to_fit(run, name, on=on, n_folds=n_folds, seed=seed)
-        logits, codes, groups, fold = texts.logits, texts.codes, texts.groups, texts.fold
-        inverse = _fit_inverse(logits, codes, f"{run.name}: stage '{name}'")
-        derivatives = _derivatives(logits, codes, inverse)
+        logits, rows_of, codes, groups, fold, _ = texts
+        inverse = _fit_inverse(logits, codes, f"{run.name}: stage '{name}'", rows=rows_of)
+        derivatives = _derivatives(logits, codes, inverse, rows=rows_of)
+        options: dict[str, Any] = {"rows": rows_of}
         both = np.stack(derivatives, axis=1)
         draws = resamples(len(codes), groups=groups, n_resamples=n_resamples, seed=seed)
         resampled = _newton_step(inverse, *np.reshape([weights @ both for weights in draws], (-1, 2)).T)
@@ -105,9 +106,9 @@ def fit_temperatures(
             "n_examples": len(codes),
             "n_out_of_scope": texts.n_out_of_scope,
             **interval(1 / inverse, 1 / resampled, level=level)._asdict(),
-            "before": log_losses(logits, codes, spec.temperature, stage=spec).mean(),
-            "after": log_losses(logits, codes, 1 / inverse).mean(),
-            "held_out": log_losses(logits, codes, 1 / without_fold[fold]).mean(),
+            "before": log_losses(logits, codes, spec.temperature, stage=spec, **options).mean(),
+            "after": log_losses(logits, codes, 1 / inverse, **options).mean(),
+            "held_out": log_losses(logits, codes, 1 / without_fold[fold], **options).mean(),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
 
@@ -117,7 +118,10 @@ class TextsToFit(NamedTuple):
 
     Attributes
     ----------
-    logits : ndarray of float32, shape (n, n_labels)
+    all_logits : ndarray of float32, shape (n_examples, n_labels)
+        Those of all examples of the run, not copied.
+    rows : ndarray of int, shape (n,)
+        The places of the texts in it.
     codes : ndarray of int, shape (n,)
         The column of the true label.
     groups : ndarray of int, shape (n,)
@@ -127,11 +131,17 @@ class TextsToFit(NamedTuple):
     n_out_of_scope : int
     """
 
-    logits: np.ndarray
+    all_logits: np.ndarray
+    rows: np.ndarray
     codes: np.ndarray
     groups: np.ndarray
     fold: np.ndarray
     n_out_of_scope: int
+
+    @property
+    def logits(self) -> np.ndarray:
+        """The logits of these texts, a copy: float32, shape (n, n_labels)."""
+        return self.all_logits[self.rows]
 
 
 def texts_to_fit(run: Run, stage: str, *, on: On, n_folds: int, seed: int) -> TextsToFit:
@@ -147,18 +157,18 @@ def texts_to_fit(run: Run, stage: str, *, on: On, n_folds: int, seed: int) -> Te
     groups = np.unique(text_groups(run.examples)[decisions.rows[own]], return_inverse=True)[1]
     fold = np.random.default_rng(seed).permutation(int(groups.max()) + 1)[groups] % n_folds
     n_out_of_scope = int(decisions.out_of_scope[own].sum())
-    logits = decisions.all_logits[decisions.rows[own]]
-    return TextsToFit(logits, codes[own], groups, fold, n_out_of_scope)
+    return TextsToFit(decisions.all_logits, decisions.rows[own], codes[own], groups, fold, n_out_of_scope)
 
 
-def _fit_inverse(logits: np.ndarray, codes: np.ndarray, where: str) -> float:
+def _fit_inverse(logits: np.ndarray, codes: np.ndarray, where: str, *, rows: np.ndarray | None = None) -> float:
     """Return 1 / temperature with the lowest log loss. The log loss is convex in it: the minimum has slope 0.
 
+    `rows` are the texts' places in `logits`, if these are not all.
     Newton's method finds it; where a step leaves the interval that has the minimum, the interval is halved.
     """
 
     def slope_and_curvature(inverse: float) -> tuple[float, float]:
-        slopes, curvatures = _derivatives(logits, codes, inverse)
+        slopes, curvatures = _derivatives(logits, codes, inverse, rows=rows)
         return float(slopes.mean()), float(curvatures.mean())
 
     low, high = _INVERSE_RANGE
@@ -177,12 +187,15 @@ def _fit_inverse(logits: np.ndarray, codes: np.ndarray, where: str) -> float:
         inverse = inverse + step if low < inverse + step < high else (low + high) / 2
 
 
-def _derivatives(logits: np.ndarray, codes: np.ndarray, inverse: float) -> tuple[np.ndarray, ...]:
+def _derivatives(
+    logits: np.ndarray, codes: np.ndarray, inverse: float, *, rows: np.ndarray | None = None
+) -> tuple[np.ndarray, ...]:
     """Return the first and second derivative of each text's log loss with respect to 1 / temperature: shapes (n,)."""
 
-    def of_block(logits: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, ...]:
+    def of_block(rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, ...]:
         # Logits below the highest one: the derivatives depend on differences only.
-        z = logits - logits.max(axis=1, keepdims=True).astype(np.float64)
+        own = logits[rows]
+        z = own - own.max(axis=1, keepdims=True).astype(np.float64)
         p = np.exp(z * inverse)
         p /= p.sum(axis=1, keepdims=True)
         of_truth = z[np.arange(len(codes)), codes]
@@ -190,7 +203,8 @@ def _derivatives(logits: np.ndarray, codes: np.ndarray, inverse: float) -> tuple
         z -= mean[:, None]
         return mean - of_truth, np.einsum("ij,ij,ij->i", p, z, z)
 
-    return by_block(of_block, logits, codes)
+    rows = np.arange(len(codes)) if rows is None else rows
+    return by_block(of_block, rows, codes, n_columns=logits.shape[1])
 
 
 def _newton_step(inverse: float, slopes: np.ndarray, curvatures: np.ndarray) -> np.ndarray:
@@ -204,19 +218,27 @@ def _newton_step(inverse: float, slopes: np.ndarray, curvatures: np.ndarray) -> 
 
 
 def log_losses(
-    logits: np.ndarray, codes: np.ndarray, temperature: float | np.ndarray, *, stage: StageSpec | None = None
+    logits: np.ndarray,
+    codes: np.ndarray,
+    temperature: float | np.ndarray,
+    *,
+    stage: StageSpec | None = None,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the log loss of each text at a temperature, or at one of its own: shape (n,).
 
-    With a stage, its calibrator is applied to the logits first.
+    With a stage, its calibrator is applied to the logits first. `rows` are the texts' places in `logits`, if these are
+    not all.
     """
 
-    def of_block(logits: np.ndarray, codes: np.ndarray, temperature: np.ndarray) -> tuple[np.ndarray]:
-        logits = logits if stage is None else calibrated_logits(stage, logits)
-        below_highest = logits - logits.max(axis=1, keepdims=True).astype(np.float64)
+    def of_block(rows: np.ndarray, codes: np.ndarray, temperature: np.ndarray) -> tuple[np.ndarray]:
+        own = logits[rows] if stage is None else calibrated_logits(stage, logits[rows])
+        below_highest = own - own.max(axis=1, keepdims=True).astype(np.float64)
         with np.errstate(over="ignore"):  # at a very small temperature the log loss of an error is infinite
             below_highest /= temperature[:, None]
         return (np.log(np.exp(below_highest).sum(axis=1)) - below_highest[np.arange(len(codes)), codes],)
 
-    (losses,) = by_block(of_block, logits, codes, np.broadcast_to(temperature, len(codes)))
+    rows = np.arange(len(codes)) if rows is None else rows
+    temperatures = np.broadcast_to(temperature, len(codes))
+    (losses,) = by_block(of_block, rows, codes, temperatures, n_columns=logits.shape[1])
     return losses

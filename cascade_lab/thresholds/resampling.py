@@ -258,9 +258,11 @@ def cross_validate(
     if procedure is None:
         lines = grid.subsample(MAX_LINES) if len(grid.in_scope) > MAX_EXACT and len(grid.stages) <= 2 else None
         procedure = threshold_procedure(run, goal, grid, lines=lines)
-    counts, splits = [], list(folds(grid, n_repeats, n_folds, seed))
+    counts, n_splits = [], 0
     own_counts = 0.0 * goal.count(grid.outcomes[0])
-    for train, test in tqdm(splits, "folds", disable=not progress, leave=False):
+    splits = folds(grid, n_repeats, n_folds, seed)
+    for train, test in tqdm(splits, "folds", total=n_repeats * n_folds, disable=not progress, leave=False):
+        n_splits += 1
         try:
             outcomes = procedure(train).outcomes
         except InfeasibleError:
@@ -279,7 +281,7 @@ def cross_validate(
         result["own"] = [float(goal.value(name, own_counts)) for name in goal.metrics]
     bounds = bounds_of(goal.at_least, goal.at_most)
     result["kept"] = [_fraction_kept(name, goal, bounds, by_fold[:, 1]) for name in goal.metrics]
-    result.attrs |= {"n_folds": len(splits), "n_infeasible": len(splits) - len(counts)}
+    result.attrs |= {"n_folds": n_splits, "n_infeasible": n_splits - len(counts)}
     result.attrs |= {} if lines is None else {"n_lines": MAX_LINES}
     return result
 
