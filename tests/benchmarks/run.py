@@ -245,6 +245,8 @@ def qualify(part: list[tuple], folder: Path, quick: bool, absent: dict[str, str]
     # Contender by contender, so that no more than one's settings are held in memory beside the chosen ones.
     for spec in unique([spec for *_, spec in part]):
         label = f"{spec['contender']} {spec['precision']}"
+        if label in absent:
+            continue
         mine = [row for row in part if row[2] == spec]
         home = folder / mine[0][1]["folder"]
         not_made = home / "absent.json"
