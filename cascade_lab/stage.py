@@ -132,9 +132,10 @@ class Stage:
             self.session = self._new_session()
             network.load(self.session)
             self._n_segments = config["type_vocab_size"]
-            self._uniform, self._ragged = (
-                _callable(self.session, form, self._features) for form in (network.uniform, network.ragged)
-            )
+            forms = {"uniform": network.uniform, "ragged": network.ragged, "small": network.small}
+            self._forms = {
+                name: _callable(self.session, form, self._features) for name, form in forms.items() if form is not None
+            }
         else:
             self._classifier = graph.classifier_graph(config, len(self.spec.labels), **names)
             self.graph = self._classifier.graph
@@ -170,8 +171,8 @@ class Stage:
     def outputs(self, batch: Sequence[Encoding]) -> StageOutput:
         """Score one batch in one run of the session; return logits and features."""
         if self._is_fast:
-            is_uniform, arrays = fast.feed(batch, self._n_segments)
-            logits, *features = (self._uniform if is_uniform else self._ragged)(*arrays)
+            form, arrays = fast.feed(batch, self._n_segments, small="small" in self._forms)
+            logits, *features = self._forms[form](*arrays)
         else:
             fetches = [self._classifier.logits_t, *([self._classifier.features_t] if self._features else [])]
             logits, *features = self.session.run(fetches, graph.feed(self._classifier.inputs, batch))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from time import sleep
 
 import numpy as np
@@ -79,11 +83,11 @@ def run_graph(spec, encodings, *, fused):
     checkpoint = read_checkpoint(spec)
     network = fast.fast_graph(checkpoint.config, checkpoint.weights, fused=fused)
     assert not checkpoint.weights, "every weight is taken out, so that none is in memory twice"
-    is_uniform, arrays = fast.feed(encodings, checkpoint.config["type_vocab_size"])
-    form = network.uniform if is_uniform else network.ragged
+    name, arrays = fast.feed(encodings, checkpoint.config["type_vocab_size"], small=network.small is not None)
+    form = getattr(network, name)
     with tf1.Session(graph=network.graph) as session:
         network.load(session)
-        return session.run(form.logits_t, dict(zip(form.inputs, arrays, strict=True)))
+        return session.run(form.logits_t, dict(zip(form.inputs, arrays, strict=True)))[: len(encodings)]
 
 
 @pytest.mark.parametrize("n", [60, pytest.param(200, marks=pytest.mark.slow)])
@@ -138,11 +142,13 @@ def test_fused_and_portable_nodes_agree_with_float64_even_if_embeddings_hardly_v
 def test_all_dense_layers_run_fused_and_layer_norm_has_the_configs_epsilon(tiny):
     spec = CascadeSpec.read(tiny).last
     with Stage(spec) as stage:
-        for batch in (["pay my bill"] * 3, ["pay", "pay my bill now"]):
-            is_uniform, arrays = fast.feed(stage.encode(batch), 2)
+        forms = (["pay my bill"] * 20, "uniform"), (["pay", "pay my bill now"] * 10, "ragged"), (["pay"], "small")
+        for batch, expected in forms:
+            name, arrays = fast.feed(stage.encode(batch), 2, small=True)
+            assert name == expected
             checkpoint = read_checkpoint(spec)
             network = fast.fast_graph(checkpoint.config, checkpoint.weights)
-            form = network.uniform if is_uniform else network.ragged
+            form = getattr(network, name)
             with tf1.Session(graph=network.graph) as session:
                 network.load(session)
                 options, metadata = tf1.RunOptions(output_partition_graphs=True), tf1.RunMetadata()
@@ -164,6 +170,37 @@ def test_all_dense_layers_run_fused_and_layer_norm_has_the_configs_epsilon(tiny)
             }  # fmt: skip
             epsilons = {node.attr["epsilon"].f for node in nodes if node.op == "_MklLayerNorm"}
             assert epsilons == {np.float32(1e-12)}
+
+
+@FUSED
+def test_small_batches_pack_the_weights_once():
+    """oneDNN's log names every conversion of a layout; the weights of the demo's dense layers are known by their shape."""
+    script = """
+from cascade_lab.spec import CascadeSpec
+from cascade_lab.stage import Stage
+with Stage(CascadeSpec.read("cascade.toml").stages[0]) as stage:
+    for texts in (["pay"], ["pay my bill"], ["pay", "what is my balance"], ["pay my bill now please"] * 7):
+        print("scores", flush=True)
+        stage.logits(stage.encode(texts))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"ONEDNN_VERBOSE": "1"},
+        cwd=Path(__file__).parents[1] / "data",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loading, *scoring = result.stdout.split("scores\n")
+    weights = {"128x128", "384x128", "512x128", "128x512"}
+
+    def packed(log):
+        return [line for line in log.splitlines() if ",exec,cpu,reorder," in line and line.split(",")[-2] in weights]
+
+    assert len(packed(loading)) == 4 + 5 + 1  # two layers and the pooler; the last query is read as it is
+    assert len(scoring) == 4
+    assert all("matmul" in log for log in scoring)
+    assert not any(packed(log) for log in scoring)
 
 
 def test_the_fast_and_the_reference_engine_predict_the_same_on_clinc150(clinc150, clinc150_run):

@@ -7,6 +7,8 @@ Why it is fast:
 - The last layer is computed for `[CLS]` only, since nothing else of it is read.
 - Dense layers never compute padding: the tokens of all texts of a batch are concatenated. Only attention pads the texts
   of a batch to one length, and only where their lengths differ; a mask then hides the padding.
+- A batch of few tokens takes as long as its weights take to arrive from memory. In float32 such a batch has a form of
+  the graph of its own, which reads packed weights: each block of columns is contiguous.
 
 The fused nodes are oneDNN's and exist only for x86 processors under Linux. Elsewhere the same graph is built from
 TensorFlow's portable nodes.
@@ -37,6 +39,8 @@ _ACTIVATIONS: dict[str, tuple[str | None, Callable[[tf.Tensor], tf.Tensor]]] = {
     "tanh": ("Tanh", tf.tanh),
     "linear": (None, tf.identity),
 }
+SMALL_MIN_TOKENS, SMALL_MAX_TOKENS = 8, 64
+"""The smallest and the largest number of rows for which oneDNN's float32 products have one layout of packed weights."""
 _MASKED = -1e9  # added to the attention scores of padding, as bert-tensorflow adds -10000: their weight becomes 0
 
 
@@ -52,7 +56,7 @@ class Endpoints(NamedTuple):
 
 
 class FastGraph(NamedTuple):
-    """One graph with two forms of the network, which share the weights.
+    """One graph with two or three forms of the network, which share the weights.
 
     Attributes
     ----------
@@ -61,6 +65,9 @@ class FastGraph(NamedTuple):
         For a batch whose texts have one length: it needs no padding and no mask.
     ragged : Endpoints
         For any batch.
+    small : Endpoints or None
+        In float32 with fused nodes: for a batch of few tokens. It makes a second, packed copy of the weights when it
+        runs first.
     load : callable
         Takes a session of the graph and sets the weights. Call it once.
     """
@@ -68,6 +75,7 @@ class FastGraph(NamedTuple):
     graph: tf.Graph
     uniform: Endpoints
     ragged: Endpoints
+    small: Endpoints | None
     load: Callable[[tf.compat.v1.Session], None]
 
 
@@ -118,29 +126,40 @@ def fast_graph(
         ragged_inputs = [*uniform_inputs, _integers("slots"), tf1.placeholder(tf.float32, [None, None], name="mask")]
         uniform = Endpoints(uniform_inputs, *network.outputs(*uniform_inputs))
         ragged = Endpoints(ragged_inputs, *network.outputs(*ragged_inputs))
-    return FastGraph(graph, uniform, ragged, network.load)
+        has_small = fused and dtype == tf.float32
+        small = Endpoints(ragged_inputs, *network.outputs(*ragged_inputs, small=True)) if has_small else None
+    return FastGraph(graph, uniform, ragged, small, network.load)
 
 
-def feed(batch: Sequence[Encoding], n_segments: int) -> tuple[bool, list[np.ndarray]]:
+def feed(batch: Sequence[Encoding], n_segments: int, *, small: bool = False) -> tuple[str, list[np.ndarray]]:
     """Return which form of the graph a batch needs, and the arrays for its inputs.
+
+    Parameters
+    ----------
+    batch : sequence of Encoding
+    n_segments : int
+        The config's `type_vocab_size`.
+    small : bool
+        The graph has the form `small`.
 
     Returns
     -------
-    is_uniform : bool
-        All texts of the batch have one length.
+    form : {"uniform", "ragged", "small"}
+        All texts of the batch have one length; any batch; a batch of few tokens.
     arrays : list of ndarray
         `input_ids`, shape (n_tokens,): the tokens of all texts, concatenated.
         `position_rows`, shape (n_tokens,): each token's row in the table of position and segment embeddings.
         `grid`, shape (n, length): for each text and position, the index of that token in `input_ids`.
 
-        For the ragged form also `slots`, shape (n_tokens,): each token's index in the flattened grid; and `mask`,
-        shape (n, length): 0 at a token, a large negative number at padding. In this form n_tokens and n are rounded
-        up, and the logits have as many extra rows.
+        For the other forms also `slots`, shape (n_tokens,): each token's index in the flattened grid; and `mask`,
+        shape (n, length): 0 at a token, a large negative number at padding. In these forms n_tokens and n are
+        rounded up, and the logits have extra rows.
     """
     lengths = np.array([len(encoding.input_ids) for encoding in batch])
     longest, n_tokens = int(lengths.max()), int(lengths.sum())
-    is_uniform = bool((lengths == longest).all())
-    size = n_tokens if is_uniform else round_up(n_tokens)
+    is_small = small and n_tokens <= SMALL_MAX_TOKENS
+    is_uniform = not is_small and bool((lengths == longest).all())
+    size = n_tokens if is_uniform else max(round_up(n_tokens), SMALL_MIN_TOKENS if is_small else 0)
     # The tokens that rounding adds are [PAD] at position 0 and belong to no text.
     input_ids, position_rows = np.zeros((2, size), dtype=np.int32)
     input_ids[:n_tokens] = np.concatenate([encoding.input_ids for encoding in batch])
@@ -149,14 +168,15 @@ def feed(batch: Sequence[Encoding], n_segments: int) -> tuple[bool, list[np.ndar
     segment = position >= np.repeat([encoding.n_first for encoding in batch], lengths)
     position_rows[:n_tokens] = position * n_segments + segment
     if is_uniform:
-        return True, [input_ids, position_rows, np.arange(n_tokens, dtype=np.int32).reshape(len(batch), longest)]
+        return "uniform", [input_ids, position_rows, np.arange(n_tokens, dtype=np.int32).reshape(len(batch), longest)]
     is_token = np.zeros((round_up(len(batch)), longest), dtype=bool)
     is_token[: len(batch)] = np.arange(longest) < lengths[:, None]
     grid = np.zeros(is_token.shape, dtype=np.int32)
     grid[is_token] = np.arange(n_tokens)
     slots = np.zeros(size, dtype=np.int32)
     slots[:n_tokens] = np.flatnonzero(is_token)
-    return False, [input_ids, position_rows, grid, slots, np.where(is_token, 0, _MASKED).astype(np.float32)]
+    mask = np.where(is_token, 0, _MASKED).astype(np.float32)
+    return "small" if is_small else "ragged", [input_ids, position_rows, grid, slots, mask]
 
 
 class _Network:
@@ -171,7 +191,7 @@ class _Network:
         output_weights: str,
         output_bias: str,
     ):
-        self._dtype, self._fused = dtype, fused
+        self._dtype, self._fused, self._small = dtype, fused, False
         self._epsilon = config.get("layer_norm_eps", 1e-12)
         self._activation = config["hidden_act"]
         self._hidden, self._heads = config["hidden_size"], config["num_attention_heads"]
@@ -206,8 +226,11 @@ class _Network:
         grid_t: tf.Tensor,
         slots_t: tf.Tensor | None = None,
         mask_t: tf.Tensor | None = None,
+        *,
+        small: bool = False,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Return the logits, shape (n, n_labels), and the features of a batch in the form that `feed` returns."""
+        self._small = small
         x_t = tf.gather(self._word_embeddings_t, input_ids_t) + tf.gather(self._position_table_t, position_rows_t)
         x_t = tf.cast(self._norm(x_t, *self._norm_t), self._dtype)
         if mask_t is not None:
@@ -215,6 +238,11 @@ class _Network:
         for layer in self._layers[:-1]:
             x_t = self._feed_forward(layer, self._attention(layer, x_t, grid_t, slots_t, mask_t), x_t)
         context_t, first_t = self._attention_of_first(self._layers[-1], x_t, grid_t, mask_t)
+        if small:  # rows of 0 behind those of the texts: packed weights need so many rows
+            context_t, first_t = (
+                tf.concat([rows_t, tf.zeros([SMALL_MIN_TOKENS, self._hidden])], axis=0)
+                for rows_t in (context_t, first_t)
+            )
         x_t = tf.cast(self._feed_forward(self._layers[-1], context_t, first_t), tf.float32)
         pooled_t = self._dense(x_t, *self._pooler_t, activation="tanh")
         return self._dense(pooled_t, *self._head_t), x_t
@@ -254,7 +282,7 @@ class _Network:
         else:
             key_t, value_t = (tf.gather(side_t, grid_t) for side_t in (key_t, value_t))
             mask_t = mask_t[:, 0]
-        query_t = self._dense(first_t, *layer["query"])[:, None, :] * self._head_columns_t
+        query_t = self._dense(first_t, *layer["query"], packed=False)[:, None, :] * self._head_columns_t
         context_t = _attend(query_t, key_t, value_t, mask_t) * self._head_columns_t
         return tf.reduce_sum(context_t, axis=1), first_t
 
@@ -272,8 +300,12 @@ class _Network:
         *,
         activation: str = "linear",
         residual_t: tf.Tensor | None = None,
+        packed: bool = True,
     ) -> tf.Tensor:
-        """Return activation(x · kernel + bias), or x · kernel + bias + residual; one node if nodes are fused."""
+        """Return activation(x · kernel + bias), or x · kernel + bias + residual; one node if nodes are fused.
+
+        `packed` allows packed weights in the form for few tokens: `x` then has at least `SMALL_MIN_TOKENS` rows.
+        """
         name, function = _ACTIVATIONS[activation]
         if not self._fused:
             y_t = tf.nn.bias_add(tf.matmul(x_t, kernel_t), bias_t)
@@ -288,9 +320,9 @@ class _Network:
                 "T": AttrValue(type=x_t.dtype.as_datatype_enum),
                 "num_args": AttrValue(i=len(addends)),
                 "fused_ops": AttrValue(list=AttrValue.ListValue(s=[op.encode() for op in fused])),
-                # bfloat16 tiles need the weights in a packed layout, which is made once. float32 uses the weights
-                # without packing: so they are in memory once, whatever numbers of rows occur.
-                "is_filter_const": AttrValue(b=x_t.dtype == tf.bfloat16),
+                # TensorFlow packs the weights once, for the number of rows that comes first. bfloat16 has one layout for
+                # all numbers of rows. float32 has several: other rows would pack the weights again in every call.
+                "is_filter_const": AttrValue(b=x_t.dtype == tf.bfloat16 or (self._small and packed)),
                 "_kernel": AttrValue(s=b"MklNameChangeOp"),
             },
             name="dense",
