@@ -174,7 +174,7 @@ def test_all_dense_layers_run_fused_and_layer_norm_has_the_configs_epsilon(tiny)
 
 @FUSED
 def test_small_batches_pack_the_weights_once():
-    """oneDNN's log names every conversion of a layout; the weights of the demo's dense layers are known by their shape."""
+    """oneDNN's log names every change of a layout. The demo's dense layers are known by the shape of their weights."""
     script = """
 from cascade_lab.spec import CascadeSpec
 from cascade_lab.stage import Stage

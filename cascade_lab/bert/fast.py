@@ -239,10 +239,8 @@ class _Network:
             x_t = self._feed_forward(layer, self._attention(layer, x_t, grid_t, slots_t, mask_t), x_t)
         context_t, first_t = self._attention_of_first(self._layers[-1], x_t, grid_t, mask_t)
         if small:  # rows of 0 behind those of the texts: packed weights need so many rows
-            context_t, first_t = (
-                tf.concat([rows_t, tf.zeros([SMALL_MIN_TOKENS, self._hidden])], axis=0)
-                for rows_t in (context_t, first_t)
-            )
+            empty_t = tf.zeros([SMALL_MIN_TOKENS, self._hidden])
+            context_t, first_t = (tf.concat([rows_t, empty_t], axis=0) for rows_t in (context_t, first_t))
         x_t = tf.cast(self._feed_forward(self._layers[-1], context_t, first_t), tf.float32)
         pooled_t = self._dense(x_t, *self._pooler_t, activation="tanh")
         return self._dense(pooled_t, *self._head_t), x_t
@@ -320,8 +318,8 @@ class _Network:
                 "T": AttrValue(type=x_t.dtype.as_datatype_enum),
                 "num_args": AttrValue(i=len(addends)),
                 "fused_ops": AttrValue(list=AttrValue.ListValue(s=[op.encode() for op in fused])),
-                # TensorFlow packs the weights once, for the number of rows that comes first. bfloat16 has one layout for
-                # all numbers of rows. float32 has several: other rows would pack the weights again in every call.
+                # TensorFlow packs the weights once, for the number of rows that comes first. bfloat16 has one layout.
+                # float32 has several: with other rows, every call would pack the weights again.
                 "is_filter_const": AttrValue(b=x_t.dtype == tf.bfloat16 or (self._small and packed)),
                 "_kernel": AttrValue(s=b"MklNameChangeOp"),
             },
