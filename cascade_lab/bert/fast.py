@@ -41,6 +41,7 @@ _ACTIVATIONS: dict[str, tuple[str | None, Callable[[tf.Tensor], tf.Tensor]]] = {
 }
 SMALL_MIN_TOKENS, SMALL_MAX_TOKENS = 8, 64
 """The smallest and the largest number of rows for which oneDNN's float32 products have one layout of packed weights."""
+LOAD_BYTES = 32 * 2**20  # of the weights that one run of the session sets
 _MASKED = -1e9  # added to the attention scores of padding, as bert-tensorflow adds -10000: their weight becomes 0
 
 
@@ -214,10 +215,18 @@ class _Network:
         self._head_columns_t = tf.constant(head_columns.astype(dtype.as_numpy_dtype))
 
     def load(self, session: tf.compat.v1.Session) -> None:
-        """Set the variables in `session`. Each weight is freed here as soon as the session has it."""
+        """Set the variables in `session`, some at a time. Each weight is freed here as soon as the session has it.
+
+        TensorFlow prepares each new set of operations that it runs, which takes 8 ms for one weight or for many.
+        """
         while self._unassigned:
-            value_t, assign, value = self._unassigned.pop()
-            session.run(assign, {value_t: value})
+            assigns, values, n_bytes = [], {}, 0
+            while self._unassigned and n_bytes < LOAD_BYTES:
+                value_t, assign, value = self._unassigned.pop()
+                assigns.append(assign)
+                values[value_t] = value
+                n_bytes += value.nbytes
+            session.run(assigns, values)
 
     def outputs(
         self,
