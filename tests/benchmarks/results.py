@@ -53,7 +53,7 @@ def tables(reports: list[dict[str, Any]]) -> list[str]:
         *map(heading, reports),
         joined("texts a second", ["all at once", "calls of 128", "one text, ms", "changed"], reports, summary),
         NOTE,
-        joined("aim", ["at least", "measured", ""], reports, aims),
+        joined("aim", ["at least", "measured", "verdict"], reports, aims),
         *(
             joined(
                 measure,
