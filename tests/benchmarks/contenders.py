@@ -114,8 +114,8 @@ def pytorch(folder: Path, *, precision: str, callers: int, threads: int, backend
                 return model(torch.from_numpy(input_ids), attention_mask=mask_t).logits.float().numpy()
 
         if backend is not None:
-            for n in (2, 1):  # compiled at the first call, for several texts and for one
-                run(*np.ones((2, n, 16), dtype=np.int64))
+            for n, length in ((2, 16), (1, 16), (9, 9), (1, 9)):  # compiled at the first call of each kind
+                run(*np.ones((2, n, length), dtype=np.int64))
         return run
 
     return _cascade(folder, forward, callers)
