@@ -22,6 +22,7 @@ from cascade_lab.bert.checkpoint import (
     read_checkpoint,
     stage_files,
 )
+from cascade_lab.bert.fast_inputs import feed
 from cascade_lab.bert.quiet_tensorflow import CallableOptions, tf
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
 from cascade_lab.exceptions import CheckpointError
@@ -171,7 +172,7 @@ class Stage:
     def outputs(self, batch: Sequence[Encoding]) -> StageOutput:
         """Score one batch in one run of the session; return logits and features."""
         if self._is_fast:
-            form, arrays = fast.feed(batch, self._n_segments, small="small" in self._forms)
+            form, arrays = feed(batch, self._n_segments, small="small" in self._forms)
             logits, *features = self._forms[form](*arrays)
         else:
             fetches = [self._classifier.logits_t, *([self._classifier.features_t] if self._features else [])]

@@ -24,6 +24,7 @@ from cascade_lab import Cascade, CascadeSpec, EvalSet, Stage
 from cascade_lab.bert import fast
 from cascade_lab.bert.batching import MANY_BATCHES, MAX_TOKENS, make_batches, round_up
 from cascade_lab.bert.checkpoint import read_checkpoint
+from cascade_lab.bert.fast_inputs import feed
 from cascade_lab.cli import app
 from cascade_lab.decisions import decide, route
 from cascade_lab.exceptions import CheckpointError, SpecError
@@ -83,7 +84,7 @@ def run_graph(spec, encodings, *, fused):
     checkpoint = read_checkpoint(spec)
     network = fast.fast_graph(checkpoint.config, checkpoint.weights, fused=fused)
     assert not checkpoint.weights, "every weight is taken out, so that none is in memory twice"
-    name, arrays = fast.feed(encodings, checkpoint.config["type_vocab_size"], small=network.small is not None)
+    name, arrays = feed(encodings, checkpoint.config["type_vocab_size"], small=network.small is not None)
     form = getattr(network, name)
     with tf1.Session(graph=network.graph) as session:
         network.load(session)
@@ -144,7 +145,7 @@ def test_all_dense_layers_run_fused_and_layer_norm_has_the_configs_epsilon(tiny)
     with Stage(spec) as stage:
         forms = (["pay my bill"] * 20, "uniform"), (["pay", "pay my bill now"] * 10, "ragged"), (["pay"], "small")
         for batch, expected in forms:
-            name, arrays = fast.feed(stage.encode(batch), 2, small=True)
+            name, arrays = feed(stage.encode(batch), 2, small=True)
             assert name == expected
             checkpoint = read_checkpoint(spec)
             network = fast.fast_graph(checkpoint.config, checkpoint.weights)
