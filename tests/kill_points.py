@@ -187,6 +187,7 @@ def tensorflow_commands(folder: Path) -> dict[str, Command]:
     study = ("--data", folder, "--init", folder / "init")
     run, rejector = ("run", cascade, evalset), ("fit-rejector", folder / "kept", "--evidence")
     distance = ("gate,mahalanobis", "--train-run", folder / "kept")
+    measured = ("verify-precision", cascade, evalset, "--calibrate")
     return {
         "run": Command((*run, "--keep-features"), (*run, "--limit", 5), ("out",)),
         "fit-rejector-distance": Command((*rejector, *distance), (*rejector, "gate"), ("out.toml", "out-*.npz")),
@@ -197,6 +198,7 @@ def tensorflow_commands(folder: Path) -> dict[str, Command]:
         "init": Command(drafted, (*drafted, "--intent-labels", "1,0,2,3"), ("out.toml", "out-*")),
         "finetune": Command((*training, "--seed", 1), (*training, "--seed", 2), ("out",)),
         "attribute": Command((*attributed, 4), (*attributed, 5), ("out.html",)),
+        "verify-precision": Command(measured, (*measured, "--limit", 5), ("out.toml",)),
         "study": Command(
             ("study", folder / "new.toml", *study), ("study", folder / "old.toml", *study), ("out",), False
         ),
@@ -505,7 +507,7 @@ COMMANDS = {
     },
     "tensorflow_commands": {
         "run", "latency", "export-saved-model", "export-hf", "import-hf", "init", "finetune", "attribute", "study",
-        "fit-rejector-distance",
+        "fit-rejector-distance", "verify-precision",
     },
 }  # fmt: skip
 
