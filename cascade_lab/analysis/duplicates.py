@@ -185,7 +185,7 @@ def _labels_conflict(labels: np.ndarray, other_labels: np.ndarray) -> np.ndarray
 class _Copies(NamedTuple):
     """The rows of the texts of a set by the number of their text: those of number `c` are `rows[starts[c]:ends[c]]`.
 
-    Of each number and label there are at most so many as can be duplicates of one text.
+    Of each number and label there are no more rows than one text can have duplicates.
     """
 
     rows: np.ndarray

@@ -195,7 +195,7 @@ class _Network:
         for layer in self._layers[:-1]:
             x_t = self._feed_forward(layer, self._attention(layer, x_t, grid_t, slots_t, mask_t), x_t)
         context_t, first_t = self._attention_of_first(self._layers[-1], x_t, grid_t, mask_t)
-        if small:  # rows of 0 behind those of the texts: packed weights need so many rows
+        if small:  # rows of 0 after those of the texts: packed weights need `SMALL_MIN_TOKENS` rows
             empty_t = tf.zeros([SMALL_MIN_TOKENS, self._hidden])
             context_t, first_t = (tf.concat([rows_t, empty_t], axis=0) for rows_t in (context_t, first_t))
         x_t = tf.cast(self._feed_forward(self._layers[-1], context_t, first_t), tf.float32)

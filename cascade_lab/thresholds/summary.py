@@ -56,7 +56,7 @@ def notes(tuning: Tuning) -> list[str]:
     result += _how_often_kept(tuning)
     if attrs.get("n_lines"):
         result.append(
-            f"With so many texts, cross-validation tried about {attrs['n_lines']} thresholds per stage, not every one."
+            f"To save time, cross-validation tried about {attrs['n_lines']} thresholds per stage, not every one."
         )
     if stages := fitted_on_itself(tuning.run):
         result.append(
