@@ -154,6 +154,10 @@ class _Protocol(HttpToolsProtocol):
 
     `_timer` runs while a request is received: `seconds` for its headers, and three times that for its body, so that
     the application can answer before. It also runs while the client does not read its answer.
+
+    A client that sends a request before it has the answer to the one before (HTTP pipelining) gets that answer, and
+    then the connection ends: it may send the others again (RFC 9112, section 9.3.2). Otherwise it would always have a
+    text in progress, for which the texts of other clients wait.
     """
 
     def __init__(self, *args: Any, seconds: float, max_bytes: int, **options: Any):
@@ -162,6 +166,7 @@ class _Protocol(HttpToolsProtocol):
         self._timer: TimerHandle | None = None
         self._write_timer: TimerHandle | None = None
         self._in_headers, self._n_begun, self._n_bytes = True, 0, 0
+        self._is_pipelined = False
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -177,6 +182,8 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_pipelined:  # it is read all the same: the answer could be lost if the connection ended before
+            return
         n_begun = self._n_begun
         super().data_received(data)
         if self.transport.is_closing():
@@ -195,6 +202,9 @@ class _Protocol(HttpToolsProtocol):
             )
 
     def on_message_begin(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._is_pipelined, self.cycle.keep_alive = True, False
+            raise ValueError("the answer to the request before is not sent")  # ends the parser
         super().on_message_begin()
         self._in_headers, self._n_bytes = True, 0
         self._n_begun += 1
@@ -233,6 +243,8 @@ class _Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, and close the connection."""
+        if self._is_pipelined:
+            return
         response = Problem(400, msg, headers={"Connection": "close"}).response()
         headers = [b"%s: %s\r\n" % header for header in response.raw_headers]
         self.transport.write(b"".join([b"HTTP/1.1 400 Bad Request\r\n", *headers, b"\r\n", response.body]))
