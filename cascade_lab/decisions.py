@@ -102,8 +102,9 @@ class StageDecision(NamedTuple):
         threshold = _thresholds(stage, self.label_above)
         if stage.role != "final":
             return self._replace(threshold=threshold)
-        reject_label = np.full(len(self.label_above), stage.reject_label, dtype=object)
-        below = self.label_above if stage.reject_label is None else reject_label
+        below = self.label_above
+        if stage.reject_label is not None:
+            below = repeated(stage.reject_label, len(below))
         return self._replace(threshold=threshold, label_below=below)
 
 
@@ -245,13 +246,18 @@ def decide(stage: StageSpec, logits: np.ndarray, *, confidence: np.ndarray | Non
     n = len(scored)
     if stage.is_gate:
         confidence = passes
-        label_above, label_below = np.full(n, stage.pass_label, dtype=object), labels[best]
+        label_above, label_below = repeated(stage.pass_label, n), labels[best]
     else:
         confidence = probability if confidence is None else confidence
         scored = scored & ~np.isnan(confidence)
         label_above = label_below = labels[best]
     decision = StageDecision(scored, confidence, np.zeros(n), label_above, label_below, probability, role=stage.role)
     return decision.with_threshold(stage)
+
+
+def repeated(label: str | None, n: int) -> np.ndarray:
+    """Return one label `n` times: object, shape (n,). `np.full` would make `n` copies of the text."""
+    return np.repeat(np.array([label], dtype=object), n)
 
 
 def _thresholds(stage: StageSpec, label_above: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.examples import with_texts
 from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.outcomes import OUTCOMES, outcome_codes
@@ -124,7 +123,7 @@ class Explorer(widgets.VBox):
         self._moving = False
         buttons = widgets.HBox([self.reset_button, self.path_box, self.write_button])
         self._own_predictions = self._replay(own)
-        self._own_outcomes, self._groups = self._codes(self._own_predictions), text_groups(self.run.examples)
+        self._own_outcomes, self._groups = self._codes(self._own_predictions), self.run.text_groups
         super().__init__([*rows, buttons, self.status, self._shown, self._change_row, self._listed])
         self._show()
 

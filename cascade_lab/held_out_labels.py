@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.analysis.duplicates import n_different, text_groups
 from cascade_lab.analysis.open_set import open_set_metrics
 from cascade_lab.atomic import locked_file, write_json
 from cascade_lab.bert.finetune import Flags, Init
@@ -312,7 +312,7 @@ def _check_texts(
 ) -> None:
     """Raise SpecError for what would fail only after a training."""
     is_out_of_scope = np.array(splits["val"].column("label")) == out_of_scope
-    n_out_of_scope = len(np.unique(text_groups(splits["val"].examples)[is_out_of_scope]))
+    n_out_of_scope = n_different(text_groups(splits["val"].examples)[is_out_of_scope])
     several = next((rule for rule in rules if len(set(rule)) > 1), None)
     if several is not None and n_out_of_scope < 2 * N_FOLDS:
         raise SpecError(

@@ -122,6 +122,8 @@ class Run:
         The content of `metrics.json`: metrics per stage and end to end, on the labelled examples.
     labelled : Run
         The same run with the labelled examples only.
+    text_groups : ndarray of int, shape (n_examples,)
+        The same number for equal texts.
     has_features : bool
         Whether the run kept the features of its stages.
 
@@ -156,6 +158,7 @@ class Run:
         self._features = dict(features or {})
         self._evidence = evidence or {}
         self._decisions: dict[str, StageDecision] = {}
+        self._targets: dict[str, np.ndarray] = {}
 
     @classmethod
     def read(cls, directory: str | Path) -> Run:
@@ -315,6 +318,13 @@ class Run:
         return _value(self._given["timings"])
 
     @cached_property
+    def text_groups(self) -> np.ndarray:
+        """A number for each example, the same for equal texts: int, shape (n,); see `duplicates.text_groups`."""
+        from cascade_lab.analysis.duplicates import text_groups  # analysis computes on runs: not at import time
+
+        return text_groups(self.examples)
+
+    @cached_property
     def metrics(self) -> dict[str, Any]:
         """The content of `metrics.json`: metrics per stage and end to end, on the labelled examples."""
         from cascade_lab.analysis.metrics import summarize  # analysis computes on runs: not at import time
@@ -410,8 +420,10 @@ class Run:
 
     def targets(self, stage: str) -> np.ndarray:
         """Return what `stage` should decide about each example: shape (n,), see `decisions.stage_targets`."""
-        explicit = self.examples.get(f"{stage}_label")
-        return stage_targets(self.spec, stage, self.examples["label"], explicit=explicit)
+        if stage not in self._targets:
+            explicit = self.examples.get(f"{stage}_label")
+            self._targets[stage] = stage_targets(self.spec, stage, self.examples["label"], explicit=explicit)
+        return self._targets[stage]
 
     def replay(self, thresholds: Mapping[str, float] | None = None) -> pd.DataFrame:
         """Return what the cascade would answer at other thresholds, from the kept logits.
@@ -574,15 +586,17 @@ class Run:
         if self.directory is None:
             return
         read = Run.read(self.directory)
-        for stage in read.spec.stages:
-            read.scores(stage.name)
-        known = {stage_table("scores", stage.name, read.manifest["contents"]) for stage in read.spec.stages}
-        for name in ("examples", "predictions", "timings"):
-            getattr(read, name)
-            known.add(f"{name}.parquet")
-        for name, digest in read.manifest["contents"].items():
+        directory, digests, spec = self.directory, read.manifest["contents"], read.spec
+        examples = read_examples(directory, digests, spec)
+        for stage in spec.stages:  # nothing keeps the tables, so that one at a time is in memory
+            read_scores(directory, stage.name, digests, spec, examples)
+        read_predictions(directory, digests, spec, examples)
+        read_timings(directory, digests, spec, len(examples))
+        known = {"examples.parquet", "predictions.parquet", "timings.parquet"}
+        known |= {stage_table("scores", stage.name, digests) for stage in spec.stages}
+        for name, digest in digests.items():
             if name not in known:
-                check_digest(self.directory, name, digest)
+                check_digest(directory, name, digest)
 
 
 def _before_threshold(spec: CascadeSpec, name: str) -> tuple[Any, ...]:

@@ -148,6 +148,8 @@ def read_table(directory: Path, name: str, digest: str | None, spec: CascadeSpec
         except DAMAGE as error:
             reason = shorten(str(error).partition("\n")[0], 200)
             raise RunError(f"{path}: cannot be read ({reason}); {WAY_OUT}") from error
+        finally:
+            pa.default_memory_pool().release_unused()  # of a million rows, some 150 MB
 
 
 def check_digest(directory: Path, name: str, digest: str) -> None:

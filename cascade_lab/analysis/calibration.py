@@ -34,7 +34,6 @@ from cascade_lab.analysis.bootstrap import (
     interval,
     resample_blocks,
 )
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.metrics import On, in_scope_predictions, labelled_decisions
 from cascade_lab.by_block import by_block
 from cascade_lab.calibrator import calibrated_logits
@@ -97,7 +96,7 @@ def confidences(
     if not allow_fitted_set:
         check_unfitted(run, stage)
     run = run.labelled
-    groups = text_groups(run.examples)
+    groups = run.text_groups
     if stage is None:
         best = in_scope_predictions(run, on=on)
         table = yes_no_confidences(best.correct, best.p_gates * best.p_class)

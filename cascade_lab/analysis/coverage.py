@@ -25,7 +25,6 @@ from cascade_lab.analysis.bootstrap import (
     score_interval,
     wilson_of_variance,
 )
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.metrics import in_scope_predictions
 from cascade_lab.analysis.outcomes import outcome_codes
@@ -89,7 +88,7 @@ def risk_coverage(
         As for `correct_and_confidence`.
     """
     correct, values = correct_and_confidence(run, confidence)
-    groups = text_groups(run.labelled.examples)
+    groups = run.labelled.text_groups
     return risk_coverage_curve(correct, values, groups=groups, level=level, n_resamples=n_resamples, seed=seed)
 
 
@@ -186,7 +185,7 @@ def coverage_metrics(
     RunError
         As for `correct_and_confidence`.
     """
-    tables, groups = {}, text_groups(run.labelled.examples)
+    tables, groups = {}, run.labelled.text_groups
     for name in which or (CONFIDENCES if any(stage.is_gate for stage in run.spec.stages) else ("last",)):
         correct, values = correct_and_confidence(run, name)
         tables[name] = risk_coverage_areas(correct, values, groups=groups, level=level)
@@ -292,7 +291,7 @@ def operating_point(run: Run, *, level: float = 0.95) -> dict[str, Interval]:
     """Return the `coverage` and the `risk` of the cascade at its own thresholds, with Wilson's intervals."""
     run = run.labelled
     outcome = outcome_codes(run.spec, run.predictions["label"], run.predictions["predicted"])
-    return outcome_intervals(outcome, ("coverage", "risk"), groups=text_groups(run.examples), level=level)
+    return outcome_intervals(outcome, ("coverage", "risk"), groups=run.text_groups, level=level)
 
 
 class _Ranked(NamedTuple):

@@ -108,17 +108,26 @@ def text_groups(examples: pd.DataFrame) -> np.ndarray:
     return pd.factorize(np.array(keys, dtype=object))[0].astype(np.int64)
 
 
+def n_different(groups: np.ndarray) -> int:
+    """Return how many numbers of `text_groups` occur: the number of different texts.
+
+    >>> n_different(np.array([0, 3, 0]))
+    2
+    """
+    return int(np.count_nonzero(np.bincount(groups)))  # of a million numbers, np.unique takes a second
+
+
 def repeats_sentences(groups: np.ndarray) -> list[str]:
     """Return one sentence about texts that repeat, or none where all texts are distinct.
 
     >>> repeats_sentences(np.array([0, 1, 0, 2]))
     ['1 of 4 texts repeats an earlier one; the intervals count each of the 3 different texts as one observation.']
     """
-    n, n_different = len(groups), len(np.unique(groups))
-    if n == n_different:
+    n, n_texts = len(groups), n_different(groups)
+    if n == n_texts:
         return []
-    repeats = f"{n - n_different:,} of {n:,} texts {'repeats' if n - n_different == 1 else 'repeat'} an earlier one"
-    return [f"{repeats}; the intervals count each of the {n_different:,} different texts as one observation."]
+    repeats = f"{n - n_texts:,} of {n:,} texts {'repeats' if n - n_texts == 1 else 'repeat'} an earlier one"
+    return [f"{repeats}; the intervals count each of the {n_texts:,} different texts as one observation."]
 
 
 def normalized(text: str) -> str:
@@ -243,7 +252,7 @@ def _near_pairs(
         analyzer="char", ngram_range=(N_GRAM, N_GRAM), lowercase=False, sublinear_tf=True, dtype=np.float32
     )
     vectors = vectorizer.fit_transform(f" {text} " for text in distinct)
-    own, others = (np.unique(texts.codes) for texts in (first, second))
+    own, others = (np.flatnonzero(np.bincount(texts.codes)) for texts in (first, second))
     of_own = vectors[own]
     of_others = of_own if first is second else vectors[others]
     copies = _Copies.of(first, len(distinct)), _Copies.of(second, len(distinct), max_duplicates)

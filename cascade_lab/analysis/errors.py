@@ -14,7 +14,6 @@ import pandas as pd
 
 from cascade_lab.analysis.bootstrap import fraction_interval
 from cascade_lab.analysis.classification import confusion_matrix_frame
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.examples import Thresholds, with_texts
 from cascade_lab.analysis.outcomes import (
     FALSE_ACCEPT,
@@ -219,7 +218,7 @@ def oracle_ladder(run: Run, *, thresholds: Thresholds = None, level: float = 0.9
         rungs["perfect gates"] = gates
     if len(spec.stages) > 1:
         rungs["all perfect"] = list(decisions)
-    groups = text_groups(run.examples)
+    groups = run.text_groups
     in_scope, everything = pd.Index(y_true).isin(spec.in_scope_labels), np.ones(len(y_true), dtype=bool)
     right_now = y_true == run.predictions["predicted"].to_numpy(dtype=object)
     rows = []

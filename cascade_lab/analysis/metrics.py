@@ -22,7 +22,7 @@ from cascade_lab.analysis.classification import (
     matrix_label_metrics,
     too_few_texts,
 )
-from cascade_lab.analysis.duplicates import repeats_sentences, text_groups
+from cascade_lab.analysis.duplicates import repeats_sentences
 from cascade_lab.analysis.intervals import outcome_intervals, prediction_intervals
 from cascade_lab.analysis.outcomes import Scope, outcome_codes
 from cascade_lab.analysis.ranking import ranking_intervals, ranking_metrics
@@ -416,7 +416,7 @@ def metric_intervals(
 
 def _labels_and_groups(run: Run, stage: str | None, on: On) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the true labels, the predicted labels and the groups of equal texts that `confusion` counts."""
-    groups = text_groups(run.examples)
+    groups = run.text_groups
     if stage is None:
         y_true, y_pred = (run.predictions[column].to_numpy(dtype=object) for column in ("label", "predicted"))
         return y_true, y_pred, groups

@@ -10,7 +10,6 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from cascade_lab.analysis.bootstrap import UNDEFINED, Interval, wilson
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.outcomes import FRACTIONS, OUT_OF_SCOPE, OUTCOMES, is_outcome, outcome_codes
 from cascade_lab.label_files import WEIGHT
 
@@ -94,7 +93,7 @@ def sampled_metrics(run: Run, *, level: float = 0.95) -> pd.DataFrame:
     run = run.labelled
     weights = run.examples[WEIGHT].to_numpy(np.float64) if WEIGHT in run.examples else np.ones(len(run.examples))
     codes = outcome_codes(run.spec, run.predictions["label"], run.predictions["predicted"])
-    groups = text_groups(run.examples)
+    groups = run.text_groups
     kinds = {name: FRACTIONS[name] for name in _METRICS} | {"out_of_scope": (OUT_OF_SCOPE, OUTCOMES)}
     rows = {}
     for name, (part, whole) in kinds.items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cascade_lab.analysis.deferral import HARMFUL, NEEDLESS, RIGHT_ANSWER, USEFUL, VAIN, deferrals
-from cascade_lab.analysis.duplicates import repeats_sentences, text_groups
+from cascade_lab.analysis.duplicates import repeats_sentences
 from cascade_lab.analysis.errors import (
     RECOVERABLE,
     RECOVERABLE_ANSWER,
@@ -67,7 +67,7 @@ def run_summary(run: Run) -> Summary:
         sentences.append(f"Of the texts in scope, it answers {in_scope} correctly.")
     if intervals["value"].notna()["reject_recall"]:
         sentences.append(f"Of the texts out of scope, it rejects {rejected} with the right label.")
-    sentences += repeats_sentences(text_groups(run.labelled.examples))
+    sentences += repeats_sentences(run.labelled.text_groups)
     if len(run.spec.stages) > 1:
         sentences.append(f"{percent(stage_metrics(run, last)['reach'])} of the texts reach the last stage, {last}.")
     sentences += latency_summary(run)
@@ -105,7 +105,7 @@ def error_summary(run: Run, *, thresholds: Thresholds = None) -> Summary:
     errors, n = blame(run), len(run.examples)
     if errors.empty:
         return Summary([f"All {n:,} texts are answered correctly."])
-    repeats = repeats_sentences(text_groups(run.examples))
+    repeats = repeats_sentences(run.text_groups)
     by_stage = errors["fault"].value_counts().reindex([stage.name for stage in run.spec.stages], fill_value=0)
     sentences = [f"{len(errors):,} of {n:,} texts ({percent(len(errors) / n)}) are answered wrongly."]
     sentences += [

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.bootstrap import N_RESAMPLES, interval, resamples
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.metrics import On, labelled_decisions
 from cascade_lab.by_block import by_block
 from cascade_lab.calibrator import calibrated_logits
@@ -154,7 +153,7 @@ def texts_to_fit(run: Run, stage: str, *, on: On, n_folds: int, seed: int) -> Te
             f"{run.name}: {own.sum()} texts have a target at stage '{stage}', and fitting takes at least {n_folds}; "
             "use a run with more texts"
         )
-    groups = np.unique(text_groups(run.examples)[decisions.rows[own]], return_inverse=True)[1]
+    groups = np.unique(run.text_groups[decisions.rows[own]], return_inverse=True)[1]
     fold = np.random.default_rng(seed).permutation(int(groups.max()) + 1)[groups] % n_folds
     n_out_of_scope = int(decisions.out_of_scope[own].sum())
     return TextsToFit(decisions.all_logits, decisions.rows[own], codes[own], groups, fold, n_out_of_scope)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cascade_lab.analysis.costs import CostMatrix, Costs, run_codes
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.metrics import metric_intervals
 from cascade_lab.analysis.outcomes import FRACTIONS, METRICS
@@ -92,7 +91,7 @@ def tuning_origin(run: Run) -> TuningOrigin:
         labelled = run.labelled
         outcome = run_codes(labelled, costs)
         names = METRICS if costs else tuple(FRACTIONS)
-        groups = text_groups(labelled.examples)
+        groups = labelled.text_groups
         metrics = outcome_intervals(outcome, names, groups=groups, costs=costs, prevalence=prevalence)
         here = pd.DataFrame(metrics, index=["value", "low", "high"]).T
     else:

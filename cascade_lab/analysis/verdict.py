@@ -13,7 +13,6 @@ import pandas as pd
 
 from cascade_lab.analysis.advice import STAGE_ADVICE, Suggestion, rejector_suggestion, step_name, threshold_suggestion
 from cascade_lab.analysis.bootstrap import Interval, fraction_interval
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.errors import RECOVERABLE, UNRECOVERABLE, blame, oracle_ladder
 from cascade_lab.analysis.latency import is_timed, stage_latencies
 from cascade_lab.analysis.metrics import confused_pairs, metric_intervals
@@ -185,7 +184,7 @@ def _accuracy_sentences(accuracy: pd.Series, n: int) -> list[str]:
 
 def _metrics_without_labels(run: Run) -> pd.DataFrame:
     """Return the fractions of texts that are rejected, and that reach the last stage, with intervals."""
-    everything, groups = np.ones(len(run.examples), dtype=bool), text_groups(run.examples)
+    everything, groups = np.ones(len(run.examples), dtype=bool), run.text_groups
     last = run.scores(run.spec.last.name)
     hits = {"rejected": run.predictions["predicted"].isin(run.spec.reject_labels).to_numpy()}
     hits |= {"reach": last.scored & ~last.shadow} if len(run.spec.stages) > 1 else {}
@@ -207,7 +206,7 @@ def _faults(run: Run, errors: pd.DataFrame) -> pd.DataFrame:
 
 
 def _error_groups(run: Run, errors: pd.DataFrame) -> np.ndarray:
-    groups = pd.Series(text_groups(run.examples), index=run.examples["example_id"])
+    groups = pd.Series(run.text_groups, index=run.examples["example_id"])
     return groups[errors["example_id"]].to_numpy()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.bootstrap import mean_difference_interval
-from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.analysis.duplicates import n_different
 from cascade_lab.analysis.sentences import Summary
 from cascade_lab.decisions import require_scored, route
 from cascade_lab.evidence import SCORES
@@ -140,7 +140,7 @@ def compare_deferral_rules(
     run = run.labelled
     own = _deferral_stage(run, stage)
     rows, own_right, later_right = _both_answers(run, own)
-    keep, groups = own_right >= later_right, text_groups(run.examples)[rows]
+    keep, groups = own_right >= later_right, run.text_groups[rows]
     _check_both(run, own, keep, groups)
     following = [s.name for s in run.spec.stages][[s.name for s in run.spec.stages].index(own) + 1]
     names = [f"{own}.{_checked(run, score)}" for score in evidence]
@@ -189,7 +189,7 @@ def learned_targets(run: Run, stage: str) -> tuple[np.ndarray, np.ndarray]:
     """
     rows, own_right, later_right = _both_answers(run, stage)
     keep = own_right >= later_right
-    _check_both(run, stage, keep, text_groups(run.examples)[rows])
+    _check_both(run, stage, keep, run.text_groups[rows])
     return rows, keep
 
 
@@ -226,8 +226,8 @@ def _deferral_stage(run: Run, stage: str | None) -> str:
 
 
 def _check_both(run: Run, stage: str, keep: np.ndarray, groups: np.ndarray) -> None:
-    n_better = len(np.unique(groups[~keep]))
-    if min(n_better, len(np.unique(groups[keep]))) < MIN_TEXTS:
+    n_better = n_different(groups[~keep])
+    if min(n_better, n_different(groups[keep])) < MIN_TEXTS:
         raise RunError(
             f"{run.name}: of the texts that reach {stage}, the later stages are right and it is wrong on {n_better:,}; "
             f"a rule needs at least {MIN_TEXTS} such texts, and {MIN_TEXTS} others"

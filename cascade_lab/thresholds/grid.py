@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.costs import CostMatrix, Costs, count_by_place, with_costs
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.outcomes import outcome_codes
 from cascade_lab.decisions import RoutingResult, StageDecision, require_scored, route
 from cascade_lab.exceptions import RunError
@@ -161,7 +160,7 @@ class ThresholdGrid:
             predicted=np.array([case.predicted for case in routes]),
             y_true=y_true,
             in_scope=np.asarray(pd.Index(y_true).isin(spec.in_scope_labels)),
-            groups=text_groups(run.examples),
+            groups=run.text_groups,
             is_held=None if later and stages[0] == first.name else ~goes_on,
             defers=tuple(spec.stage(stage).is_deferral for stage in stages),
         )

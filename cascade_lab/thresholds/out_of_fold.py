@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.rejector import Rejector, logit_evidence, score_of
 from cascade_lab.thresholds.deferral_rules import learned_targets
 from cascade_lab.thresholds.rejector import is_in_scope, out_of_fold_confidence
@@ -41,7 +40,7 @@ def out_of_fold_run(run: Run, *, seed: int = 0) -> Run:
         No shadow scores, or at a deferral stage too few texts of a kind.
     """
     run, stages = run.labelled, fitted_on_itself(run)
-    groups, fitted = text_groups(run.examples), run
+    groups, fitted = run.text_groups, run
     for stage in run.spec.stages:
         if stage.name not in stages or stage.rejector is None:
             continue

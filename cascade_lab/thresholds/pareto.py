@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.analysis.bootstrap import fraction_interval
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.latency import stage_latencies
 from cascade_lab.analysis.sentences import Summary
 from cascade_lab.exceptions import GoalError, RunError
@@ -161,7 +160,7 @@ def _at(run: Run, ms: Mapping[str, float], level: float) -> dict[str, float]:
     right = (run.predictions["predicted"] == run.predictions["label"]).to_numpy()
     reached = {stage.name: run.scores(stage.name) for stage in run.spec.stages}
     mean_ms = sum(ms[name] * float((scores.scored & ~scores.shadow).mean()) for name, scores in reached.items())
-    return {"mean_ms": float(mean_ms), **_accuracy(right, text_groups(run.examples), level)}
+    return {"mean_ms": float(mean_ms), **_accuracy(right, run.text_groups, level)}
 
 
 def _accuracy(right: np.ndarray, groups: np.ndarray, level: float) -> dict[str, float]:

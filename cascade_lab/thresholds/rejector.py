@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from cascade_lab.analysis.duplicates import text_groups
+from cascade_lab.analysis.duplicates import n_different
 from cascade_lab.atomic import write_file
 from cascade_lab.decisions import RoutingResult, missing_scores_error, route
 from cascade_lab.evidence import SCORES, fit_arrays
@@ -122,7 +122,7 @@ def fit_rejector(
     values = evidence_table(run, names, arrays)
     in_scope = is_in_scope(run)
     weights, bias = fit_logistic(values.to_numpy(), in_scope)
-    confidence = out_of_fold_confidence(values.to_numpy(), in_scope, text_groups(run.examples), seed)
+    confidence = out_of_fold_confidence(values.to_numpy(), in_scope, run.text_groups, seed)
     counts = {"n_in_scope": int(in_scope.sum()), "n_out_of_scope": int((~in_scope).sum())}
     fitted_on = origin_of(run, train_run if arrays else None) | counts
     rejector = Rejector(tuple(names), tuple(map(float, weights)), float(bias), fitted_on=fitted_on)
@@ -211,9 +211,9 @@ def prepared_run(run: Run) -> Run:
         missing = ~run.scores(stage.name).scored
         if missing.any():
             raise missing_scores_error(run.name, stage.name, int(missing.sum()))
-    in_scope, groups = is_in_scope(run), text_groups(run.examples)
+    in_scope, groups = is_in_scope(run), run.text_groups
     for kind, rows in (("in scope", in_scope), ("out of scope", ~in_scope)):
-        n = len(np.unique(groups[rows]))  # equal texts are in one fold
+        n = n_different(groups[rows])  # equal texts are in one fold
         if n < 2 * N_FOLDS:
             raise RunError(
                 f"{run.name}: has {n:,} different labelled texts {kind}; a rejector needs at least {2 * N_FOLDS}"
@@ -317,7 +317,7 @@ def stratified_folds(y: np.ndarray, groups: np.ndarray, *, seed: int) -> Iterato
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     options: dict[str, Any] = {"n_splits": N_FOLDS, "shuffle": True, "random_state": seed}
-    if len(np.unique(groups)) < len(groups):
+    if n_different(groups) < len(groups):
         yield from StratifiedGroupKFold(**options).split(y, y, groups)
     else:
         yield from StratifiedKFold(**options).split(y, y)

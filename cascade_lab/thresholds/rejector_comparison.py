@@ -12,7 +12,6 @@ from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
 from cascade_lab.analysis.bootstrap import blocks, interval, resample_counts
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.sentences import Summary
 from cascade_lab.evidence import SCORES
 from cascade_lab.exceptions import InfeasibleError
@@ -110,7 +109,7 @@ def compare_rejectors(
     """
     run = prepared_run(run)
     at_least = in_scope_accuracy(run) if at_least is None else at_least
-    in_scope, groups, open_route = is_in_scope(run), text_groups(run.examples), without_rejection(run)
+    in_scope, groups, open_route = is_in_scope(run), run.text_groups, without_rejection(run)
     correct = open_route.predicted == run.examples["label"].to_numpy(dtype=object)
     reachable = float(correct[in_scope].mean())
     if reachable < at_least:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from cascade_lab.analysis.duplicates import repeats_sentences
+from cascade_lab.analysis.duplicates import n_different, repeats_sentences
 from cascade_lab.analysis.tuned_on import is_tuning_set
 from cascade_lab.text import exact
 from cascade_lab.thresholds.gain import share_sentences
@@ -42,7 +42,7 @@ def notes(tuning: Tuning) -> list[str]:
             result.append(f"No text is {no}, so there is nothing to {without}: {BOTH_KINDS}.")
     kinds = {"in scope": grid.in_scope, "out of scope": ~grid.in_scope}
     result += share_sentences(
-        {kind: len(np.unique(grid.groups[mask])) for kind, mask in kinds.items()},
+        {kind: n_different(grid.groups[mask]) for kind, mask in kinds.items()},
         float((~grid.in_scope).mean()),
         test_share=None if tuning.test is None else _share_out_of_scope(tuning.test, tuning.run.spec),
         prevalence=tuning.goal.prevalence,

@@ -12,7 +12,6 @@ import pandas as pd
 
 from cascade_lab.analysis.bootstrap import Interval
 from cascade_lab.analysis.costs import run_codes, text_codes
-from cascade_lab.analysis.duplicates import text_groups
 from cascade_lab.analysis.intervals import outcome_intervals
 from cascade_lab.analysis.latency import stage_latencies
 from cascade_lab.analysis.paired import mcnemar, outcome_differences
@@ -65,7 +64,7 @@ def difference_on(test: Run, own: CascadeSpec, chosen: CascadeSpec, goal: Goal) 
     """
     outcome_a, outcome_b = (run_codes(_as_cascade(test, spec), goal.used_costs) for spec in (own, chosen))
     options: dict[str, Any] = {"costs": goal.used_costs, "prevalence": goal.prevalence}
-    return outcome_differences(outcome_a, outcome_b, goal.metrics, groups=text_groups(test.examples), **options)
+    return outcome_differences(outcome_a, outcome_b, goal.metrics, groups=test.text_groups, **options)
 
 
 def choose_by_prevalence(
@@ -242,7 +241,7 @@ def metrics_at(
     return outcome_intervals(
         text_codes(run.spec, predictions["label"], predictions["predicted"], goal.used_costs),
         goal.metrics,
-        groups=text_groups(run.examples),
+        groups=run.text_groups,
         costs=goal.used_costs,
         prevalence=goal.prevalence,
         level=level,
