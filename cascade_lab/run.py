@@ -449,11 +449,11 @@ class Run:
         """
         from cascade_lab.analysis.examples import with_texts  # analysis computes on runs: not at import time
 
-        return with_texts(self, self.with_thresholds(thresholds).predictions)
+        return with_texts(self, self.with_thresholds(thresholds or {}).predictions)
 
     def with_thresholds(self, thresholds: Mapping[str, float] | None) -> Run:
-        """Return this run as its cascade would have made it at other thresholds; see `replay`."""
-        return self.with_spec(self.spec.with_thresholds(thresholds or {}))
+        """Return this run as its cascade would have made it at other thresholds (see `replay`); None: itself."""
+        return self if thresholds is None else self.with_spec(self.spec.with_thresholds(thresholds))
 
     def with_spec(self, spec: CascadeSpec) -> Run:
         """Return this run as the cascade `spec` would have made it, from the kept logits.

@@ -110,7 +110,7 @@ def surest_first(run: Run, table: pd.DataFrame, *, thresholds: Thresholds = None
     DataFrame
         The same rows and columns; equally sure rows keep their order.
     """
-    run = run if thresholds is None else run.with_thresholds(thresholds)
+    run = run.with_thresholds(thresholds)
     last = run.spec.last
     decision = run.decision(last.name)
     by_minimum = ~decision.above & (decision.label_above != decision.label_below)
