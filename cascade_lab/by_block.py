@@ -18,6 +18,7 @@ def by_block(
     """Return what a function returns for some rows of arrays at a time, put together.
 
     Threads of all cores call it, so it must only read what it shares; numpy releases the lock of the interpreter.
+    A caller's `np.errstate` does not hold in them: set it inside the function.
 
     Parameters
     ----------

@@ -362,7 +362,7 @@ class Cascade:
                 output, batches = stage.score(arrived, batch_size=batch_size, done=bar.update)
             scored[spec.name] = ScoredRows(rows, output)
             if stage.exact is not None:
-                more = score_live_again(self, stage, rows, scored, evidence, probability, encode, batch_size)
+                more = score_live_again(self, stage, rows, scored, evidence, probability, arrived, encode, batch_size)
                 batches = with_time_of(batches, more)
             so_far = {name: scored[name].at(rows) for name in list(scored)[: index + 1]}
             decision, values = self.decide(spec, so_far, known={name: known[rows] for name, known in evidence.items()})

@@ -109,8 +109,8 @@ def differences(
 ) -> Differences:
     """Return how far float32 moves what a stage decides with.
 
-    A rejector that uses scores of other mixed stages meets them in bfloat16 or in float32, depending on whether those
-    were scored again. The largest difference over all combinations counts.
+    A rejector that uses scores of other mixed stages gets them in bfloat16, or in float32 where those were scored
+    again. The largest difference over all combinations counts.
 
     Parameters
     ----------
@@ -183,6 +183,7 @@ def check_bounds(spec: CascadeSpec, files: Mapping[str, Sequence[Path]]) -> None
 
     `files` is as in `bounds_digest`.
     """
+    check_rejectors(spec)
     for stage in spec.stages:
         if not is_mixed(stage):
             continue
@@ -192,6 +193,19 @@ def check_bounds(spec: CascadeSpec, files: Mapping[str, Sequence[Path]]) -> None
             raise CheckpointError(
                 f"stage '{stage.name}': its precision_bounds were measured with other files or settings (such as a "
                 f"temperature, calibrator or rejector); {_MEASURE}"
+            )
+
+
+def check_rejectors(spec: CascadeSpec) -> None:
+    """Raise CheckpointError where a rejector uses scores of a mixed stage, and its own stage is not mixed.
+
+    Its confidence would depend on bfloat16 scores, without a bound and without a second scoring.
+    """
+    for stage in spec.stages:
+        if not is_mixed(stage) and (others := other_mixed_stages(spec, stage)):
+            raise CheckpointError(
+                f"stage '{stage.name}': its rejector uses scores of stage '{others[0]}', whose precision is mixed; set "
+                'precision = "mixed" here too, or "float32" there'
             )
 
 

@@ -67,6 +67,7 @@ def score_live_again(
     scored: Mapping[str, ScoredRows],
     evidence: Mapping[str, np.ndarray],
     probability: Mapping[str, np.ndarray],
+    arrived: Sequence[Encoding],
     encode: Callable[[Stage, np.ndarray], Sequence[Encoding]],
     batch_size: int | None,
 ) -> list[Batch]:
@@ -87,15 +88,17 @@ def score_live_again(
         What each stage up to this one scored. It is changed in place.
     evidence, probability : mapping of str to ndarray
         As in `ChunkResult`; what depends on changed scores of earlier stages is changed in place.
+    arrived : sequence of Encoding
+        Of the texts in `rows`, for this stage.
     encode : callable
-        Takes a stage and rows; returns their encodings.
+        Takes an earlier stage and rows; returns their encodings.
     batch_size : int or None
         See `Stage.score`.
     """
     spec, index = cascade.spec.stage(stage.spec.name), cascade.stages.index(stage)
     earlier = {one.spec.name: one for one in cascade.stages[:index]}
     outputs = {name: scored[name].at(rows) for name in earlier} | {spec.name: scored[spec.name].output}
-    again, batches = score_again(cascade, stage, encode(stage, rows), outputs, batch_size=batch_size)
+    again, batches = score_again(cascade, stage, arrived, outputs, batch_size=batch_size)
     changed = other_mixed_stages(cascade.spec, spec)
     if not changed or not len(again):
         return batches
@@ -134,9 +137,10 @@ def score_shadow(
     batch_size: int | None = None,
     done: Callable[[int], object] = lambda n: None,
 ) -> StageOutput:
-    """Score texts with one stage, with mixed precision by the rule that holds for texts that reach it.
+    """Score texts with one stage, with mixed precision again in float32 where its decision could differ.
 
-    The scores of other stages, which its rejector may use, stay as they are, also those in bfloat16.
+    Unlike `score_live_again`, the scores of other stages, which its rejector may use, stay as they are, also those in
+    bfloat16.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from cascade_lab.exceptions import RunError
 from cascade_lab.text import shorten
 
 MAX_BYTES = 2**30  # of the texts and numbers of a table: a small file can repeat a text a million times
-_BUFFER = 2**20  # bytes of a column that are read at once: a column of logits may have no parts
+_BUFFER = 2**20  # bytes of a column that pyarrow reads at once; otherwise it reads the whole column
 DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError)
 """What pyarrow and pandas raise at a damaged file, or at a value that they cannot hold."""
 

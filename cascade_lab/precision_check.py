@@ -13,12 +13,14 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from cascade_lab.analysis.alarms import upper_bound
+from cascade_lab.bert.fast import has_bfloat16
 from cascade_lab.cascade import CHUNK, Cascade
 from cascade_lab.decisions import route
 from cascade_lab.evalset import EvalSet
-from cascade_lab.exceptions import RunError
+from cascade_lab.exceptions import CheckpointError, RunError
 from cascade_lab.mixed_precision import (
     bounds_digest,
+    check_rejectors,
     could_differ,
     differences,
     in_float32,
@@ -73,7 +75,7 @@ class MixedCheck(NamedTuple):
     n_examples : int
     limit : float
         The upper limit, of confidence `LEVEL`, of the probability that the answer to a new text differs (Clopper and
-        Pearson 1934).
+        Pearson 1934), if the texts are independent. Repeated texts are counted once.
     """
 
     stages: pd.DataFrame
@@ -125,7 +127,7 @@ def verify_precision(
     CheckpointError
         The processor cannot multiply bfloat16, or a stage's files are not usable.
     RunError
-        A stage has the reference engine, which computes in float32 only.
+        A stage that is compared has the reference engine, which computes in float32 only.
     """
     is_exact = all(stage.precision == "float32" for stage in spec.stages)
     lower_precision = {s.name: "bfloat16" if is_exact or is_mixed(s) else s.precision for s in spec.stages}
@@ -185,7 +187,9 @@ def verify_mixed(
     precision = {stage.name: stage.precision for stage in spec.stages}
     table = pd.DataFrame({"precision": precision, "n_scored": scored, "n_rescored": rescored}).rename_axis("stage")
     changed = _changed(evalset, predicted[1], predicted[0])
-    return MixedCheck(table, changed, n, upper_bound(len(changed), n, 1 - LEVEL))
+    different = ~evalset.examples[["text", "text_b"]].duplicated()
+    n_changed = int((different.to_numpy() & (predicted[0] != predicted[1])).sum())
+    return MixedCheck(table, changed, n, upper_bound(n_changed, int(different.sum()), 1 - LEVEL))
 
 
 def measure_bounds(
@@ -210,6 +214,7 @@ def measure_bounds(
     """
     if not any(is_mixed(stage) for stage in spec.stages):
         spec = replace(spec, stages=tuple(replace(stage, precision="mixed") for stage in spec.stages))
+    check_rejectors(spec)
     both = ("bfloat16", "float32")
     precisions = {s.name: both if is_mixed(s) else (s.precision, s.precision) for s in spec.stages}
     scores = _score_twice(spec, evalset, precisions, progress=progress, quiet=quiet)
@@ -262,9 +267,15 @@ def _score_twice(
     quiet: Quiet,
 ) -> _Scores:
     """Score every text with every stage in two precisions: `precisions` has a pair for each stage."""
+    lower = {name for name, pair in precisions.items() if set(pair) != {"float32"}}
     for stage in spec.stages:
-        if stage.engine != "fast":
+        if stage.name in lower and stage.engine != "fast":
             raise RunError(f"stage '{stage.name}': the reference engine has float32 only; set engine = \"fast\"")
+    if lower and not has_bfloat16():
+        raise CheckpointError(
+            "this processor has no bfloat16 instructions (avx512_bf16 or amx_bf16, under Linux); compare precisions on "
+            "one that has"
+        )
     scores, with_features = _Scores({}, {}, {}), spec.feature_stages
     n_scores = sum(len(set(pair)) for pair in precisions.values()) * len(evalset)
     with tqdm(total=n_scores, unit="score", disable=not progress) as bar:

@@ -64,10 +64,10 @@ class StageScores(NamedTuple):
     shadow : ndarray of bool, shape (n_examples,)
         Scored outside the serial path, because an earlier stage had stopped the example.
     rescored : ndarray of bool, shape (n_examples,), or None
-        Of a stage with mixed precision: the logits are float32's, and else bfloat16's. At the run's own thresholds the
-        decisions are float32's, as far as the stage's `precision_bounds` hold. At other thresholds a text near them may
-        not be among those that were scored again: its replayed decision is bfloat16's. None: the stage has one
-        precision, or the run does not say.
+        Of a stage with mixed precision. True: the logits are in float32; false: in bfloat16. At the run's own
+        thresholds the decisions are those of float32, as far as the stage's `precision_bounds` hold. At other
+        thresholds, a text near the new one may have bfloat16 logits only: its replayed decision is then that of
+        bfloat16. None: the stage has one precision, or the run does not say.
     """
 
     logits: np.ndarray

@@ -149,7 +149,7 @@ def read_table(directory: Path, name: str, digest: str | None, spec: CascadeSpec
             reason = shorten(str(error).partition("\n")[0], 200)
             raise RunError(f"{path}: cannot be read ({reason}); {WAY_OUT}") from error
         finally:
-            pa.default_memory_pool().release_unused()  # of a million rows, some 150 MB
+            pa.default_memory_pool().release_unused()  # about 150 MB after a table of a million rows
 
 
 def check_digest(directory: Path, name: str, digest: str) -> None:

@@ -43,8 +43,8 @@ class StageSpec:
     by `temperature`, or of the logits that the `calibrator` gives.
 
     `engine` is "fast", or "reference" for bert-tensorflow's own graph; `precision` is "float32" or, for the fast
-    engine, "bfloat16" or "mixed": bfloat16, and float32 again where `precision_bounds` cannot rule out that the
-    decision differs. A stage without `init_checkpoint` was scored elsewhere: its logits are known
+    engine, "bfloat16" or "mixed": bfloat16, and again float32 for the texts whose decision could differ (see
+    `precision_bounds`). A stage without `init_checkpoint` was scored elsewhere: its logits are known
     (`Run.from_logits`), and it cannot be loaded.
     """
 
@@ -364,7 +364,10 @@ def _stage(table: Mapping[str, Any], where: str, folder: Path) -> StageSpec:
             raise SpecError(f"{where}: {key} is {value!r}; it is one of {', '.join(_CHOICES[key])}")
     stage = StageSpec(**values)
     if stage.engine == "reference" and stage.precision != "float32":
-        raise SpecError(f'{where}: precision is "{stage.precision}", but the reference engine computes in float32 only')
+        raise SpecError(
+            f'{where}: precision is "{stage.precision}", but the reference engine computes in float32 only; set '
+            'engine = "fast", or precision = "float32"'
+        )
     check_stage_name(stage.name, where)
     if stage.max_seq_length < 3:
         raise SpecError(f"{where}: max_seq_length is {stage.max_seq_length}; [CLS], a token and [SEP] take 3")

@@ -25,6 +25,7 @@ from cascade_lab.bert.checkpoint import (
 from cascade_lab.bert.fast_inputs import feed
 from cascade_lab.bert.quiet_tensorflow import CallableOptions, tf
 from cascade_lab.bert.tokenization import Encoding, Tokenizer
+from cascade_lab.by_block import n_cores
 from cascade_lab.exceptions import CheckpointError
 from cascade_lab.spec import StageSpec
 from cascade_lab.stage_output import StageOutput
@@ -109,7 +110,7 @@ class Stage:
         # One thread per core; each scores its own batches, since the small matrix products of one batch are hard to
         # divide among threads. On a GPU one thread is enough.
         on_processor = self._is_fast and not tf.config.list_physical_devices("GPU")
-        self.n_workers = (n_workers or _n_processors()) if on_processor else 1
+        self.n_workers = (n_workers or n_cores()) if on_processor else 1
         self._threads = {
             "intra_op_parallelism_threads": 1 if on_processor else 0,
             "inter_op_parallelism_threads": -1 if on_processor else 0,  # -1: run in the thread that calls
@@ -287,15 +288,10 @@ class Stage:
         self.close()
 
 
-def _n_processors() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @cache
 def _pool() -> ThreadPoolExecutor:
     """Return the threads that score. All stages share them, since each thread keeps a program per shape that it ran."""
-    return ThreadPoolExecutor(_n_processors(), thread_name_prefix="cascade_lab")
+    return ThreadPoolExecutor(n_cores(), thread_name_prefix="cascade_lab")
 
 
 def _callable(

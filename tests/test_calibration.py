@@ -184,6 +184,14 @@ def test_true_probabilities_have_the_ece_of_chance_and_others_a_higher_one():
     assert table.loc["overconfidence", "low"] > 0.05
 
 
+def test_logits_that_do_not_fit_are_refused():
+    with pytest.raises(CalibrationError, match="logits have 8 rows, but there are 4 labels"):
+        fit_temperature([0, 0, 0, 1], [[1, -1]] * 8)
+    for value in (np.nan, -np.inf):
+        with pytest.raises(CalibrationError, match="logits row 1 has a value that is not finite"):
+            fit_temperature([0, 1, 1, 0], [[1, 0], [value, 0], [0, 1], [1, 0]])
+
+
 def test_the_true_temperature_is_recovered_and_is_the_one_of_least_log_loss():
     run = simulated(spec_of(12), n=6000, seed=3, temperature=1.7)
     fitted = fit_temperatures(run, on="all")

@@ -95,6 +95,13 @@ def test_the_second_text_counts():
     assert not duplicates(EvalSet.from_frame(pair).examples)["exact"].any()
 
 
+def test_copies_without_a_label_take_no_place_of_a_conflict():
+    frame = pd.DataFrame({"text": ["pay"] * 7, "label": ["x", None, None, None, None, None, "y"]})
+    table = duplicates(EvalSet.from_frame(frame, unlabelled=True).examples, max_duplicates=2)
+    assert table["conflict"].sum() == 1
+    assert table.loc[0, ["label", "duplicate_label"]].tolist() == ["x", "y"]
+
+
 def test_an_unknown_label_conflicts_with_none():
     frame = pd.DataFrame({"text": ["pay", "Pay", "pay!"], "label": ["a", None, "b"]})
     table = duplicates(EvalSet.from_frame(frame, unlabelled=True).examples)

@@ -150,6 +150,21 @@ def test_issues_are_those_of_cleanlab(seed):
     np.testing.assert_array_equal(is_issue, expected)
 
 
+@pytest.mark.parametrize(
+    ("p", "y_true", "message"),
+    [
+        (np.log(np.full((2, 2), 0.5)), ["a", "b"], "not a number from 0 to 1"),
+        (np.full((2, 2), np.nan), ["a", "b"], "not a number from 0 to 1"),
+        (np.full((2, 2), 50.0), ["a", "b"], "not a number from 0 to 1"),
+        (np.full((3, 2), 0.5), ["a", "b"], r"shape \(3, 2\), but 2 examples and 2 labels need \(2, 2\)"),
+        (np.full((2, 4), 0.25), ["a", "b"], r"shape \(2, 4\)"),
+    ],
+)
+def test_what_is_no_table_of_probabilities_is_refused(p, y_true, message):
+    with pytest.raises(RunError, match=message):
+        label_issues(y_true, p, ["a", "b"])
+
+
 def test_issues_are_only_among_known_labels():
     rng = np.random.default_rng(0)
     p = rng.dirichlet([0.2] * 3, 300)

@@ -6,12 +6,20 @@ import itertools
 from math import comb
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from cascade_lab.analysis.paired import holm, mcnemar, paired_metrics, paired_tests
+
+
+def test_groups_may_be_a_series():
+    y_true, a, b = (np.array(list(labels)) for labels in ("abab", "abaa", "abbb"))
+    groups = pd.Series([0, 0, 1, 1])
+    found = paired_metrics(y_true, a, b, set(), groups=groups)
+    assert repr(found) == repr(paired_metrics(y_true, a, b, set(), groups=groups.to_numpy()))
 
 
 def test_four_texts_by_hand():

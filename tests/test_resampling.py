@@ -9,7 +9,7 @@ from helpers import logits_of, memory_run, random_run, random_spec
 from sklearn.model_selection import RepeatedStratifiedKFold
 
 from cascade_lab.analysis.outcomes import OUTCOMES, outcome_counts
-from cascade_lab.exceptions import InfeasibleError
+from cascade_lab.exceptions import InfeasibleError, RunError
 from cascade_lab.thresholds import Goal, ThresholdGrid, bootstrap_thresholds, choose, cross_validate
 from cascade_lab.thresholds.guarantee import Guarantee, choose_with_guarantee_on_grid
 from cascade_lab.thresholds.resampling import folds, pooled, threshold_procedure
@@ -65,7 +65,7 @@ def test_thresholds_on_resamples_vary_around_the_choice(run):
 @pytest.mark.parametrize("stages", [None, ["last"]])
 def test_counting_texts_by_kind_gives_what_counting_each_text_gives(stages, monkeypatch):
     run = run_of(np.random.default_rng(2), 120, 60, n_copies=2, skill=1.5)
-    monkeypatch.setattr("cascade_lab.thresholds.resampling._MAX_LINES", 12)  # many texts of one kind
+    monkeypatch.setattr("cascade_lab.thresholds.resampling._MAX_ON_RESAMPLE", 12)  # many texts of one kind
     grid = ThresholdGrid.from_run(run, stages)
     goal = Goal("reject_recall", at_least={"in_scope_accuracy": 0.5})
     near, own = choose(run, goal, grid=grid).thresholds, grid.outcomes[-1]
@@ -112,6 +112,28 @@ def test_cross_validation_counts_over_folds_what_choosing_and_replaying_gives(ru
     # Nadeau and Bengio: 1 / 6 folds plus test folds half as large as training parts.
     assert row["standard_error"] == pytest.approx(np.sqrt((1 / 6 + 1 / 2) * np.var(differences, ddof=1)))
     assert table.attrs == {"n_folds": 6, "n_infeasible": 0}
+
+
+@pytest.mark.parametrize("n_tried", [9, 1000])
+def test_with_many_texts_cross_validation_tries_some_thresholds_and_says_so(run, monkeypatch, n_tried):
+    monkeypatch.setattr("cascade_lab.thresholds.resampling.MAX_EXACT", 250)
+    monkeypatch.setattr("cascade_lab.thresholds.resampling.MAX_THRESHOLDS", n_tried)
+    grid = ThresholdGrid.from_run(run)
+    options = {"grid": grid, "n_repeats": 1, "n_folds": 3}
+    found = cross_validate(run, ACCURACY, **options)
+    if n_tried == 1000:  # more than there are: every one is tried
+        assert "n_thresholds" not in found.attrs
+        procedure = threshold_procedure(run, ACCURACY, grid)
+    else:
+        assert found.attrs["n_thresholds"] == n_tried
+        procedure = threshold_procedure(run, ACCURACY, grid, indices=grid.subsample(n_tried))
+    pd.testing.assert_frame_equal(found, cross_validate(run, ACCURACY, procedure=procedure, **options))
+
+
+def test_indices_of_thresholds_are_for_two_stages(tmp_path):
+    grid = ThresholdGrid.from_run(random_run(tmp_path / "run", n_gates=2))
+    with pytest.raises(RunError, match="indices of thresholds are for one or two stages, not 3"):
+        choose_on_grid(grid, ACCURACY, indices=grid.subsample(5))
 
 
 def test_a_ratio_over_folds_of_unequal_sizes_has_the_delta_methods_error():

@@ -329,13 +329,14 @@ def pipelined(n: int) -> bytes:
     return b"".join(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(b) + b for b in bodies)
 
 
-def test_a_pipelined_request_ends_the_connection_after_the_answer_to_the_one_before(running):
+def test_a_pipelined_request_ends_the_connection_after_the_answer_to_the_one_before(running, caplog):
     # 20,000 are more than the service reads at once, and more than waits in the sockets.
     for n in (2, 50, 20_000):
         received = running.raw(pipelined(n))
         assert received.count(b"HTTP/1.1 200") == 1
         assert b"connection: close" in received
         assert re.findall(rb'"id":"(\w+)"', received) == [b"r0"]
+    assert not caplog.records
 
 
 def test_requests_one_after_another_keep_the_connection(running):

@@ -271,6 +271,18 @@ def test_a_full_disk_stops_the_log_and_more_room_starts_it_again(run, small_disk
     assert f"{log.n_lost:,} answered texts are not in the log" in found.notes[0]
 
 
+def test_what_a_deleted_part_had_reported_as_lost_stays_lost(run, tmp_path):
+    batches, folder = answered_batches(run), tmp_path / "log"
+    with TrafficLog(folder) as log:
+        with log._lock:
+            log._n_unreported, log.n_lost = 5, 5  # as if the queue had been full
+        log.add(batches[0])
+        wait_for(lambda: log.n_written)
+        list_parts(folder)[0].unlink()
+        log.add(batches[1])
+    assert collect(folder).n_lost == log.n_lost == 5 + len(batches[0].ids)
+
+
 @pytest.mark.parametrize("what", ["part", "folder", "moved folder"])
 def test_another_part_is_begun_where_somebody_deletes_or_moves_it(what, run, tmp_path, caplog):
     batches, folder = answered_batches(run), tmp_path / "log"

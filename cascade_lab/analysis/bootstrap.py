@@ -82,7 +82,7 @@ def resamples(
     >>> [drawn.tolist() for drawn in resamples(4, kinds=np.array([0, 0, 0, 1]), n_resamples=2)]
     [[3, 1], [4, 0]]
     """
-    groups, rng = _repeated(groups), np.random.default_rng(seed)
+    groups, rng = repeated_groups(groups), np.random.default_rng(seed)
     n_kinds = 0 if kinds is None or not n else int(kinds.max()) + 1
     if groups is not None:
         groups = np.unique(groups, return_inverse=True)[1]
@@ -140,7 +140,7 @@ def resample_codes(
     >>> resample_codes(np.array([0, 0, 2]), 3, n_resamples=2).sum(axis=1).tolist()
     [3.0, 3.0, 3.0]
     """
-    counts, groups = np.bincount(codes, minlength=n_codes), _repeated(groups)
+    counts, groups = np.bincount(codes, minlength=n_codes), repeated_groups(groups)
     rng = np.random.default_rng(seed)
     result = np.zeros((1 + n_resamples, n_codes))  # numpy multiplies matrices of floats much faster
     if not len(codes):
@@ -240,7 +240,7 @@ def effective_n(values: np.ndarray, groups: np.ndarray | None = None) -> float:
     >>> effective_n(np.array([1, 1, 0, 0]), groups=np.array([0, 0, 1, 1]))
     2.0
     """
-    n, groups = len(values), _repeated(groups)
+    n, groups = len(values), repeated_groups(groups)
     if groups is None:
         return float(n)
     values, groups = np.asarray(values, dtype=np.float64), np.unique(groups, return_inverse=True)[1]
@@ -258,7 +258,7 @@ def effective_shares(codes: np.ndarray, n_codes: int, groups: np.ndarray) -> np.
     >>> effective_shares(np.array([0, 0, 1, 1]), 2, groups=np.array([0, 0, 1, 2])).tolist()
     [0.5, 1.0]
     """
-    if _repeated(groups) is None:
+    if repeated_groups(groups) is None:
         return np.ones(n_codes)
     pairs, sizes = np.unique(np.stack([codes, groups]), axis=1, return_counts=True)
     n, squares = (np.bincount(pairs[0], weights=weights, minlength=n_codes) for weights in (sizes, sizes**2))
@@ -456,10 +456,11 @@ def difference_interval(a: Interval, b: Interval, r: float) -> Interval:
     return Interval(difference, low, high)
 
 
-def _repeated(groups: np.ndarray | None) -> np.ndarray | None:
-    """Return `groups`, or None where no two texts belong together."""
+def repeated_groups(groups: Any) -> np.ndarray | None:
+    """Return `groups` as an array, or None where no two texts belong together."""
     if groups is None:
         return None
+    groups = np.asarray(groups)
     rises = bool((groups[1:] > groups[:-1]).all())  # as where no texts are equal, and much faster to see
     return None if rises or pd.Index(groups).is_unique else groups
 

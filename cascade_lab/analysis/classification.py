@@ -94,7 +94,8 @@ def confusion_metrics(
         Macro metrics are means over the labels that occur as a true label in that matrix. 0/0 counts as 0, as with
         scikit-learn's `zero_division=0`.
     """
-    weights = weights.astype(np.float64, copy=False)  # exact below 2**53, and numpy multiplies matrices of floats much faster
+    # Floats are exact below 2**53, and numpy multiplies matrices of them much faster.
+    weights = weights.astype(np.float64, copy=False)
     right = rows == columns
     in_row, in_column = np.eye(n_labels)[rows], np.eye(n_labels)[columns]
     support, predicted, hits = weights @ in_row, weights @ in_column, weights[:, right] @ in_row[right]

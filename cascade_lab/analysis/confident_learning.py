@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cascade_lab.by_block import by_block
+from cascade_lab.exceptions import RunError
 
 _TOLERANCE = 1e-6  # two probabilities that differ by less are equal
 
@@ -32,6 +33,11 @@ def label_issues(y_true: Any, probabilities: Any, labels: Sequence[str]) -> np.n
     -------
     ndarray of bool, shape (n,)
 
+    Raises
+    ------
+    RunError
+        Probabilities of another shape, or one that is not a number from 0 to 1.
+
     Examples
     --------
     >>> p = np.repeat([[0.9, 0.1], [0.1, 0.9]], 10, axis=0)
@@ -41,6 +47,13 @@ def label_issues(y_true: Any, probabilities: Any, labels: Sequence[str]) -> np.n
     """
     codes = pd.Index(labels).get_indexer(np.asarray(y_true, dtype=object))
     p = np.asarray(probabilities, dtype=np.float64)
+    if p.shape != (len(codes), len(labels)):
+        raise RunError(
+            f"probabilities have the shape {p.shape}, but {len(codes)} examples and {len(labels)} labels need "
+            f"{(len(codes), len(labels))}"
+        )
+    if not ((p >= 0) & (p <= 1)).all():
+        raise RunError("a probability is not a number from 0 to 1; take the softmax of logits")
     return issues_by_block(codes, p.__getitem__, len(labels))
 
 
@@ -53,6 +66,7 @@ def issues_by_block(codes: np.ndarray, probabilities: Callable[[np.ndarray], np.
         The column of each example's label; -1 where there is none.
     probabilities : function
         Takes rows, int of shape (n_rows,), and returns their probabilities, float64 of shape (n_rows, n_labels).
+        Several threads call it at once, so it must only read.
     n_labels : int
 
     Returns

@@ -221,7 +221,7 @@ class _Copies(NamedTuple):
 
 def _most_important(first: _Texts, second: _Texts, pairs: _Pairs, max_duplicates: int) -> _Pairs:
     """Return for each row at most some of its pairs: those with another label first, then the most similar."""
-    agrees = first.labels[pairs.rows] == second.labels[pairs.other_rows]
+    agrees = ~_labels_conflict(first.labels[pairs.rows], second.labels[pairs.other_rows])
     order = np.lexsort((-pairs.similarity, agrees, pairs.rows))
     rows = pairs.rows[order]
     rank = np.arange(len(order)) - np.searchsorted(rows, rows)

@@ -17,6 +17,7 @@ from cascade_lab.analysis.bootstrap import (
     effective_n,
     fraction_interval,
     mean_difference_interval,
+    repeated_groups,
     resample_codes,
     score_interval,
 )
@@ -197,7 +198,8 @@ def wins_and_losses(gains: np.ndarray, groups: np.ndarray | None = None) -> tupl
     >>> wins_and_losses(np.array([1, 1, -1]), np.array([0, 0, 1]))
     (1, 1)
     """
-    if groups is not None and not pd.Index(groups).is_unique:
+    groups = repeated_groups(groups)
+    if groups is not None:
         gains = np.bincount(np.unique(groups, return_inverse=True)[1], weights=gains)
     return int((gains > 0).sum()), int((gains < 0).sum())
 
@@ -270,7 +272,8 @@ def paired_tests(
     table["difference"] = (by_value["b"].sum() - by_value["a"].sum()) / table["n_examples"]
     table[["wins", "losses"]] = by_value[["wins", "losses"]].sum()
     tested = table[["wins", "losses"]]
-    if groups is not None and not pd.Index(groups).is_unique:
+    groups = repeated_groups(groups)
+    if groups is not None:
         gains = (texts["wins"].astype(int) - texts["losses"]).groupby([texts["value"], groups]).sum()
         tested = pd.DataFrame({"wins": gains > 0, "losses": gains < 0}).groupby(level=0).sum()
     table["p_value"] = [mcnemar(int(w), int(x)) for w, x in tested.loc[table.index].itertuples(index=False)]

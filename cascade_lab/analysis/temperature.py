@@ -35,6 +35,7 @@ def fit_temperature(y_true: Any, logits: Any) -> float:
     ------
     CalibrationError
         The log loss has no minimum for temperatures from 0.01 to 100: the logits are right, or wrong, on every text.
+        Another number of labels than of rows, or a logit that is not finite.
 
     Examples
     --------
@@ -43,7 +44,12 @@ def fit_temperature(y_true: Any, logits: Any) -> float:
     >>> round(fit_temperature([0, 0, 0, 1], [[1, -1]] * 4), 4)
     1.8205
     """
-    return 1 / _fit_inverse(np.asarray(logits), np.asarray(y_true), "logits")
+    z, codes = np.asarray(logits, dtype=np.float64), np.asarray(y_true)
+    if len(z) != len(codes):
+        raise CalibrationError(f"logits have {len(z)} rows, but there are {len(codes)} labels; give one label per row")
+    if len(wrong := np.flatnonzero(~np.isfinite(z).all(axis=-1))):
+        raise CalibrationError(f"logits row {wrong[0]} has a value that is not finite; leave the row out")
+    return 1 / _fit_inverse(z, codes, "logits")
 
 
 def fit_temperatures(

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cascade_lab.batch.inputs import find_files
-from cascade_lab.batch.job import job_options, n_cores, planned, shards_of
+from cascade_lab.batch.job import job_options, planned, shards_of
 from cascade_lab.batch.plan import Unreadable
 from cascade_lab.batch.reading import Piece
 from cascade_lab.batch.shards import Settings
+from cascade_lab.by_block import n_cores
 from cascade_lab.spec import CascadeSpec
 
 N_TEXTS = 1000

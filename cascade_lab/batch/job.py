@@ -20,6 +20,7 @@ from cascade_lab.batch.plan import Plan, Unreadable, make_plan
 from cascade_lab.batch.plan_file import PLAN, plan_from_dict, plan_to_dict
 from cascade_lab.batch.shards import Settings, Shard, read_shard_manifest
 from cascade_lab.batch.summary import Counts
+from cascade_lab.by_block import n_cores
 from cascade_lab.exceptions import CascadeLabError, RunError
 from cascade_lab.json_files import read_object
 from cascade_lab.locks import lock
@@ -181,10 +182,6 @@ def _engine(
     return lambda shards, settings, done: score_locally(
         shards, settings, workers=n_workers, threads=n_threads, done=done
     )
-
-
-def n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def job_options(

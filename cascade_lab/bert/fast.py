@@ -7,8 +7,8 @@ Why it is fast:
 - The last layer is computed for `[CLS]` only, since nothing else of it is read.
 - Dense layers never compute padding: the tokens of all texts of a batch are concatenated. Only attention pads the texts
   of a batch to one length, and only where their lengths differ; a mask then hides the padding.
-- A batch of few tokens takes as long as its weights take to arrive from memory. In float32 such a batch has a form of
-  the graph of its own, which reads packed weights: each block of columns is contiguous.
+- The time of a batch of few tokens is the time to read the weights from memory. In float32, the graph has a separate
+  form for such batches, which reads packed weights: each block of columns is contiguous.
 
 The fused nodes are oneDNN's and exist only for x86 processors under Linux. Elsewhere the same graph is built from
 TensorFlow's portable nodes.

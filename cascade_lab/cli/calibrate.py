@@ -73,9 +73,10 @@ def calibrate(
         line(f"{result.n_changed:,} answers of this run change; tune thresholds again on a run of the new cascade")
     else:
         line("no answer of this run changes")
-    print_dropped_bounds(fitted_run.spec, result.spec, output)
+    has_dropped = print_dropped_bounds(fitted_run.spec, result.spec, output)
     line(f"cascade: {output}")
-    next_step("run", output, "EVALSET", "--output", "RUN")
+    if not has_dropped:
+        next_step("run", output, "EVALSET", "--output", "RUN")
 
 
 def _print_temperatures(temperatures: pd.DataFrame) -> None:

@@ -63,9 +63,10 @@ def fit_rejector(
     if comparison is not None:
         _print_comparison(comparison)
     _print_fitted(fitted)
-    print_dropped_bounds(tuned_run.spec, fitted.spec, output)
+    has_dropped = print_dropped_bounds(tuned_run.spec, fitted.spec, output)
     line(f"cascade: {output}")
-    next_step("run", output, "EVALSET", "--output", "RUN")
+    if not has_dropped:
+        next_step("run", output, "EVALSET", "--output", "RUN")
 
 
 def _print_comparison(comparison: RejectorComparison) -> None:

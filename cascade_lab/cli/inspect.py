@@ -80,8 +80,10 @@ def _precision(stage: StageSpec) -> str:
     if bounds is None:
         return "precision mixed, without precision_bounds: `cascade-lab verify-precision --calibrate` measures them"
     n_texts = bounds.measured_on.get("n_texts")
-    of_texts = f", of {n_texts:,} texts" if isinstance(n_texts, int) else ""
-    return f"precision mixed; bounds of labels {bounds.labels:.4g}, of the confidence {bounds.confidence:.4g}{of_texts}"
+    of_texts = f", measured on {n_texts:,} texts" if isinstance(n_texts, int) else ""
+    return (
+        f"precision mixed; bounds: {bounds.labels:.4g} for labels, {bounds.confidence:.4g} for the confidence{of_texts}"
+    )
 
 
 def _n_tokens(n_tokens: int, n_rows: int) -> str:

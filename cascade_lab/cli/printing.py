@@ -244,7 +244,7 @@ def print_run(run: Run) -> None:
         scores = run.scores(stage.name) if stage.precision == "mixed" else None
         if scores is not None and scores.rescored is not None:
             n_again, n_scored = int(scores.rescored.sum()), int(scores.scored.sum())
-            line(f"{stage.name}: {n_again:,} of its {n_scored:,} kept scores are float32's, the others bfloat16's")
+            line(f"{stage.name}: {n_again:,} of its {n_scored:,} kept scores are in float32, the others in bfloat16")
     if run.directory is None:
         return
     for name, path in (("run", run.directory), ("report", run.directory / "report.html")):
@@ -252,8 +252,11 @@ def print_run(run: Run) -> None:
             line(f"{name}: {path}")
 
 
-def print_dropped_bounds(before: CascadeSpec, after: CascadeSpec, output: Path) -> None:
-    """Print which stages have lost their bounds of mixed precision, and the command that measures them again."""
+def print_dropped_bounds(before: CascadeSpec, after: CascadeSpec, output: Path) -> bool:
+    """Print which stages have lost their bounds of mixed precision, and the command that measures them again.
+
+    Returns whether there are such stages: nothing but that command can load the cascade.
+    """
     names = [
         stage.name
         for stage, old in zip(after.stages, before.stages, strict=True)
@@ -263,6 +266,7 @@ def print_dropped_bounds(before: CascadeSpec, after: CascadeSpec, output: Path) 
         command = shlex.join(["cascade-lab", "verify-precision", str(output), "EVALSET", "--calibrate"])
         line(f"{', '.join(names)}: the precision_bounds no longer fit, and were left out; measure them again:")
         line(f"{command} --output {shlex.quote(str(output))} --overwrite")
+    return bool(names)
 
 
 def print_labelled(run: Run) -> None:

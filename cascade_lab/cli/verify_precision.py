@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ from cascade_lab.cli.options import (
     SPLIT,
     TEXT_COLUMN,
 )
-from cascade_lab.cli.printing import cell, line, next_step, number, percent, show, table
+from cascade_lab.cli.printing import cell, line, next_step, number, show, table
 from cascade_lab.exceptions import CascadeLabError
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def verify_precision(
 ) -> None:
     """Compare a cascade in its own precision with float32; a cascade in float32 is compared in bfloat16.
 
-    A cascade with mixed precision is compared by its answers. --calibrate makes one: of the stages whose precision is
-    mixed, or of all. EVALSET is then a validation set, with texts like those that will be scored.
+    A cascade with mixed precision is compared by its answers. --calibrate writes such a cascade: it measures the stages
+    whose precision is mixed; if there are none, all stages become mixed. EVALSET is then a validation set, with texts
+    like those that will be scored.
 
     Example: cascade-lab verify-precision cascade.toml data_full.json --split test
     """
@@ -92,13 +94,13 @@ def verify_precision(
         mixed = precision_check.verify_mixed(spec, examples, **options)
         stages = table("stage", "precision", "texts", "scored again", "of its texts")
         for name, row in mixed.stages.iterrows():
-            share = percent(row["n_rescored"] / row["n_scored"]) if row["n_scored"] else number(None)
+            share = number(row["n_rescored"] / row["n_scored"] if row["n_scored"] else None, ".1%")
             stages.add_row(str(name), row["precision"], f"{row['n_scored']:,}", f"{row['n_rescored']:,}", share)
         show(stages)
         _print_changed(mixed.changed, mixed.n_examples, texts)
         line(
-            f"with confidence {precision_check.LEVEL:.0%}, at most {mixed.limit:.2%} of texts like these get another "
-            "answer"
+            f"with confidence {precision_check.LEVEL:.0%}, at most {at_least(mixed.limit)} of texts like these get "
+            "another answer"
         )
         next_step("run", cascade, evalset, "--output", "RUN")
     else:
@@ -121,15 +123,30 @@ def _print_changed(changed: pd.DataFrame, n_examples: int, n_shown: int) -> None
         show(shown)
 
 
+def at_least(share: float) -> str:
+    """Return an upper limit of a share in percent, rounded up to two digits.
+
+    >>> at_least(0.002029), at_least(0.00005), at_least(1.0)
+    ('0.21%', '0.005%', '100%')
+    """
+    if not 0 < share < 1:
+        return f"{share:.0%}"
+    step = 10.0 ** (math.floor(math.log10(100 * share)) - 1)
+    return f"{math.ceil(round(100 * share / step, 6)) * step:.2g}%"
+
+
 def _print_bounds(measured: Any) -> None:
     from cascade_lab.precision_check import LEVEL
 
     stages = table("stage", "bound: labels", "confidence", "scored again")
     for name, row in measured.stages.iterrows():
-        stages.add_row(str(name), number(row["labels"]), number(row["confidence"]), percent(row["rescored"]))
+        stages.add_row(str(name), number(row["labels"]), number(row["confidence"]), number(row["rescored"], ".1%"))
     show(stages)
-    line("labels: of the differences of two logits; confidence: of its log-odds; the largest of these texts")
     line(
-        f"with confidence {LEVEL:.0%}, fewer than {measured.outside_probability:.2%} of texts like these "
+        "labels: how much the difference of two labels' logits changes between bfloat16 and float32; confidence: how "
+        "much its log-odds change; each is the largest change on these texts"
+    )
+    line(
+        f"with confidence {LEVEL:.0%}, fewer than {at_least(measured.outside_probability)} of texts like these "
         f"{measured.n_texts:,} are outside the bounds; only those can get another answer than in float32"
     )

@@ -318,7 +318,10 @@ def _count_differing(run: Run, folder: Path) -> int:
 
 def _notes(found: Collected, parts: Sequence[_Part]) -> Iterator[str]:
     if found.n_lost:
-        yield f"{found.n_lost:,} answered texts are not in the log: the disk was full, or too many texts waited"
+        yield (
+            f"{found.n_lost:,} answered texts are not in the log: the disk was full, too many texts waited, or a part "
+            "was deleted while it was written"
+        )
     if found.n_repeated:
         yield (
             f"{found.n_repeated:,} texts have the id of an earlier one and are left out; give each request an id of "

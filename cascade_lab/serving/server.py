@@ -28,6 +28,8 @@ MAX_CONNECTIONS = 4096
 TRIM_SECONDS = 10  # how often freed memory is returned to the system
 
 logger = logging.getLogger(__name__)
+_SILENT = logging.getLogger(f"{__name__}.silent")
+_SILENT.disabled = True
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -137,7 +139,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and sig == signal.SIGINT:
             n_texts = self._app.state.service.batcher.n_waiting_texts
-            os.write(2, f"error: stopped by SIGINT; {n_texts} accepted texts were not answered\n".encode())
+            with suppress(OSError):  # nobody may read it any more
+                os.write(2, f"error: stopped by SIGINT; {n_texts} accepted texts were not answered\n".encode())
             os._exit(128 + sig)  # threads that score cannot be ended in another way
         super().handle_exit(sig, frame)
 
@@ -182,7 +185,7 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._is_pipelined:  # it is read all the same: the answer could be lost if the connection ended before
+        if self._is_pipelined:  # read and discarded: the answer could be lost if unread bytes were left
             return
         n_begun = self._n_begun
         super().data_received(data)
@@ -204,6 +207,7 @@ class _Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
             self._is_pipelined, self.cycle.keep_alive = True, False
+            self.logger = _SILENT  # uvicorn would log that the request is invalid
             raise ValueError("the answer to the request before is not sent")  # ends the parser
         super().on_message_begin()
         self._in_headers, self._n_bytes = True, 0
@@ -227,7 +231,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        if self._timer is not None:  # reading may have paused meanwhile, for the requests before
+        if self._timer is not None:  # the answer came before the whole body, and reading may have paused
             self._start_timer(3 * self._seconds)
         super().on_response_complete()
 

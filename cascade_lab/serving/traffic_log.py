@@ -245,7 +245,7 @@ class TrafficLog:
         if self._part is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._part = PartWriter(self.folder, records[0].cascade, shadow=self._shadow.share)
-            self._n_in_part = self._n_shadow_in_part = 0
+            self._n_in_part = self._n_shadow_in_part = self._n_lost_in_part = 0
         answered = [one for one in records if isinstance(one, Answered)]
         shadow = [one for one in records if isinstance(one, ShadowScores)]
         n_lost = self._n_unreported
@@ -258,6 +258,7 @@ class TrafficLog:
             self._part.write(batch, n_lost=n_lost)
             self.n_written += batch.num_rows
             self._n_in_part += batch.num_rows
+            self._n_lost_in_part += n_lost
             with self._lock:
                 self._n_unreported -= n_lost
 
@@ -278,6 +279,8 @@ class TrafficLog:
                 self.n_written -= self._n_in_part
                 self.n_shadow -= self._n_shadow_in_part
                 self._lose(self._n_in_part)
+                with self._lock:
+                    self._n_unreported += self._n_lost_in_part  # the part had reported them
             with suppress(OSError):
                 self._finish_part()
 

@@ -113,11 +113,12 @@ def kinds_of_texts(grid: ThresholdGrid, indices: Sequence[np.ndarray], codes: np
     indices : sequence of ndarray of int, one per stage
         Indices in the grid's thresholds, ascending.
     codes : ndarray of int, shape (n,)
+        A number of each text, at least 0, such as its outcome.
     """
-    places = [np.searchsorted(chosen, ranks) for chosen, ranks in zip(indices, grid.ranks, strict=True)]
+    cells = [np.searchsorted(chosen, ranks) for chosen, ranks in zip(indices, grid.ranks, strict=True)]
     held = [] if grid.is_held is None else [grid.is_held.astype(np.int64)]
     kind = np.zeros(len(codes), dtype=np.int64)
-    for part in (*places, *grid.outcomes, grid.in_scope.astype(np.int64), *held, codes):
+    for part in (*cells, *grid.outcomes, grid.in_scope.astype(np.int64), *held, codes):
         kind = pd.factorize(kind * (int(part.max(initial=0)) + 1) + part)[0]
     _, first, of_text, n_texts = np.unique(kind, return_index=True, return_inverse=True, return_counts=True)
     return Kinds(grid.select(first), of_text, n_texts, codes[first])

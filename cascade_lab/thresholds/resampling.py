@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 N_FOLDS = 5
 MAX_EXACT = 200_000
 """With more texts, cross-validation does not try every threshold: the search of one fold would take seconds."""
-MAX_LINES = 512
-_MAX_LINES = 160  # thresholds per stage on a resample
+MAX_THRESHOLDS = 512
+"""How many thresholds per stage it tries then."""
+_MAX_ON_RESAMPLE = 160  # thresholds per stage on a resample
 _N_STARTS = 1  # random starts on a resample, with three or more stages
 
 
@@ -59,18 +60,18 @@ def choose_thresholds(
     min_held: float = 0.0,
     weights: np.ndarray | None = None,
     near: Mapping[str, float] | None = None,
-    lines: Sequence[np.ndarray] | None = None,
+    indices: Sequence[np.ndarray] | None = None,
 ) -> Choice:
     """Choose thresholds on a grid, with a guarantee or without; `min_held` and `weights` as in `choose_on_grid`.
 
     With `near`, the choice on all texts, the search is faster: without a guarantee it tries about 160 thresholds per
     stage, half of them spread evenly over the texts in scope and half over the others; and with three or more stages it
-    starts from `near` and from one random start. `lines` are as in `choose_on_grid`.
+    starts from `near` and from one random start. `indices` are as in `choose_on_grid`.
     """
     if guarantee is not None:
         return choose_with_guarantee_on_grid(grid, goal, guarantee, weights=weights)
-    fast: dict[str, Any] = {} if near is None else {"max_lines": _MAX_LINES, "start": near, "n_starts": _N_STARTS}
-    fast |= {} if lines is None else {"lines": lines}
+    fast: dict[str, Any] = {} if near is None else {"max_lines": _MAX_ON_RESAMPLE, "start": near, "n_starts": _N_STARTS}
+    fast |= {} if indices is None else {"indices": indices}
     return choose_on_grid(grid, goal, min_held=min_held, weights=weights, **fast)
 
 
@@ -81,13 +82,13 @@ def threshold_procedure(
     guarantee: Guarantee | None = None,
     *,
     near: Mapping[str, float] | None = None,
-    lines: Sequence[np.ndarray] | None = None,
+    indices: Sequence[np.ndarray] | None = None,
 ) -> Procedure:
     """Return the procedure that chooses the thresholds of a grid; the options are those of `choose_thresholds`."""
     min_held, grid = min_held_fraction(run, goal), grid.with_costs(goal.used_costs)
 
     def choose_again(weights: np.ndarray) -> Chosen:
-        options: dict[str, Any] = {"min_held": min_held, "weights": weights, "near": near, "lines": lines}
+        options: dict[str, Any] = {"min_held": min_held, "weights": weights, "near": near, "indices": indices}
         choice = choose_thresholds(grid, goal, guarantee, **options)
         thresholds = choice.thresholds
         return Chosen(thresholds, grid.outcomes_at(grid.indices(thresholds)))
@@ -174,9 +175,11 @@ def bootstrap_thresholds(
     n_texts, kinds, own_codes = None, None, own
     if procedure is None and len(grid.stages) <= 2:
         # The faster search tries the same thresholds on each resample. It needs the texts of each kind, not each text.
-        lines = grid.subsample_by_scope(_MAX_LINES)
-        of_kind, kinds, n_texts, own_codes = kinds_of_texts(grid, lines, outcomes if own is None else own)
-        procedure = threshold_procedure(run, goal, of_kind, lines=lines)
+        indices = grid.subsample_by_scope(_MAX_ON_RESAMPLE)
+        codes = np.zeros(len(grid.in_scope), dtype=np.int64) if own is None else own
+        of_kind, kinds, n_texts, codes = kinds_of_texts(grid, indices, codes)
+        own_codes = None if own is None else codes
+        procedure = threshold_procedure(run, goal, of_kind, indices=indices)
     procedure = procedure or threshold_procedure(run, goal, grid, near=near)
     options: dict[str, Any] = {"n_resamples": n_resamples, "level": level}
     draws = resamples(len(grid.in_scope), groups=grid.groups, kinds=kinds, n_resamples=n_resamples, seed=seed)
@@ -230,7 +233,7 @@ def cross_validate(
         As in `choose`.
     procedure : function, optional
         How the cascade is chosen (see `Procedure`); by default the thresholds that are best for `goal`. With more than
-        `MAX_EXACT` texts, these are the best of about 512 per stage, which are spread evenly over the texts.
+        `MAX_EXACT` texts, these are the best of about 512 per stage, at equal distances among all of them.
     own : ndarray of int, shape (n,), optional
         Each text's outcome in a cascade that was not chosen on these texts, to compare with.
     n_repeats, n_folds, seed : int
@@ -245,7 +248,7 @@ def cross_validate(
         cascade on the folds left out. `kept` is the fraction of folds left out on which the goal's bounds on the metric
         hold; NaN without a bound. `attrs["n_folds"]` is how many folds there are, in all repeats, and
         `attrs["n_infeasible"]` on how many of them no thresholds satisfy the goal; these are left out.
-        `attrs["n_lines"]` is how many thresholds of each stage were tried, where that was not every one. With too few
+        `attrs["n_thresholds"]` is how many of each stage were tried, where that was not every one. With too few
         texts for `folds`, there are none, and everything is NaN.
 
     Raises
@@ -254,10 +257,11 @@ def cross_validate(
         As `ThresholdGrid.from_run`.
     """
     grid = (grid or ThresholdGrid.from_run(run, stages)).with_costs(goal.used_costs)
-    lines = None
+    indices = None
     if procedure is None:
-        lines = grid.subsample(MAX_LINES) if len(grid.in_scope) > MAX_EXACT and len(grid.stages) <= 2 else None
-        procedure = threshold_procedure(run, goal, grid, lines=lines)
+        has_many = len(grid.in_scope) > MAX_EXACT and max(map(len, grid.thresholds)) > MAX_THRESHOLDS
+        indices = grid.subsample(MAX_THRESHOLDS) if has_many and len(grid.stages) <= 2 else None
+        procedure = threshold_procedure(run, goal, grid, indices=indices)
     counts, n_splits = [], 0
     own_counts = 0.0 * goal.count(grid.outcomes[0])
     splits = folds(grid, n_repeats, n_folds, seed)
@@ -282,7 +286,7 @@ def cross_validate(
     bounds = bounds_of(goal.at_least, goal.at_most)
     result["kept"] = [_fraction_kept(name, goal, bounds, by_fold[:, 1]) for name in goal.metrics]
     result.attrs |= {"n_folds": n_splits, "n_infeasible": n_splits - len(counts)}
-    result.attrs |= {} if lines is None else {"n_lines": MAX_LINES}
+    result.attrs |= {} if indices is None else {"n_thresholds": MAX_THRESHOLDS}
     return result
 
 

@@ -107,7 +107,7 @@ def choose_on_grid(
     min_held: float = 0.0,
     weights: np.ndarray | None = None,
     max_lines: int | None = None,
-    lines: Sequence[np.ndarray] | None = None,
+    indices: Sequence[np.ndarray] | None = None,
     start: Mapping[str, float] | None = None,
     n_starts: int = N_STARTS,
 ) -> Choice:
@@ -133,8 +133,8 @@ def choose_on_grid(
         How often each text counts.
     max_lines : int, optional
         Search only about this many thresholds per stage (see `ThresholdGrid.subsample_by_scope`).
-    lines : sequence of ndarray of int, one per stage, optional
-        Search only these, as indices in `grid.thresholds`; of one or two stages.
+    indices : sequence of ndarray of int, one per stage, optional
+        Search only these thresholds, by their index in `grid.thresholds`; with one or two stages.
     start : mapping of str to float, optional
         Thresholds to start from too, with three or more stages.
     n_starts : int
@@ -150,8 +150,10 @@ def choose_on_grid(
     task = _Task(goal, totals, min_held, weights)
     _check_latency(grid, task)
     if len(grid.stages) <= 2:
-        best = _search_pair(grid, task, max_lines, lines=lines)
+        best = _search_pair(grid, task, max_lines, only=indices)
     else:
+        if indices is not None:
+            raise RunError(f"{grid.name}: indices of thresholds are for one or two stages, not {len(grid.stages)}")
         best = _search_by_turns(grid, task, max_lines, start, n_starts)
     if best.room < 0 or best.value == -np.inf:
         raise InfeasibleError(f"{grid.name}: infeasible: {_describe_nearest(grid, best, task)}")
@@ -196,16 +198,16 @@ def _search_pair(
     max_lines: int | None,
     n_lines: int | None = None,
     *,
-    lines: Sequence[np.ndarray] | None = None,
+    only: Sequence[np.ndarray] | None = None,
 ) -> _Candidate:
     """Return the best thresholds of one or two stages; those nearest to the bounds where none satisfies them."""
-    indices = lines if lines is not None else grid.subsample(n_lines or _LINES)
-    if lines is None and max_lines is not None:
+    indices = only if only is not None else grid.subsample(n_lines or _LINES)
+    if only is None and max_lines is not None:
         indices = grid.subsample_by_scope(max_lines)
     part = GridPart.whole(grid, task.weights)
     coarse = part.count(indices)
     best = _best(coarse, indices, task)
-    if lines is None and max_lines is None:
+    if only is None and max_lines is None:
         best = _search_between(part, task, indices, coarse, best)
     return best or _nearest(coarse, indices, task)
 

@@ -54,9 +54,9 @@ def notes(tuning: Tuning) -> list[str]:
             "over them looks too small."
         )
     result += _how_often_kept(tuning)
-    if attrs.get("n_lines"):
+    if attrs.get("n_thresholds"):
         result.append(
-            f"To save time, cross-validation tried about {attrs['n_lines']} thresholds per stage, not every one."
+            f"To save time, cross-validation tried about {attrs['n_thresholds']} thresholds per stage, not every one."
         )
     if stages := fitted_on_itself(tuning.run):
         result.append(
@@ -65,8 +65,8 @@ def notes(tuning: Tuning) -> list[str]:
         )
     if attrs["n_infeasible"]:
         result.append(
-            f"On {attrs['n_infeasible']} of {attrs['n_folds']} folds of the cross-validation no thresholds satisfy the "
-            "goal; the metrics on texts left out are of the others."
+            f"On {attrs['n_infeasible']} of {attrs['n_folds']} folds of the cross-validation none of the tried "
+            "thresholds satisfies the goal; the metrics on texts left out are of the others."
         )
     if not attrs["n_folds"]:
         result.append(

@@ -154,7 +154,7 @@ def onnx_runtime(folder: Path, *, precision: str, callers: int, threads: int) ->
 
 
 def openvino(folder: Path, *, precision: str, callers: int, threads: int, hint: str) -> Predict:
-    """OpenVINO on the exported ONNX graph, or on what NNCF made of it in int8; one stream a caller.
+    """OpenVINO on the exported ONNX graph, or on what NNCF made of it in int8; one stream per caller.
 
     In int8 it chooses the precision of what is not quantized itself: bfloat16 where the processor has it.
     """

@@ -49,7 +49,7 @@ def onnx(source: Path, folder: Path) -> None:
 
 
 def onnx_dynamic(source: Path, folder: Path) -> None:
-    """Write `NAME-int8-dynamic.onnx`: int8 weights, one scale a column; activations are quantized while it runs.
+    """Write `NAME-int8-dynamic.onnx`: int8 weights, one scale per column; activations are quantized while it runs.
 
     ONNX Runtime's static quantization was tried: it is no faster (43 against 41 ms for 32 texts of 12 tokens on one
     core of a Zen 4), and it changes twice as many answers of the intent stage (14 against 7 of 200).

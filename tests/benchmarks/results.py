@@ -75,7 +75,7 @@ def heading(report: dict[str, Any]) -> str:
     return (
         f"{short(report)}: {machine['processor']}, {machine['cores']} cores ({', '.join(machine['features'])}), "
         f"{report['date'][:10]}, Python {machine['python']}, {versions}; {report['wall_seconds'] / 60:.0f} minutes"
-        + ("; a quick run: its figures mean nothing" if report["quick"] else "")
+        + ("; a quick run: its numbers mean nothing" if report["quick"] else "")
     )
 
 
@@ -112,10 +112,11 @@ def summary(report: dict[str, Any]) -> Rows:
     rows = {}
     for row in report["results"]:
         if row["measure"] == "eval set":
-            others = [find(report, m, row["contender"], row["precision"]) for m in ("calls of 128", "calls of 1")]
+            calls, one = (find(report, m, row["contender"], row["precision"]) for m in ("calls of 128", "calls of 1"))
             title = f"**{name(row)}**" if row["contender"] == "cascade_lab" else name(row)
-            cells = [f"{row['texts_per_second']:,.0f}", f"{others[0]['texts_per_second']:,.0f}"]
-            rows[title] = row["texts_per_second"], [*cells, figure(others[1]["p50_ms"]), changed(row)]
+            in_calls = f"{calls['texts_per_second']:,.0f}" if calls else "–"
+            cells = [f"{row['texts_per_second']:,.0f}", in_calls, figure(one["p50_ms"]) if one else "–"]
+            rows[title] = row["texts_per_second"], [*cells, changed(row)]
         elif row["contender"] == "script":
             title = row["measure"].replace("script", "the script")
             rows[title] = row["texts_per_second"], [f"{row['texts_per_second']:,.0f}", "–", "–", changed(row)]

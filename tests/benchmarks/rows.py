@@ -17,7 +17,7 @@ NAMES = {
 PRECISIONS = ("float32", "bfloat16", "mixed", "int8 dynamic", "int8 static")
 # More than this share of other answers, and a contender computes something else.
 MOST_CHANGED = {"float32": 0.001, "bfloat16": 0.01, "mixed": 0.001, "int8 dynamic": 0.05, "int8 static": 0.05}
-BAR = 0.001  # of the aims: whoever changes more of the test split's answers is not compared in "any precision"
+BAR = 0.001  # of the aims: a contender that changes more of the test split's answers is not compared in "any precision"
 
 
 def find(report: dict[str, Any], measure: str, contender: str, precision: str) -> dict[str, Any] | None:
@@ -33,14 +33,14 @@ def at_the_bar(report: dict[str, Any], row: dict[str, Any]) -> bool:
 
 
 def allowed(row: dict[str, Any]) -> bool:
-    """Return whether so many other answers are rounding's: in bfloat16 any on random weights, where nothing is sure."""
+    """Return whether rounding can explain the changed answers: in bfloat16 on random weights, any number of them."""
     if row["precision"] == "bfloat16" and row["measure"].startswith("BERT-base"):
         return True
     return row["changed_answers"] <= max(1, MOST_CHANGED[row["precision"]] * row["n_texts"])
 
 
 def product_rate(report: dict[str, Any], precision: str) -> float:
-    """Return the machine's rate on large products: one caller a core, each of one thread; the quicker library's."""
+    """Return the machine's rate on large products: one caller per core, each with one thread; of the faster library."""
     return max(
         median(row["rounds"])
         for row in report["products"]

@@ -193,7 +193,7 @@ def main() -> None:
         "machine": machine(),
         "absent": {},
     }
-    # Two parts, since few texts and many want different settings, and the memory would not hold both of everybody.
+    # Two parts: few texts and many need different settings, and the models for both do not fit into memory at once.
     many = [(name, measure, spec) for name, measure in MANY.items() for spec in CONTENDERS + FITTED]
     few = [(name, measure, spec) for name, measure in FEW.items() for spec in CONTENDERS + FITTED]
     scripts = [(name, measure, SCRIPT) for name, measure in SLOW.items()]
@@ -294,8 +294,7 @@ def quickest(tried: list[tuple], workers: list[Worker]) -> tuple:
 
 def slow(entry: Entry, entries: list[Entry]) -> bool:
     rivals = [other for other in entries if other.facts["measure"] == entry.facts["measure"]]
-    behind = entry.seconds_a_text > 1.5 * min(other.seconds_a_text for other in rivals)
-    return behind or entry.measure["folder"] == "base"
+    return entry.seconds_a_text > 1.5 * min(other.seconds_a_text for other in rivals)
 
 
 def tries(spec: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, Any]]:
@@ -373,7 +372,7 @@ def job(folder: Path, contender: str, **setting: Any) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what bears on the figures: processor, cores, features, versions."""
+    """Return what the results depend on: processor, cores, features, versions."""
     peers = ("torch", "transformers", "zentorch", "onnx", "onnxruntime", "openvino", "nncf", "ctranslate2")
     where = environment()
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
