@@ -60,8 +60,9 @@ def serve_batch(
         One row per text: `predicted`, `decided_by`, `probability`, `confidence`.
     timings : list of dict
         One row per stage that was reached: `stage`, `n_examples`, `sequence_length`, `n_tokens`, `tokenize_seconds`
-        (almost 0 where the stage before tokenizes alike), `run_seconds` (in the session), `answer_seconds` (softmax
-        and threshold).
+        (almost 0 where the stage before tokenizes alike), `run_seconds` (in the session; with mixed precision also the
+        choice of what is scored again), `answer_seconds` (softmax and threshold). A rejector over several mixed stages
+        gets the scores of the others as they are; `predict` scores these again too, and takes longer.
     """
     timings: list[dict[str, Any]] = []
     stages = dict(zip((stage.name for stage in spec.stages), cascade.stages, strict=True))

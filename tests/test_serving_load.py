@@ -23,6 +23,7 @@ from http_client import Connection, predict_body
 
 from cascade_lab import Cascade
 from cascade_lab.serving.collect import collect
+from cascade_lab.serving.server import TRIM_SECONDS
 from cascade_lab.spec import CascadeSpec
 
 pytestmark = pytest.mark.slow
@@ -130,13 +131,19 @@ def every(seconds: float, action: Callable[[int], object]) -> Iterator[None]:
     thread.join()
 
 
+def settled_memory(process: subprocess.Popen) -> int:
+    """Return the resident size, in bytes, after the service has returned what it no longer uses."""
+    time.sleep(TRIM_SECONDS + 1)
+    return psutil.Process(process.pid).memory_info().rss
+
+
 def test_every_answer_equals_predict_none_is_lost_none_doubled(tiny, answers):
     load, n_first = Load(answers), N_REQUESTS * 2 // 5  # TensorFlow keeps a program for each shape that it has run
     with serving(tiny) as (process, port):
         load.run(port, n=n_first)
-        memory = psutil.Process(process.pid).memory_info().rss
+        memory = settled_memory(process)
         load.run(port, n=N_REQUESTS)
-        grown = psutil.Process(process.pid).memory_info().rss / memory
+        grown = settled_memory(process) / memory
     assert load.statuses == {200: N_REQUESTS // 32 * 32 + n_first // 32 * 32}
     assert load.n_cut_off == 0
     print(f"{len(load.answered)} texts; memory {grown:.3f}; p50 {np.median(load.seconds) * 1000:.1f} ms")

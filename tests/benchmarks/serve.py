@@ -36,6 +36,7 @@ from run import HINTS
 
 from cascade_lab import EvalSet
 from cascade_lab.provenance import environment
+from cascade_lab.serving.server import TRIM_SECONDS
 
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-c", "from cascade_lab.cli import main; main()"]
@@ -278,6 +279,7 @@ def measure(clinc150: Path, folder: Path, *, rounds: int, n_texts: int, n_reques
         many, memory = cycle(texts), []
         for n in n_requests:
             service.measure([next(many) for _ in range(n)], 1, 64)
+            sleep(TRIM_SECONDS + 1)  # until the service has returned what it no longer uses
             memory.append(service.memory_mb())
     finally:
         service.stop()
