@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from rows import BAR, at_the_bar, figure, name, short
+from rows import BAR, at_the_bar, name, short, three_digits
 
 HATCHES = {"float32": "", "bfloat16": "///", "mixed": "...", "int8 dynamic": "xxx", "int8 static": "+++"}
 
@@ -67,7 +67,7 @@ def _panel(ax: Any, measure: str, report: dict[str, Any], rows: list[dict[str, A
         middle = bar.get_y() + bar.get_height() / 2
         ax.plot([min(spread), max(spread)], [middle] * 2, color="black", linewidth=1)
         changes = f" ({row['changed_answers']:,} changed)" if row["changed_answers"] else ""
-        ax.text(max(spread), middle, f"  {figure(row[column])}{changes}", va="center", fontsize=7)
+        ax.text(max(spread), middle, f"  {three_digits(row[column])}{changes}", va="center", fontsize=7)
     ax.margins(x=0.2, y=0.02)
     unit = "ms (median; less is better)" if in_ms else "texts a second"
     ax.set_title(f"{short(report)}: {measure}, {unit}", fontsize=9, loc="left")

@@ -17,7 +17,7 @@ from typing import Any
 
 from aims import aims
 from picture import draw
-from rows import PRECISIONS, allowed, changed, figure, find, name, shares, short
+from rows import PRECISIONS, allowed, changed, find, name, shares, short, three_digits
 
 Rows = dict[str, tuple[float, list[str]]]
 """The rows of one processor: for each title what to sort by, largest first, and the cells."""
@@ -115,7 +115,7 @@ def summary(report: dict[str, Any]) -> Rows:
             calls, one = (find(report, m, row["contender"], row["precision"]) for m in ("calls of 128", "calls of 1"))
             title = f"**{name(row)}**" if row["contender"] == "cascade_lab" else name(row)
             in_calls = f"{calls['texts_per_second']:,.0f}" if calls else "–"
-            cells = [f"{row['texts_per_second']:,.0f}", in_calls, figure(one["p50_ms"]) if one else "–"]
+            cells = [f"{row['texts_per_second']:,.0f}", in_calls, three_digits(one["p50_ms"]) if one else "–"]
             rows[title] = row["texts_per_second"], [*cells, changed(row)]
         elif row["contender"] == "script":
             title = row["measure"].replace("script", "the script")
@@ -128,8 +128,8 @@ def measured(report: dict[str, Any], measure: str) -> Rows:
         name(row): (
             row["texts_per_second"],
             [
-                figure(row["texts_per_second"]),
-                figure(row["p50_ms"]),
+                three_digits(row["texts_per_second"]),
+                three_digits(row["p50_ms"]),
                 share(report, row),
                 changed(row),
                 setting(row["setting"]),
@@ -161,7 +161,7 @@ def products(report: dict[str, Any]) -> Rows:
     for row in report["products"]:
         library = {"tensorflow": "TensorFlow", "pytorch": "PyTorch"}[row["library"]]
         key = f"{library}, {row['callers']} × {row['threads']}"
-        rows.setdefault(key, (1, []))[1].append(figure(median(row["rounds"])))
+        rows.setdefault(key, (1, []))[1].append(three_digits(median(row["rounds"])))
     return rows
 
 

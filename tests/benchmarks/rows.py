@@ -71,6 +71,6 @@ def short(report: dict[str, Any]) -> str:
     return generation
 
 
-def figure(value: float) -> str:
-    """Three digits, no more."""
+def three_digits(value: float) -> str:
+    """Return a number with at most three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
