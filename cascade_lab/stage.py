@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cascade_lab.bert import fast, graph
-from cascade_lab.bert.batching import plan_batches
+from cascade_lab.bert.batching import make_batches, tokens_per_batch
 from cascade_lab.bert.checkpoint import (
     Checkpoint,
     checkpoint_files,
@@ -235,7 +235,8 @@ class Stage:
             n_examples = int(n_equal[np.unique(rows)].sum())
             return Batch(n_examples, int(lengths[rows].max()), int(lengths[rows].sum()), seconds)
 
-        plan = plan_batches(lengths, n_workers=self.n_workers, max_texts=batch_size)
+        max_tokens = tokens_per_batch(int(lengths.sum()), self.n_workers)
+        plan = make_batches(lengths, max_texts=batch_size, max_tokens=max_tokens)
         batches = []
         with closing(self._run_all(run, plan)) as running:
             for batch in running:

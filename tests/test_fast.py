@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from cascade_lab import Cascade, CascadeSpec, EvalSet, Stage
 from cascade_lab.bert import fast
-from cascade_lab.bert.batching import MANY_BATCHES, MAX_TOKENS, make_batches, plan_batches, round_up, share_out
+from cascade_lab.bert.batching import MANY_BATCHES, MAX_TOKENS, make_batches, round_up
 from cascade_lab.bert.checkpoint import read_checkpoint
 from cascade_lab.bert.fast_inputs import feed
 from cascade_lab.cli import app
@@ -341,26 +341,6 @@ def test_every_text_is_in_one_batch_and_no_batch_is_too_large(lengths, max_texts
     for batch, size in zip(batches, sizes, strict=True):
         assert size <= max_tokens or len(batch) == 1
         assert max_texts is None or len(batch) <= max_texts
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(1, 4))
-def test_few_texts_are_shared_out_evenly(lengths, n_batches):
-    batches = share_out(np.array(lengths), n_batches)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
-    assert len(batches) <= n_batches
-    for batch in batches:
-        assert sum(lengths[row] for row in batch) <= sum(lengths) / n_batches + max(lengths)
-
-
-@given(st.lists(st.integers(1, 500), max_size=200), st.integers(1, 4), st.one_of(st.none(), st.integers(1, 9)))
-def test_a_plan_has_every_text_once_and_little_padding(lengths, n_workers, max_texts):
-    batches = plan_batches(lengths, n_workers=n_workers, max_texts=max_texts)
-    rows = np.concatenate([np.zeros(0, int), *batches])
-    assert set(rows.tolist()) == set(range(len(lengths)))
-    for batch in batches:
-        of_batch = [lengths[row] for row in batch]
-        assert max_texts is None or len(batch) <= max_texts
-        assert len(batch) * max(of_batch) <= 2 * max(MAX_TOKENS, sum(of_batch))
 
 
 def test_many_batches_have_few_shapes():

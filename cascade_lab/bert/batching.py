@@ -15,47 +15,6 @@ MANY_BATCHES = 16
 """From this number of batches on, one batch more or less hardly changes the time."""
 
 
-def plan_batches(
-    lengths: Sequence[int] | np.ndarray, *, n_workers: int, max_texts: int | None = None
-) -> list[np.ndarray]:
-    """Divide texts into batches that some workers score at the same time: `share_out` few texts, else `make_batches`.
-
-    Parameters
-    ----------
-    lengths : sequence of int
-        The number of tokens of each text.
-    n_workers : int
-    max_texts : int, optional
-        The most texts in a batch.
-
-    Returns
-    -------
-    list of ndarray of int
-        The indices of the texts of each batch.
-    """
-    lengths = np.asarray(lengths, dtype=int)
-    n_tokens = int(lengths.sum())
-    if max_texts is None and MIN_TOKENS < n_tokens <= n_workers * MAX_TOKENS:
-        batches = share_out(lengths, n_workers)
-        if all(len(batch) * lengths[batch].max() <= 2 * lengths[batch].sum() for batch in batches):
-            return batches
-    return make_batches(lengths, max_texts=max_texts, max_tokens=tokens_per_batch(n_tokens, n_workers))
-
-
-def share_out(lengths: np.ndarray, n_batches: int) -> list[np.ndarray]:
-    """Divide texts, by falling length, into at most `n_batches` batches with about the same number of tokens.
-
-    A batch more, of the few tokens that do not fit into others, would take as long as its weights take to be read.
-
-    >>> [batch.tolist() for batch in share_out(np.array([4, 2, 4, 3, 2, 2]), 2)]
-    [[0, 2], [3, 1, 4, 5]]
-    """
-    order = np.argsort(-lengths, kind="stable")
-    middle = lengths[order].cumsum() - lengths[order] / 2
-    part = (middle * n_batches / lengths.sum()).astype(int)
-    return [order[part == number] for number in np.unique(part)]
-
-
 def tokens_per_batch(n_tokens: int, n_workers: int) -> int:
     """Return how many tokens a batch may have, so that all workers finish at about the same time.
 
