@@ -108,7 +108,7 @@ study-held-out: runs/minilm/bert_config.json
 	$(BIN)/cascade-lab study data/clinc150/study.toml --data $(CLINC150) --known-ratio 0.25,0.5,0.75 \
 		--evidence max_probability --evidence energy --evidence mahalanobis --init runs/minilm --output runs/held-out
 
-# Compares the package with its peers in a separate environment: about 40 minutes on two quiet cores.
+# Compares the package with its peers in a separate environment: about 45 minutes on two quiet cores.
 bench: .venv-bench/ready
 	.venv-bench/bin/python tests/benchmarks/run.py --clinc150 $(CLINC150) --folder runs/benchmarks
 	cp runs/benchmarks/results.json tests/benchmarks/results.json
