@@ -137,7 +137,7 @@ def _base(folder: Path, vocab: Path) -> CascadeSpec:
 
 
 def _of_length(length: int, vocab: Path, n: int = 256) -> list[str]:
-    """Return texts of exactly so many tokens, [CLS] and [SEP] included."""
+    """Return texts of exactly that number of tokens, [CLS] and [SEP] included."""
     words = [word for word in vocab.read_text(encoding="utf-8").splitlines() if word.isascii() and word.isalpha()]
     rng = np.random.default_rng(length)
     return [" ".join(rng.choice(words, length - 2)) for _ in range(n)]
