@@ -19,7 +19,7 @@ from cascade_lab.batch.shards import Settings
 from cascade_lab.bert import fast
 from cascade_lab.calibrator import Calibrator
 from cascade_lab.cli import app
-from cascade_lab.cli.verify_precision import at_least
+from cascade_lab.cli.verify_precision import rounded_up
 from cascade_lab.decisions import decide
 from cascade_lab.exceptions import CheckpointError, RunError, SpecError
 from cascade_lab.mixed_precision import (
@@ -394,7 +394,7 @@ def test_the_command_writes_a_mixed_cascade_and_compares_it(tiny, tiny_evalset, 
     assert result.exit_code == 0, result.output
     assert "0 of 200 texts get another answer than in float32" in result.output
     n = len(set(EvalSet.read(tiny_evalset).texts))
-    assert f"at most {at_least(1 - 0.05 ** (1 / n))} of texts like these" in result.output
+    assert f"at most {rounded_up(1 - 0.05 ** (1 / n))} of texts like these" in result.output
     result = CliRunner().invoke(app, ["inspect", str(output)])
     assert "mixed" in result.output
 

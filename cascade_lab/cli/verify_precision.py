@@ -99,7 +99,7 @@ def verify_precision(
         show(stages)
         _print_changed(mixed.changed, mixed.n_examples, texts)
         line(
-            f"with confidence {precision_check.LEVEL:.0%}, at most {at_least(mixed.limit)} of texts like these get "
+            f"with confidence {precision_check.LEVEL:.0%}, at most {rounded_up(mixed.limit)} of texts like these get "
             "another answer"
         )
         next_step("run", cascade, evalset, "--output", "RUN")
@@ -123,10 +123,10 @@ def _print_changed(changed: pd.DataFrame, n_examples: int, n_shown: int) -> None
         show(shown)
 
 
-def at_least(share: float) -> str:
+def rounded_up(share: float) -> str:
     """Return an upper limit of a share in percent, rounded up to two digits.
 
-    >>> at_least(0.002029), at_least(0.00005), at_least(1.0)
+    >>> rounded_up(0.002029), rounded_up(0.00005), rounded_up(1.0)
     ('0.21%', '0.005%', '100%')
     """
     if not 0 < share < 1:
@@ -147,6 +147,6 @@ def _print_bounds(measured: Any) -> None:
         "much its log-odds change; each is the largest change on these texts"
     )
     line(
-        f"with confidence {LEVEL:.0%}, fewer than {at_least(measured.outside_probability)} of texts like these "
+        f"with confidence {LEVEL:.0%}, fewer than {rounded_up(measured.outside_probability)} of texts like these "
         f"{measured.n_texts:,} are outside the bounds; only those can get another answer than in float32"
     )
